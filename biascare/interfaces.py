@@ -1,0 +1,87 @@
+"""The nouns that cross packages, and the shape legend they are written in.
+
+All of them are NamedTuples: DeepSpeed's ZeRO-3 hooks walk tensors, tuples, lists and dicts, not dataclasses.
+
+Shape legend
+    B  sequences of the multimodal LLM in a micro-batch (segmentation rows first, then language rows)
+    L  tokens of the longest sequence, padding included
+    S  distinct images that carry masks
+    R  rows of the segmentation pathway, one per (image, target)
+    N  prompt points of a row, padding included
+    Q  pooled query tokens per sequence (``num_queries``)
+    T  supervised answer tokens of a micro-batch
+    C  prompt dimension of the segmentation backbone
+    d  hidden size of the language model
+    H, W  model input size in pixels; h, w  size of the image embedding grid
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IGNORE_INDEX = -100
+"""Label of a token without language loss."""
+
+POINT_NEGATIVE, POINT_POSITIVE, POINT_PADDING = 0, 1, -1
+"""Click labels of SAM: outside the target, inside it, no click."""
+
+BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = 2, 3
+"""A box is two more points with these labels, as in SAM's exported prompt encoder."""
+
+
+class Prompts(NamedTuple):
+    """Visual prompts of R rows. A row without any real point is prompted by text alone."""
+
+    point_coords: Tensor  # [R, N, 2] float32, x then y, pixels of the H x W model input
+    point_labels: Tensor  # [R, N] int64: 1, 0, -1 padding, 2 and 3 the corners of a box
+
+
+class Sample(NamedTuple):
+    """One item of the stream: an image with K of its targets, or an image with one question.
+
+    A segmentation sample has K sequences (one instruction per target); a language sample has one.
+    """
+
+    sequences: list[dict[str, Any]]  # per sequence: see `biascare.data.chat.build_sequence`
+    image: Tensor | None  # [3, H, W] uint8 for segmentation, None for language
+    masks: Tensor | None  # [K, H, W] uint8 in {0, 1}, None for language
+    point_coords: Tensor | None  # [K, N, 2] float32
+    point_labels: Tensor | None  # [K, N] int64
+    meta: list[dict[str, Any]]  # per sequence: id, task, modality, target, group, sex, ...
+
+
+class Batch(NamedTuple):
+    """One micro-batch. `images`, `masks` and `prompts` hold segmentation rows only."""
+
+    images: Tensor | None  # [S, 3, H, W] uint8
+    row_image: Tensor | None  # [R] int64 into images
+    row_sequence: Tensor | None  # [R] int64 into the sequences; None when there is no LLM
+    row_target: Tensor | None  # [R] int64, equal for rows that show the same target name
+    masks: Tensor | None  # [R, H, W] uint8
+    prompts: Prompts | None
+    mllm_inputs: dict[str, Tensor]  # input_ids [B, L], attention_mask, pixel_values, ...; may be {}
+    image_slots: list[int]  # per image placeholder, in order: which image of pixel_values it shows
+    prompt_mask: Tensor | None  # [B, L] bool, True on prompt tokens (never answers or padding)
+    answer_positions: Tensor | None  # [T] int64, flat into B*L: the token *before* each answer token
+    answer_tokens: Tensor | None  # [T] int64, the answer tokens themselves
+    seed: int  # of this micro-batch: every random choice inside the step derives from it
+    meta: list[dict[str, Any]]  # one per sequence, segmentation rows first
+
+
+class Features(NamedTuple):
+    """What is computed once per image and per sequence, before any mask is decoded."""
+
+    image_embedding: Tensor | None  # [S, C, h, w]
+    text_embedding: Tensor | None  # [R, Q, C], Eq. 2, one per segmentation row
+    hidden_states: Tensor | None  # [B, L, d], last layer after the final norm
+
+
+class Prediction(NamedTuple):
+    """Masks of R rows."""
+
+    mask_logits: Tensor  # [R, H, W] at the model input size
+    low_res_logits: Tensor  # [R, 4h, 4w], the decoder's own size; fed back as mask prompt
+    predicted_dice: Tensor  # [R], the quality head's estimate

@@ -1,0 +1,387 @@
+"""Uncertainty, row weights and the training objective: Eqs. 3-7 and 9-12 of the paper.
+
+    dice = dice_loss_per_row(prediction.mask_logits, masks)
+    vector = mask_weighted_embedding(image_embedding, mask_probs, row_image=row_image)
+    semantic = semantic_uncertainty(vector, text_embedding)
+    weight = row_weight(semantic, dice, beta_vl=..., lambda_u=..., ...)
+    loss = total_objective(weighted_dice(dice, weight, valid, "sum"), hitl, vlm)
+
+The paper is "Bias-constrained multimodal intelligence for equitable and reliable clinical AI"
+(BiasCareVL, arXiv 2604.16884). Everything here is a pure function of tensors. Three rules hold:
+
+- fp32 inside, whatever dtype comes in: bf16 resolves only 0.004 near 1, where Dice and cosine live.
+- No host synchronisation: rows without a mask are silenced by `torch.where`, never by indexing.
+  They contribute exactly 0 and get a gradient of exactly 0.
+- A batch without any valid row yields a 0 that still has a graph, so that every rank can run the
+  same backward pass.
+
+A loss that sums over rows sums over one micro-batch; the engine then averages micro-batches.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from biascare.interfaces import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DICE_EPS = 1e-3
+"""Smoothing of Eq. 9, in pixels. The usual 1.0 gives a missed one-pixel lesion a loss of only 0.5;
+this value gives it 0.999, and an empty mask with an empty prediction still gives 0."""
+
+POOLING_EPS = 1e-6
+"""Denominator of Eq. 3, in pixels: an empty prediction gives the zero vector."""
+
+NORM_EPS = 1e-8
+"""A vector shorter than this has no direction: its cosine is 0 and it receives no gradient."""
+
+ALIGNMENT_TEMPERATURE = 0.07
+"""Scale of the cosines in the contrastive alignment."""
+
+NLL_CHUNK_ELEMENTS = 2**24
+"""Largest fp32 copy of language logits held at a time (64 MiB)."""
+
+REDUCTIONS = ("sum", "mean")
+ALIGNMENTS = ("none", "cosine", "contrastive")
+WEIGHT_GRADIENTS = ("detach", "full")
+
+
+def dice_loss_per_row(mask_logits: Tensor, masks: Tensor, *, eps: float = DICE_EPS) -> Tensor:
+    """The per-row soft Dice loss inside Eq. 9: 1 - (2 sum(pY) + eps) / (sum p + sum Y + eps).
+
+    Args:
+        mask_logits: `[R, H, W]` or `[R, 1, H, W]`, any float dtype, at label resolution.
+        masks: same size, values in {0, 1}, any dtype.
+        eps: smoothing in pixels.
+
+    Returns:
+        `[R]` fp32 in [0, 1].
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    mask_logits, masks = _without_channel(mask_logits), _without_channel(masks)
+    if mask_logits.shape != masks.shape or mask_logits.ndim != 3:
+        raise ValueError(
+            f"dice_loss_per_row got mask_logits {list(mask_logits.shape)} and masks "
+            f"{list(masks.shape)}, expected the same [R, H, W]; resize the logits to the labels"
+        )
+    probs, target = mask_logits.float().sigmoid(), masks.float()
+    overlap = (probs * target).sum(dim=(1, 2))
+    size = probs.sum(dim=(1, 2)) + target.sum(dim=(1, 2))
+    return 1 - (2 * overlap + eps) / (size + eps)
+
+
+def mask_weighted_embedding(
+    image_embedding: Tensor, mask_probs: Tensor, *, row_image: Tensor | None = None
+) -> Tensor:
+    """Eq. 3: the image embedding averaged under the predicted mask.
+
+    The paper upsamples the embedding to the mask and sums. Bilinear upsampling is linear, so the
+    same sum is taken on the small grid with its adjoint applied to the mask; `[C, H, W]` never
+    exists. Gradients reach both arguments; detach the probabilities to train the embedding alone.
+
+    Args:
+        image_embedding: `[R, C, h, w]`, or `[S, C, h, w]` together with `row_image`.
+        mask_probs: `[R, H, W]` in [0, 1].
+        row_image: `[R]` int64, the image of each row; embeddings are then not copied per row.
+
+    Returns:
+        `[R, C]` fp32.
+
+    Raises:
+        ValueError: without `row_image`, the number of embeddings is not the number of rows.
+    """
+    num_images, channels, height, width = image_embedding.shape
+    num_rows = mask_probs.shape[0]
+    if row_image is None and num_images != num_rows:
+        raise ValueError(
+            f"mask_weighted_embedding got {num_images} image embeddings for {num_rows} masks, "
+            "expected one each; pass row_image= to let rows share an image"
+        )
+    # Autocast would run these matrix products in bf16.
+    with torch.autocast(image_embedding.device.type, enabled=False):
+        probs, embedding = mask_probs.float(), image_embedding.float().flatten(2)
+        rows = bilinear_matrix(height, probs.shape[1], device=probs.device)
+        columns = bilinear_matrix(width, probs.shape[2], device=probs.device)
+        share = (rows.T @ probs @ columns).flatten(1)  # [R, h*w], the adjoint of upsampling
+        if row_image is None:
+            total = torch.einsum("rp,rcp->rc", share, embedding)
+        else:
+            # All row-image products, then each row's own: R*S*C numbers instead of R*C*h*w.
+            products = share @ embedding.reshape(num_images * channels, height * width).T
+            products = products.reshape(num_rows, num_images, channels)
+            total = products.take_along_dim(row_image[:, None, None], dim=1).squeeze(1)
+    return total / (probs.sum(dim=(1, 2)) + POOLING_EPS)[:, None]
+
+
+def bilinear_matrix(
+    num_source: int, num_target: int, *, device: torch.device | str = "cpu"
+) -> Tensor:
+    """`[num_target, num_source]` fp32 matrix of 1-d bilinear resizing, align_corners=False.
+
+    Pixel centres sit at half-integers and the border value is repeated, as in `F.interpolate`.
+    """
+    target = torch.arange(num_target, device=device, dtype=torch.float32)
+    centre = ((target + 0.5) * (num_source / num_target) - 0.5).clamp(0, num_source - 1)
+    source = torch.arange(num_source, device=device, dtype=torch.float32)
+    return (1 - (centre[:, None] - source[None, :]).abs()).clamp(min=0)
+
+
+def semantic_uncertainty(image_vector: Tensor, text_vector: Tensor) -> Tensor:
+    """Eqs. 4-5: u_vl = 1 - cos(image vector, text vector); all that exists without labels.
+
+    Args:
+        image_vector: `[R, C]`, Eq. 3.
+        text_vector: `[R, C]`, or `[R, Q, C]` whose queries are averaged first, Eq. 2.
+
+    Returns:
+        `[R]` fp32 in [0, 2]; 1 where a vector is zero.
+    """
+    cosine = (_unit(image_vector) * _unit(_mean_query(text_vector))).sum(dim=-1)
+    return 1 - cosine.clamp(-1, 1)
+
+
+def joint_uncertainty(semantic: Tensor, dice: Tensor, beta_vl: float) -> Tensor:
+    """Eq. 6: u = beta_vl * u_vl + l_dice, `[R]` fp32.
+
+    With `1 - predicted_dice` in place of the Dice loss it is the label-free form used at inference.
+    """
+    return beta_vl * semantic.float() + dice.float()
+
+
+def uncertainty_weight(uncertainty: Tensor, lambda_u: float) -> Tensor:
+    """Eq. 7: w = exp(lambda_u * u), `[R]` fp32.
+
+    Deliberately without a batch maximum in it: subtracting one that carries gradient turns the
+    gradient of the hardest row negative as soon as a few rows are hard.
+    """
+    return (lambda_u * uncertainty.float()).exp()
+
+
+def row_weight(
+    semantic: Tensor,
+    dice: Tensor,
+    *,
+    beta_vl: float,
+    lambda_u: float,
+    weight_gradient: str,
+    enabled: bool,
+) -> Tensor:
+    """Eqs. 6-7 as the training step uses them: `[R]` fp32, or ones when weighting is switched off.
+
+    `detach` treats the weight as a number. `full` is the literal autograd reading; it keeps the
+    sign of every gradient, since d/dl [l exp(l)] = (1 + l) exp(l) > 0.
+    """
+    _check_choice("weight_gradient", weight_gradient, WEIGHT_GRADIENTS)
+    if not enabled:
+        return torch.ones_like(dice, dtype=torch.float32)
+    uncertainty = joint_uncertainty(semantic, dice, beta_vl)
+    if weight_gradient == "detach":
+        uncertainty = uncertainty.detach()
+    return uncertainty_weight(uncertainty, lambda_u)
+
+
+def weighted_dice(dice: Tensor, weight: Tensor, valid: Tensor, reduction: str) -> Tensor:
+    """Eq. 9: L_dur = sum_i v_i w_i l_dice_i.
+
+    Args:
+        dice, weight: `[R]`.
+        valid: `[R]` bool, the row has a mask.
+        reduction: `sum` is the paper; `mean` divides by the number of valid rows.
+    """
+    # Masked before and after the product, so that a NaN weight cannot reach a gradient either.
+    return _reduce(torch.where(valid, dice.float(), 0.0) * weight.float(), valid, reduction)
+
+
+def refinement_loss(dice_rounds: Sequence[Tensor], valid: Tensor, reduction: str) -> Tensor:
+    """Eq. 10: L_hitl = sum over the refined rows H of their Dice loss, averaged over rounds.
+
+    Rounds are averaged, not summed, so that `num_rounds` changes what the model sees and not how
+    much refinement counts in Eq. 12. With one round this is the paper's formula.
+
+    Args:
+        dice_rounds: one `[k]` per round, the same rows in each.
+        valid: `[k]` bool, see `biascare.hitl.clicks.selection_valid`.
+        reduction: `sum`, or `mean` to divide by |H|.
+    """
+    rounds = [_reduce(dice, valid, reduction) for dice in dice_rounds]
+    return torch.stack(rounds).mean()
+
+
+def alignment_loss(
+    image_vector: Tensor,
+    text_vector: Tensor,
+    valid: Tensor,
+    group: Tensor,
+    *,
+    kind: str,
+    temperature: float = ALIGNMENT_TEMPERATURE,
+) -> Tensor:
+    """Trains the two vectors of Eq. 4 to be comparable; mean over valid rows. Not in the paper.
+
+    `cosine` is the mean of u_vl. `contrastive` is the symmetric InfoNCE loss of the micro-batch:
+    the negatives of a row are the valid rows of any image that show another target. A row without
+    negatives contributes 0. `none` is the constant 0.
+
+    Args:
+        image_vector: `[R, C]`, Eq. 3.
+        text_vector: `[R, C]` or `[R, Q, C]`, Eq. 2.
+        valid: `[R]` bool.
+        group: `[R]` int, equal for rows that show the same target; these are never negatives of
+            each other, in one image or in two.
+        kind: one of `ALIGNMENTS`.
+        temperature: scale of the cosines.
+    """
+    _check_choice("alignment", kind, ALIGNMENTS)
+    if kind == "none":
+        return torch.zeros((), device=image_vector.device)
+    image_vector = torch.where(valid[:, None], image_vector.float(), 0.0)
+    text_vector = torch.where(valid[:, None], _mean_query(text_vector), 0.0)
+    if kind == "cosine":
+        return _reduce(semantic_uncertainty(image_vector, text_vector), valid, "mean")
+    own = torch.eye(len(valid), dtype=torch.bool, device=valid.device)
+    compared = own | ((group[:, None] != group[None, :]) & valid[:, None] & valid[None, :])
+    with torch.autocast(image_vector.device.type, enabled=False):
+        similarity = _unit(image_vector) @ _unit(text_vector).T / temperature
+    similarity = similarity.masked_fill(~compared, float("-inf"))
+    both = similarity.logsumexp(dim=1) + similarity.logsumexp(dim=0)
+    return _reduce(both / 2 - similarity.diagonal(), valid, "mean")
+
+
+def quality_loss(predicted_dice: Tensor, dice_loss: Tensor, valid: Tensor) -> Tensor:
+    """Mean squared error of the quality head against the Dice of its own mask. Not in the paper.
+
+    The target `1 - dice_loss` is detached: the head learns to judge the mask, the mask does not
+    learn to please the head. All arguments `[R]`; mean over valid rows.
+    """
+    error = predicted_dice.float() - (1 - dice_loss.float()).detach()
+    return _reduce(torch.where(valid, error, 0.0).square(), valid, "mean")
+
+
+def token_nll_sum(logits: Tensor, tokens: Tensor) -> Tensor:
+    """The sum inside Eq. 11: negative log-likelihood of the answer tokens, a scalar in fp32.
+
+    Computed in chunks: at most `NLL_CHUNK_ELEMENTS` logits are held in fp32 at a time, in the
+    forward and in the backward pass.
+
+    Args:
+        logits: `[T, V]`, any float dtype, of the positions before each answer token.
+        tokens: `[T]` int64; `IGNORE_INDEX` adds nothing.
+    """
+    result: Tensor = _TokenNLL.apply(logits, tokens)
+    return result
+
+
+def language_loss(
+    nll_sum: Tensor, num_tokens_global: Tensor | int, num_micro_batches_global: int
+) -> Tensor:
+    """Eq. 11, normalised over the optimizer step and not over the micro-batch.
+
+    The engine averages gradients over M = ranks x accumulation micro-batches. Each one therefore
+    contributes `nll_sum * M / N`, with N the answer tokens of all of them, and the average is the
+    sum of all token losses over the number of all tokens: a long report and a one-word answer
+    count per token, wherever they land.
+
+    Args:
+        nll_sum: scalar of this micro-batch, `token_nll_sum`.
+        num_tokens_global: N; 0 is allowed and gives 0.
+        num_micro_batches_global: M.
+    """
+    if isinstance(num_tokens_global, int):
+        num_tokens: Tensor | int = max(num_tokens_global, 1)
+    else:
+        num_tokens = num_tokens_global.clamp(min=1)
+    return nll_sum.float() * num_micro_batches_global / num_tokens
+
+
+def total_objective(
+    dur: Tensor | None,
+    hitl: Tensor | None,
+    vlm: Tensor | None,
+    *,
+    auxiliary: Iterable[tuple[float, Tensor]] = (),
+) -> Tensor:
+    """Eq. 12: L = L_dur + L_hitl + L_vlm, plus our auxiliary terms as (weight, loss) pairs.
+
+    A term a stage does not have is None; a weight of 0 keeps the term's graph.
+
+    Raises:
+        ValueError: there is no term at all.
+    """
+    terms = [term for term in (dur, hitl, vlm) if term is not None]
+    terms += [weight * term for weight, term in auxiliary]
+    if not terms:
+        raise ValueError("total_objective got no loss term, expected at least one")
+    return torch.stack([term.float() for term in terms]).sum()
+
+
+class _TokenNLL(torch.autograd.Function):
+    """Cross-entropy that keeps the low-precision logits and redoes fp32 chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> Tensor:
+        chunk_rows = max(1, NLL_CHUNK_ELEMENTS // logits.shape[1])
+        log_norm = torch.cat([c.float().logsumexp(dim=-1) for c in logits.split(chunk_rows)])
+        counted = tokens != IGNORE_INDEX
+        picked = logits.gather(1, torch.where(counted, tokens, 0)[:, None]).squeeze(1).float()
+        ctx.save_for_backward(logits, tokens, log_norm)
+        ctx.chunk_rows = chunk_rows
+        return torch.where(counted, log_norm - picked, 0.0).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        logits, tokens, log_norm = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        for start in range(0, len(tokens), ctx.chunk_rows):
+            rows = slice(start, start + ctx.chunk_rows)
+            ignored = (tokens[rows] == IGNORE_INDEX)[:, None]
+            probs = (logits[rows].float() - log_norm[rows, None]).exp_()
+            token = tokens[rows, None].masked_fill(ignored, 0)
+            probs.scatter_add_(1, token, torch.full_like(token, -1, dtype=torch.float32))
+            gradient[rows] = probs.mul_(grad).masked_fill_(ignored, 0.0)
+        return gradient, None
+
+
+def _reduce(values: Tensor, valid: Tensor, reduction: str) -> Tensor:
+    """Sum or mean of `[R]` fp32 values over valid rows; 0 with a graph when there is none."""
+    _check_choice("reduction", reduction, REDUCTIONS)
+    total = torch.where(valid, values.float(), 0.0).sum()
+    return total if reduction == "sum" else total / valid.sum().clamp(min=1)
+
+
+def _unit(vector: Tensor) -> Tensor:
+    """Unit vectors along the last axis, fp32; a zero vector stays zero with zero gradient."""
+    vector = vector.float()
+    norm = vector.norm(dim=-1, keepdim=True)
+    # Clamping the norm instead would give a zero vector a gradient of 1 / NORM_EPS.
+    usable = norm > NORM_EPS
+    return torch.where(usable, vector / torch.where(usable, norm, 1.0), 0.0)
+
+
+def _mean_query(text_vector: Tensor) -> Tensor:
+    """`[R, Q, C]` or `[R, C]` -> `[R, C]` fp32."""
+    text_vector = text_vector.float()
+    return text_vector.mean(dim=1) if text_vector.ndim == 3 else text_vector
+
+
+def _without_channel(masks: Tensor) -> Tensor:
+    """`[R, 1, H, W]` -> `[R, H, W]`; anything else is returned as it is."""
+    return masks.squeeze(1) if masks.ndim == 4 else masks
+
+
+def _check_choice(key: str, got: str, expected: Sequence[str]) -> None:
+    """Raise ValueError naming the known values and the nearest one."""
+    if got in expected:
+        return
+    near = difflib.get_close_matches(got, expected, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{key} got {got!r}, expected one of {', '.join(expected)}{hint}")
