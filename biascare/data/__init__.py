@@ -1,0 +1,1 @@
+"""Prepared records, and their way to a batch."""

@@ -1,0 +1,538 @@
+"""Decode, resize and augment an image together with its masks, clicks and boxes.
+
+    image = decode_image(record_bytes)                                  # native pixels
+    geometry = draw_geometry(*image.shape[:2], masks, 256, key, augment=True, allow_flip=True)
+    model_image = draw_intensity(apply_image(image, geometry), key)
+    model_masks = np.stack([apply_mask(mask, geometry) for mask in masks])
+    point_coords, point_labels = draw_prompts(model_masks, key, {"point": 0.5, "box": 0.5})
+
+One `Geometry` serves image, masks, points and both pathways. Every random choice is a pure function
+of an integer key; the functions draw from separate streams, so one key per sample is enough.
+
+Coordinates are x, y pixel centres: the pixel in column 3 and row 0 is the point (3, 0) and covers
+[2.5, 3.5] x [-0.5, 0.5]. A scale s moves it to ((x + 0.5) * s - 0.5, (y + 0.5) * s - 0.5).
+
+The trade-off of mask resizing: it costs milliseconds where an interpolation takes a fraction of
+one, and in return no lesion, vessel or gland disappears (see `apply_mask`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.random import PCG64, Generator, SeedSequence
+from numpy.typing import NDArray
+from PIL import Image
+from scipy import ndimage
+
+from biascare.interfaces import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, POINT_PADDING, POINT_POSITIVE
+
+if TYPE_CHECKING:
+    from biascare.config import PromptMixConfig
+
+Array = NDArray[Any]
+
+MAX_PIXELS = 8192 * 8192
+"""A larger image is refused before it is decoded: a few bytes can declare gigabytes."""
+
+CROP_SCALE = (0.6, 1.0)
+CROP_ASPECT = (3 / 4, 4 / 3)
+MIN_TARGET_SHARE = 0.5
+BOX_JITTER = 0.1
+PROMPT_KINDS = ("point", "box", "point_and_box", "text")
+
+_GEOMETRY, _INTENSITY, _PROMPTS = range(3)  # random streams of one key
+_EIGHT_CONNECTED = np.ones((3, 3), bool)
+_NEGLIGIBLE = 1e-6  # coverage below it is rounding error of the overlap sums
+_CHUNK = 2**20  # pixels looked at together; bounds the memory for very large masks
+_SIDE_WORDS = re.compile(
+    r"(?<![a-z])(?:(?:left|right)(?:most|wards?|sided)?|(?:bi|uni|ipsi|contra)?lateral(?:ly|ity)?"
+    r"|medial(?:ly)?|(?:counter|anti)?clockwise|o'clock)(?![a-z])",
+    re.IGNORECASE,
+)
+_SIDE_SIGNS = re.compile(r"\b(?:L|R|LT|RT|[LR][UL]L|RML|O[DS]|[LR][AV])\b|[左右]")
+
+
+class Geometry(NamedTuple):
+    """A crop of the native image, perhaps mirrored, resized to a square."""
+
+    x0: float  # left edge of the crop in native pixels, as an edge: 0 is the image border
+    y0: float
+    x1: float  # right edge, exclusive: the width keeps all columns
+    y1: float
+    flip: bool  # mirrored left to right after the crop
+    size: int  # side S of the result in pixels
+
+    @classmethod
+    def full(cls, height: int, width: int, size: int, *, flip: bool = False) -> Geometry:
+        """The whole image; without flip what evaluation uses, and `restore_logits` inverts."""
+        return cls(x0=0, y0=0, x1=width, y1=height, flip=flip, size=size)
+
+
+def decode_image(data: bytes) -> NDArray[np.uint8]:
+    """Encoded bytes -> [H, W, 3] uint8, writable.
+
+    Grey becomes three equal channels; the first frame of several counts; transparent pixels are
+    laid on black. Grey of more than 8 bits is stretched so that its own minimum becomes 0 and its
+    maximum 255 (a constant image becomes 0): converters that know the window, such as those for
+    CT, apply it before they write the record. An EXIF orientation is not applied, because height,
+    width and masks of a record describe the stored pixels; converters write upright pixels.
+
+    Raises:
+        ValueError: not an image, truncated, damaged, or more than `MAX_PIXELS`.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+        if image.width * image.height <= MAX_PIXELS:
+            return _to_rgb(image)
+    except Exception as error:  # the parsers of PIL raise whatever damaged bytes make them meet
+        raise ValueError(
+            f"image: got {len(data)} bytes that do not decode ({type(error).__name__}: {error}), "
+            f"expected a complete PNG, JPEG, TIFF or similar file; prepare the record again"
+        ) from error
+    raise ValueError(
+        f"image: got {image.width} x {image.height} pixels, expected at most {MAX_PIXELS}; "
+        f"tile or shrink it when preparing the records"
+    )
+
+
+def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+    """PIL image of any mode -> [H, W, 3] uint8; see `decode_image` for the rules."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return np.repeat(_stretch(np.asarray(image, np.float64))[..., None], 3, axis=2)
+    if image.has_transparency_data:
+        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+        image = Image.alpha_composite(black, image.convert("RGBA"))
+    return np.array(image.convert("RGB"))
+
+
+def _stretch(grey: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """[H, W] of any range -> uint8 from its own minimum to its own maximum; non-finite is 0."""
+    finite = np.isfinite(grey)
+    low, high = (grey[finite].min(), grey[finite].max()) if finite.any() else (0.0, 0.0)
+    scaled = np.where(finite, grey - low, 0.0) * (255.0 / (high - low) if high > low else 0.0)
+    return np.rint(scaled).astype(np.uint8)
+
+
+def apply_image(image: NDArray[np.uint8], geometry: Geometry) -> NDArray[np.uint8]:
+    """[H, W, 3] uint8 native -> [S, S, 3] uint8, bilinear, antialiased when shrinking.
+
+    Raises:
+        ValueError: the crop is empty or reaches outside the image.
+    """
+    _check_inside(image, geometry)
+    box = (geometry.x0, geometry.y0, geometry.x1, geometry.y1)
+    resized = Image.fromarray(image).resize(
+        (geometry.size, geometry.size), Image.Resampling.BILINEAR, box=box
+    )
+    array = np.array(resized)
+    return np.ascontiguousarray(array[:, ::-1]) if geometry.flip else array
+
+
+def apply_mask(mask: Array, geometry: Geometry) -> NDArray[np.uint8]:
+    """[H, W] of {0, 1} native -> [S, S] uint8 in {0, 1}; nothing inside the crop disappears.
+
+    Interpolating and thresholding at one half erases what is thinner than half a result pixel: all
+    lines 2 px wide at a quarter of the size. Here each 8-connected component keeps its area
+    instead: with a the exact area it covers in result pixels, it receives max(1, round(a)) of them,
+    chosen by `_densest_cells`. Equal sizes give the mask itself, and whole-number enlargements
+    what nearest neighbour gives.
+
+    Raises:
+        ValueError: the crop is empty or reaches outside the mask.
+    """
+    mask = np.asarray(mask) != 0
+    _check_inside(mask, geometry)
+    side = geometry.size
+    if mask.shape == (side, side) and geometry[:4] == Geometry.full(side, side, side)[:4]:
+        resized = mask.astype(np.uint8)
+    else:
+        resized = _resize_components(mask, geometry)
+    return np.ascontiguousarray(resized[:, ::-1]) if geometry.flip else resized
+
+
+def _check_inside(array: Array, geometry: Geometry) -> None:
+    """ValueError unless the crop lies in an [H, W, ...] array."""
+    height, width = array.shape[:2]
+    crop = geometry[:4]
+    if not (0 <= crop[0] < crop[2] <= width and 0 <= crop[1] < crop[3] <= height):
+        raise ValueError(
+            f"geometry: got the crop x0, y0, x1, y1 = {crop} of {width} x {height} pixels, "
+            f"expected one inside; image and masks of a record must have its height and width"
+        )
+
+
+class _Axis(NamedTuple):
+    """Overlap of S result cells with the pixels along one axis: a banded matrix [S, n] as bands."""
+
+    pixels: NDArray[np.intp]  # [S, w] pixels of the window of each cell
+    weights: NDArray[np.float64]  # [S, w] share of the cell that each of them covers
+
+    @property
+    def densest(self) -> NDArray[np.intp]:
+        """[S] the pixel that covers most of each cell."""
+        best = self.weights.argmax(axis=1)[:, None]
+        return np.take_along_axis(self.pixels, best, axis=1)[:, 0]
+
+    def average(self, values: Array) -> NDArray[np.float64]:
+        """[n, m] -> [S, m] mean of the values over each cell: the matrix product."""
+        averaged = np.zeros((len(self.pixels), values.shape[1]))
+        for band in range(self.pixels.shape[1]):
+            averaged += self.weights[:, band, None] * values[self.pixels[:, band]]
+        return averaged
+
+
+class _RimCells(NamedTuple):
+    """The n pairs (cell, component) where a component covers part of a cell, sorted by cell.
+
+    Cells are numbered in a grid with a margin of one, so that neighbours are plain offsets.
+    """
+
+    cells: NDArray[np.int64]  # [n]
+    components: NDArray[np.int64]  # [n] from 1
+    covered: NDArray[np.float64]  # [n] share of the cell
+
+
+def _axis(start: float, stop: float, size: int, num_pixels: int) -> _Axis:
+    """The axis of `size` cells that divide start .. stop, in edges of `num_pixels` pixels."""
+    edges = np.linspace(start, stop, size + 1)
+    window = int((np.ceil(edges[1:]) - np.floor(edges[:-1])).max())
+    window = min(window, num_pixels)
+    first = np.clip(np.floor(edges[:-1]), 0, num_pixels - window).astype(np.intp)
+    pixels = first[:, None] + np.arange(window)
+    overlap = np.minimum(pixels + 1, edges[1:, None]) - np.maximum(pixels, edges[:-1, None])
+    return _Axis(pixels=pixels, weights=overlap.clip(0) / np.diff(edges)[:, None])
+
+
+def _resize_components(mask: NDArray[np.bool_], geometry: Geometry) -> NDArray[np.uint8]:
+    """[H, W] -> [S, S] before mirroring: cells full of mask, and of the others the densest.
+
+    All components at once, on the rim cells only: the cost does not grow with their number.
+    """
+    left, top = math.floor(geometry.x0), math.floor(geometry.y0)
+    inside = mask[top : math.ceil(geometry.y1), left : math.ceil(geometry.x1)]
+    labels, _ = ndimage.label(inside, _EIGHT_CONNECTED)
+    rows = _axis(geometry.y0 - top, geometry.y1 - top, geometry.size, inside.shape[0])
+    columns = _axis(geometry.x0 - left, geometry.x1 - left, geometry.size, inside.shape[1])
+    covered = columns.average(rows.average(labels > 0).T).T
+    full = covered > 1 - _NEGLIGIBLE
+    # Adjacent pixels share a component, so the component of a full cell is that of any pixel in it.
+    full_component = np.where(full, labels[np.ix_(rows.densest, columns.densest)], 0)
+    full_component = np.pad(full_component, 1)
+    rim = _rim_cells(labels, rows, columns, (covered > _NEGLIGIBLE) & ~full)
+    resized = full_component > 0
+    resized.ravel()[_densest_cells(rim, full_component)] = True
+    return resized[1:-1, 1:-1].astype(np.uint8)
+
+
+def _rim_cells(
+    labels: NDArray[np.int32], rows: _Axis, columns: _Axis, partial: NDArray[np.bool_]
+) -> _RimCells:
+    """How much of each cell in `partial` [S, S] each component covers."""
+    cell_rows, cell_columns = np.nonzero(partial)
+    num_labels = int(labels.max()) + 1
+    window = rows.pixels.shape[1] * columns.pixels.shape[1]
+    keys, covered = [], []
+    for start in range(0, len(cell_rows), max(1, _CHUNK // window)):
+        chunk = slice(start, start + max(1, _CHUNK // window))
+        row, column = cell_rows[chunk], cell_columns[chunk]
+        found = labels[rows.pixels[row][:, :, None], columns.pixels[column][:, None, :]]
+        weight = rows.weights[row][:, :, None] * columns.weights[column][:, None, :]
+        cell = ((row + 1) * (partial.shape[1] + 2) + column + 1)[:, None, None]
+        used = (found > 0) & (weight > 0)
+        key, inverse = np.unique((cell * num_labels + found)[used], return_inverse=True)
+        keys.append(key)
+        covered.append(np.bincount(inverse, weight[used], len(key)))
+    key = np.concatenate([*keys, np.empty(0, np.int64)])
+    return _RimCells(
+        cells=key // num_labels,
+        components=key % num_labels,
+        covered=np.concatenate([*covered, np.empty(0)]),
+    )
+
+
+def _densest_cells(rim: _RimCells, full_component: NDArray[np.int32]) -> NDArray[np.int64]:
+    """The cells each component gets besides its full ones, so that it has max(1, round(area)).
+
+    A component prefers cells by their share relative to the densest of their eight neighbours, in
+    eight levels: at the rim of a compact shape, where a neighbour is full, this is the order of
+    the shares themselves, while along a thin line every cell of its crest ranks alike. Equal ranks
+    follow a two-dimensional low-discrepancy sequence, so that a line thinner than a cell becomes
+    evenly dotted instead of losing one end.
+    """
+    num_full = np.bincount(full_component.ravel())[1:]
+    num_components = max(int(rim.components.max(initial=0)), len(num_full))
+    num_full = np.pad(num_full, (1, num_components - len(num_full)))
+    area = num_full + np.bincount(rim.components, rim.covered, num_components + 1)
+    missing = np.maximum(np.floor(area + 0.5 + _NEGLIGIBLE), 1) - num_full
+    relative = rim.covered / _neighbourhood_max(rim, full_component)
+    level = np.floor(8 * relative + 0.5 + _NEGLIGIBLE)
+    row, column = np.divmod(rim.cells, full_component.shape[1])
+    # Steps of the plastic number: the two-dimensional counterpart of the golden ratio.
+    spread = (0.7548776662 * row + 0.5698402910 * column) % 1
+    order = np.lexsort((spread, -level, rim.components))
+    component = rim.components[order]
+    rank = np.arange(len(order)) - np.searchsorted(component, component)
+    return rim.cells[order[rank < missing[component]]]
+
+
+def _neighbourhood_max(rim: _RimCells, full_component: NDArray[np.int32]) -> NDArray[np.float64]:
+    """[n] the largest share that the component has in a cell or in its eight neighbours."""
+    width, num_labels = full_component.shape[1], int(rim.components.max(initial=0)) + 1
+    key = rim.cells * num_labels + rim.components
+    largest = rim.covered.copy()
+    for offset in (-width - 1, -width, -width + 1, -1, 1, width - 1, width, width + 1):
+        wanted = key + offset * num_labels
+        place = np.minimum(np.searchsorted(key, wanted), len(key) - 1)
+        there = np.where(key[place] == wanted, rim.covered[place], 0.0)
+        is_full = full_component.ravel()[rim.cells + offset] == rim.components
+        largest = np.maximum(largest, np.where(is_full, 1.0, there))
+    return largest
+
+
+def apply_points(coords: Array, geometry: Geometry) -> NDArray[np.float64]:
+    """[..., 2] x, y in native pixels -> x, y in pixels of the S x S result. Not clipped."""
+    coords = np.asarray(coords, np.float64)
+    x = (coords[..., 0] + 0.5 - geometry.x0) * geometry.size / (geometry.x1 - geometry.x0) - 0.5
+    y = (coords[..., 1] + 0.5 - geometry.y0) * geometry.size / (geometry.y1 - geometry.y0) - 0.5
+    return np.stack([geometry.size - 1 - x if geometry.flip else x, y], axis=-1)
+
+
+def invert_points(coords: Array, geometry: Geometry) -> NDArray[np.float64]:
+    """[..., 2] x, y in pixels of the S x S result -> x, y in native pixels. Not clipped."""
+    coords = np.asarray(coords, np.float64)
+    x = geometry.size - 1 - coords[..., 0] if geometry.flip else coords[..., 0]
+    x = (x + 0.5) * (geometry.x1 - geometry.x0) / geometry.size - 0.5 + geometry.x0
+    y = (coords[..., 1] + 0.5) * (geometry.y1 - geometry.y0) / geometry.size - 0.5 + geometry.y0
+    return np.stack([x, y], axis=-1)
+
+
+def restore_logits(logits: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """[..., S, S] logits of `Geometry.full` -> [..., height, width] float32 at native size.
+
+    Bilinear between pixel centres, averaging when native is smaller. Logits are resized, never
+    thresholded masks, so the outline keeps its sub-pixel position.
+    """
+    flat = logits.reshape(-1, 1, *logits.shape[-2:]).float()
+    resized = torch.nn.functional.interpolate(
+        flat, (height, width), mode="bilinear", align_corners=False, antialias=True
+    )
+    return resized.reshape(*logits.shape[:-2], height, width)
+
+
+def restore_mask(logits: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """[..., S, S] logits of `Geometry.full` -> [..., height, width] uint8, 1 where above zero."""
+    return (restore_logits(logits, height, width) > 0).to(torch.uint8)
+
+
+def draw_geometry(
+    height: int,
+    width: int,
+    masks: Array | Sequence[Array],
+    size: int,
+    key: int,
+    *,
+    augment: bool,
+    allow_flip: bool,
+) -> Geometry:
+    """The geometry of a training sample: random crop and mirror, or the full image.
+
+    The crop has `CROP_SCALE` of the area and keeps the aspect within `CROP_ASPECT` of the image's.
+    It widens in quarters towards the full image until each of `masks` ([K, H, W] or K times [H, W],
+    native; none for language) keeps `MIN_TARGET_SHARE` of its area. Never upside down.
+    """
+    full = Geometry.full(height, width, size)
+    if not augment:
+        return full
+    generator = _generator(key, _GEOMETRY)
+    scale = generator.uniform(*CROP_SCALE)
+    aspect = math.exp(generator.uniform(*np.log(CROP_ASPECT)))
+    crop_width = width * min(1.0, math.sqrt(scale * aspect))
+    crop_height = height * min(1.0, math.sqrt(scale / aspect))
+    left, top = generator.random(2) * (width - crop_width, height - crop_height)
+    flip = bool(generator.random() < 0.5) and allow_flip
+    targets = [np.asarray(mask) != 0 for mask in masks]
+    for widen in (0.0, 0.25, 0.5, 0.75):
+        crop = Geometry(
+            x0=math.floor((1 - widen) * left),
+            y0=math.floor((1 - widen) * top),
+            x1=math.ceil((1 - widen) * (left + crop_width) + widen * width),
+            y1=math.ceil((1 - widen) * (top + crop_height) + widen * height),
+            flip=flip,
+            size=size,
+        )
+        if all(_keeps(target, crop) for target in targets):
+            return crop
+    return full._replace(flip=flip)
+
+
+def _keeps(mask: NDArray[np.bool_], crop: Geometry) -> bool:
+    """Whether enough of a native mask lies inside a crop; an empty mask loses nothing."""
+    inside = mask[int(crop.y0) : int(crop.y1), int(crop.x0) : int(crop.x1)]
+    return bool(np.count_nonzero(inside) >= MIN_TARGET_SHARE * np.count_nonzero(mask))
+
+
+def draw_intensity(image: NDArray[np.uint8], key: int) -> NDArray[np.uint8]:
+    """[S, S, 3] uint8 -> the same with mild gamma, contrast, brightness and Gaussian noise.
+
+    The noise is one field for all channels, so a grey image stays grey.
+    """
+    generator = _generator(key, _INTENSITY)
+    gamma = math.exp(generator.uniform(-0.2, 0.2))
+    contrast = generator.uniform(0.85, 1.15)
+    brightness = generator.uniform(-0.08, 0.08)
+    sigma = generator.uniform(0.0, 0.02)
+    curve = (np.linspace(0, 1, 256) ** gamma - 0.5) * contrast + 0.5 + brightness
+    noise = generator.standard_normal((*image.shape[:2], 1), np.float32) * np.float32(sigma * 255)
+    shifted = (curve * 255).astype(np.float32)[image] + noise
+    return np.rint(np.clip(shifted, 0, 255)).astype(np.uint8)
+
+
+def names_side(text: str) -> bool:
+    """Whether a text names a side or a direction of rotation, so that a mirrored image belies it.
+
+    Whole words ("left", "right-sided", "lateral", also inside "kidney_left") and the signs of
+    readers ("RUL", "OD", "L"). Generous on purpose: a needless hit costs one mirrored sample.
+    """
+    return bool(_SIDE_WORDS.search(text) or _SIDE_SIGNS.search(text))
+
+
+def draw_prompts(
+    masks: Array, key: int, mix: Mapping[str, float] | PromptMixConfig
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Visual prompts of K training rows: each row draws its own kind.
+
+    Args:
+        masks: [K, H, W] of {0, 1} at the model input size.
+        key: of the sample.
+        mix: relative frequency of each of `PROMPT_KINDS`; what is not named has none.
+
+    Returns:
+        point_coords [K, 3, 2] float32, x, y pixels of the model input, and point_labels [K, 3]
+        int64: slot 0 the click, slots 1 and 2 the corners of the box; unused slots are (0, 0)
+        with the padding label. An empty mask has padding only.
+
+    Raises:
+        ValueError: an unknown kind, or weights that are negative or all zero.
+    """
+    shares = _prompt_shares(mix)
+    generator = _generator(key, _PROMPTS)
+    point_coords = np.zeros((len(masks), 3, 2), np.float32)
+    point_labels = np.full((len(masks), 3), POINT_PADDING, np.int64)
+    for row, mask in enumerate(masks):
+        kind = PROMPT_KINDS[generator.choice(len(PROMPT_KINDS), p=shares)]
+        if not np.any(mask):
+            continue
+        if kind in ("point", "point_and_box"):
+            point_coords[row, 0] = _draw_point(mask, generator)
+            point_labels[row, 0] = POINT_POSITIVE
+        if kind in ("box", "point_and_box"):
+            point_coords[row, 1:] = np.reshape(_draw_box(mask, generator), (2, 2))
+            point_labels[row, 1:] = BOX_TOP_LEFT, BOX_BOTTOM_RIGHT
+    return point_coords, point_labels
+
+
+def box_from_mask(mask: Array) -> NDArray[np.float32]:
+    """[H, W] -> tight box [4] XYXY float32: x1, y1 are the last column and row, not one past.
+
+    Raises:
+        ValueError: the mask is empty.
+    """
+    rows, columns = np.flatnonzero(np.any(mask, axis=1)), np.flatnonzero(np.any(mask, axis=0))
+    if len(rows) == 0:
+        raise _empty_mask("box")
+    return np.array([columns[0], rows[0], columns[-1], rows[-1]], np.float32)
+
+
+def first_point(mask: Array) -> tuple[int, int]:
+    """[H, W] -> x, y of the pixel farthest from the outside; the first in reading order of equals.
+
+    The image border counts as outside. Deterministic: the first click of evaluation.
+
+    Raises:
+        ValueError: the mask is empty.
+    """
+    if not np.any(mask):
+        raise _empty_mask("click")
+    rows, columns = ndimage.find_objects((np.asarray(mask) != 0).astype(np.int32))[0]
+    depth = _depth(mask[rows, columns])
+    row, column = np.unravel_index(int(np.argmax(depth)), depth.shape)
+    return columns.start + int(column), rows.start + int(row)
+
+
+def _draw_point(mask: Array, generator: Generator) -> tuple[int, int]:
+    """x, y inside the mask: a component by the root of its area, then a pixel by its depth.
+
+    The root lets small lesions beside a large one be clicked too; the depth keeps off the border.
+    """
+    labels, num_components = ndimage.label(mask, _EIGHT_CONNECTED)
+    roots = np.sqrt(np.bincount(labels.ravel(), minlength=num_components + 1)[1:])
+    index = int(generator.choice(num_components, p=roots / roots.sum())) + 1
+    rows, columns = ndimage.find_objects(labels, index)[index - 1]
+    depth = _depth(labels[rows, columns] == index)
+    pixel = int(generator.choice(depth.size, p=depth.ravel() / depth.sum()))
+    row, column = divmod(pixel, depth.shape[1])
+    return columns.start + column, rows.start + row
+
+
+def _depth(mask: Array) -> NDArray[np.float64]:
+    """[h, w] -> Euclidean distance of each pixel to the nearest pixel outside, 0 outside."""
+    depth: NDArray[np.float64] = ndimage.distance_transform_edt(np.pad(np.asarray(mask) != 0, 1))
+    return depth[1:-1, 1:-1]
+
+
+def _draw_box(mask: Array, generator: Generator) -> list[float]:
+    """XYXY: the tight box, each edge moved by up to `BOX_JITTER` of its side, in the image."""
+    x0, y0, x1, y1 = box_from_mask(mask).tolist()
+    left, right = _jitter(x0, x1, mask.shape[1] - 1, generator)
+    top, bottom = _jitter(y0, y1, mask.shape[0] - 1, generator)
+    return [left, top, right, bottom]
+
+
+def _jitter(low: float, high: float, limit: int, generator: Generator) -> tuple[float, float]:
+    """Two edges moved within 0 .. limit, at least one pixel apart."""
+    shifts = generator.uniform(-BOX_JITTER, BOX_JITTER, 2) * (high - low + 1)
+    low, high = np.clip((low + shifts[0], high + shifts[1]), 0, limit).tolist()
+    if high - low >= 1:
+        return low, high
+    # A target one pixel wide has a tight box without extent, which no drawn box has.
+    low = max(min((low + high) / 2 - 0.5, limit - 1), 0)
+    return low, low + 1
+
+
+def _prompt_shares(mix: Mapping[str, float] | PromptMixConfig) -> NDArray[np.float64]:
+    """[4] probabilities in the order of `PROMPT_KINDS`."""
+    named = mix if isinstance(mix, Mapping) else {kind: getattr(mix, kind) for kind in PROMPT_KINDS}
+    for kind in named:
+        if kind not in PROMPT_KINDS:
+            close = difflib.get_close_matches(kind, PROMPT_KINDS, n=1, cutoff=0)[0]
+            raise ValueError(
+                f"data.prompts: got kind {kind!r}, expected one of {', '.join(PROMPT_KINDS)}; "
+                f"did you mean {close!r}?"
+            )
+    weights = np.array([float(named.get(kind, 0.0)) for kind in PROMPT_KINDS])
+    if not (np.isfinite(weights).all() and weights.min() >= 0 and weights.sum() > 0):
+        raise ValueError(
+            f"data.prompts: got {dict(named)}, expected frequencies of 0 or more with a sum above "
+            f"0; set at least one of {', '.join(PROMPT_KINDS)}"
+        )
+    return weights / weights.sum()
+
+
+def _empty_mask(prompt: str) -> ValueError:
+    return ValueError(
+        f"mask: got no pixel to place a {prompt} on, expected a non-empty mask; leave out empty "
+        f"targets (records list only non-empty ones)"
+    )
+
+
+def _generator(key: int, stream: int) -> Generator:
+    """An independent random stream of a key: crop, intensity and prompts do not move together."""
+    return Generator(PCG64(SeedSequence(key, spawn_key=(stream,))))

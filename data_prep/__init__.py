@@ -1,0 +1,1 @@
+"""One program per raw dataset: raw release in, record folders out."""

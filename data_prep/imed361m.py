@@ -1,0 +1,399 @@
+"""IMed-361M -> record folders, one per sub-dataset and split.
+
+    python data_prep/imed361m.py --source IMed-361M --output prepared/imed361m --num-workers 8
+
+`--source` is one sub-dataset (a folder with `dataset.json`) or the folder that holds many. Every
+non-empty row of the sparse label is one target at native size; rows are read one at a time, because
+a dense label of 104 classes at 512 x 512 is over a hundred megabytes when it is a float. The
+interactive pseudo-regions (`imask`) have no names and are ignored. Items that cannot be used go to
+`OUTPUT/<dataset>/<split>.skipped.jsonl`; too many of them are an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import re
+import zipfile
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from biascare.data.records import Record, RecordWriter, image_size
+from data_prep.ledger import Ledger
+from data_prep.orientation import (
+    orientation_of,
+    parse_overrides,
+    sides_agree,
+    turn_image,
+    turn_mask,
+)
+from data_prep.vocabulary import canonical_modality, canonical_target
+
+SPLITS = {"train": "training", "test": "test"}
+"""Split of the records -> key of the list in dataset.json."""
+
+LICENCE = "IMed-361M: terms of the underlying dataset apply; check them before redistribution"
+
+PATIENT_AND_SLICE = re.compile(r"(?P<patient>.*\d)_\d+")
+"""A slice of a volume is named <patient>_<slice>, and the patient ends in a number: ABD_001_100 is
+slice 100 of ABD_001. Names of any other form say nothing about the patient."""
+
+VOLUMES = ("ct", "mri", "pet")
+"""Modalities that are cut into slices; elsewhere a trailing number is not a slice."""
+
+DISPUTED_LABEL_ORDER = ("Totalsegmentator_dataset",)
+"""Public readers disagree whether the rows follow dataset.json or the alphabet."""
+
+
+class UnusableItemError(Exception):
+    """Why one item of a list cannot become a record."""
+
+
+class SubDataset(NamedTuple):
+    """What all items of one sub-dataset share; picklable, so that workers get it once per item."""
+
+    folder: Path  # resolved
+    name: str
+    modality: str
+    names: tuple[str, ...]  # canonical, row i of every label is names[i]
+    turn: str
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = _parser().parse_args(arguments)
+    console = Console()
+    overrides = parse_overrides(args.orientation)
+    folders = find_sub_datasets(Path(args.source))
+    _check_names(overrides, args.sorted_labels, folders)
+    for folder in folders:
+        sub_dataset = open_sub_dataset(folder, overrides, folder.name in args.sorted_labels)
+        _announce(console, sub_dataset, overrides, args.sorted_labels)
+        for split in SPLITS:
+            if args.skip_existing and (Path(args.output) / sub_dataset.name / split).exists():
+                console.print(f"  {split}: prepared before, left as it is")
+                continue
+            convert(
+                sub_dataset,
+                split,
+                Path(args.output) / sub_dataset.name / split,
+                num_workers=args.num_workers,
+                max_skipped=args.max_skipped,
+                overwrite=args.overwrite,
+                console=console,
+            )
+
+
+def convert(
+    sub_dataset: SubDataset,
+    split: str,
+    output: Path,
+    *,
+    num_workers: int = 0,
+    max_skipped: float = 0.01,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> None:
+    """Write one split to `output`. Raises ValueError when more than `max_skipped` is unusable."""
+    console = console or Console()
+    items = _items(sub_dataset, split)
+    if not items:
+        console.print(f"  {split}: the release lists no images")
+        return
+    ledger_path = output.with_name(f"{split}.skipped.jsonl")
+    sides: Counter[bool] = Counter()
+    writer = RecordWriter(
+        output,
+        source=sub_dataset.name,
+        split=split,
+        version="IMed-361M",
+        licence=LICENCE,
+        overwrite=overwrite,
+    )
+    with writer, Ledger(ledger_path, max_skipped) as ledger:
+        results = in_order(partial(_record_or_reason, sub_dataset, split), items, num_workers)
+        shown = track(results, f"  {split}", total=len(items), console=console)
+        repeated = _repeated(sub_dataset, split)
+        for index, (item, result) in enumerate(zip(items, shown, strict=True)):
+            ledger.count()
+            if index in repeated:
+                result = "image listed before"
+            if isinstance(result, str):
+                ledger.skip(str(item.get("image")), result)
+                continue
+            sides.update(sides_agree(result.targets))
+            writer.write(result)
+    _report(console, split, ledger, sides)
+
+
+def find_sub_datasets(source: Path) -> list[Path]:
+    """Folders with a dataset.json: `source` itself, or its children in order of name."""
+    if (source / "dataset.json").is_file():
+        return [source]
+    folders = sorted(path.parent for path in source.glob("*/dataset.json"))
+    if not folders:
+        raise ValueError(
+            f"no dataset.json in {source} nor in its folders; give one sub-dataset of IMed-361M or "
+            "the folder that holds them"
+        )
+    return folders
+
+
+def open_sub_dataset(
+    folder: Path, overrides: dict[str, str] | None = None, sorted_labels: bool = False
+) -> SubDataset:
+    """Read the header of dataset.json. Raises ValueError for missing keys, unknown modalities."""
+    header = _header(folder)
+    modalities = {canonical_modality(name) for name in header["modality"].values()}
+    if len(modalities) != 1:
+        raise ValueError(
+            f"{folder}: one modality per sub-dataset, got {sorted(modalities)}; "
+            "split the sub-dataset by modality"
+        )
+    names = row_names(header["labels"], sorted_labels)
+    turn = orientation_of(folder.name, overrides).turn
+    return SubDataset(folder.resolve(), folder.name, modalities.pop(), names, turn)
+
+
+def row_names(labels: dict[str, str], sorted_labels: bool = False) -> tuple[str, ...]:
+    """{"0": "background", "1": ...} -> canonical names, row i of a label being labels[i + 1].
+
+    Raises ValueError for gaps in the numbers and for two numbers with one name.
+    """
+    by_number = {int(number): name for number, name in labels.items()}
+    complete = sorted(by_number) == list(range(len(by_number))) and len(by_number) > 1
+    if not complete or by_number[0].lower() != "background":
+        raise ValueError(f"labels must be numbered 0 (background), 1, 2, ..., got {labels}")
+    raw = [by_number[number] for number in range(1, len(by_number))]
+    names = tuple(canonical_target(name) for name in (sorted(raw) if sorted_labels else raw))
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise ValueError(f"several labels are called {repeated}: {labels}; rename one of them")
+    return names
+
+
+def read_rows(path: Path, num_rows: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Non-empty rows of a sparse label: (row, bool [H, W]), one dense mask at a time.
+
+    The file is `scipy.sparse.save_npz` of a CSR matrix [C, H * W]; (C, H, W, 1) stands in its name.
+    Raises UnusableItemError when the two disagree or C is not `num_rows`.
+    """
+    shape = _shape_in_name(path)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            kind = archive["format"].item()
+            indices, indptr = archive["indices"], archive["indptr"]
+            data, matrix = archive["data"], tuple(int(n) for n in archive["shape"])
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UnusableItemError("label unreadable") from error
+    if kind not in (b"csr", "csr"):
+        raise UnusableItemError("label is not a CSR matrix")
+    if shape[0] != num_rows or matrix != (shape[0], shape[1] * shape[2]):
+        raise UnusableItemError("label shape, file name and label list disagree")
+    lengths_agree = indptr[-1] == len(indices) == len(data)
+    if len(indptr) != num_rows + 1 or indptr[0] != 0 or not lengths_agree:
+        raise UnusableItemError("label is not a valid CSR matrix")
+    for row in range(num_rows):
+        start, stop = indptr[row], indptr[row + 1]
+        columns = indices[start:stop][data[start:stop] != 0]
+        if len(columns):
+            if columns.min() < 0 or columns.max() >= matrix[1]:
+                raise UnusableItemError("label is not a valid CSR matrix")
+            mask = np.zeros(matrix[1], dtype=np.bool_)
+            mask[columns] = True
+            yield row, mask.reshape(shape[1:3])
+
+
+def patient_of(stem: str, modality: str) -> str | None:
+    """Patient in the name of an image file; None when the name does not tell. See
+    PATIENT_AND_SLICE."""
+    match = PATIENT_AND_SLICE.fullmatch(stem)
+    return match["patient"] if match and modality in VOLUMES else None
+
+
+def build_record(sub_dataset: SubDataset, split: str, item: dict[str, str]) -> Record:
+    """One entry of a list -> turned record. Raises UnusableItemError with the reason."""
+    image_path = _inside(sub_dataset.folder, item.get("image"))
+    label_path = _inside(sub_dataset.folder, item.get("label"))
+    image = image_path.read_bytes()
+    try:
+        size = image_size(image)
+        image = turn_image(image, sub_dataset.turn)
+    except (ValueError, OSError, SyntaxError) as error:
+        raise UnusableItemError("image unreadable") from error
+    if _shape_in_name(label_path)[1:3] != size:
+        raise UnusableItemError("image and label differ in size")
+    targets = [
+        (sub_dataset.names[row], turn_mask(mask, sub_dataset.turn))
+        for row, mask in read_rows(label_path, len(sub_dataset.names))
+    ]
+    if not targets:
+        raise UnusableItemError("no mask has a pixel")
+    height, width = image_size(image)
+    inside = image_path.relative_to(sub_dataset.folder).with_suffix("").as_posix()
+    return Record(
+        id=f"{sub_dataset.name}/{inside.removeprefix('image/')}",
+        image=image,
+        height=height,
+        width=width,
+        targets=targets,
+        task="segmentation",
+        modality=sub_dataset.modality,
+        source=sub_dataset.name,
+        split=split,
+        patient_id=patient_of(image_path.stem, sub_dataset.modality),
+        study_id=None,
+        sex=None,
+        age=None,
+        race=None,
+    )
+
+
+def in_order(
+    function: Callable[[dict[str, str]], Record | str],
+    items: Iterable[dict[str, str]],
+    num_workers: int,
+) -> Iterator[Record | str]:
+    """`map` over processes, in order, with few results in flight so that memory stays bounded."""
+    if num_workers == 0:
+        yield from map(function, items)
+        return
+    # Fresh processes: forking one with threads (Arrow has some) can deadlock.
+    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
+        waiting: deque[Future[Record | str]] = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= 4 * num_workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _record_or_reason(sub_dataset: SubDataset, split: str, item: dict[str, str]) -> Record | str:
+    try:
+        return build_record(sub_dataset, split, item)
+    except UnusableItemError as reason:
+        return str(reason)
+
+
+def _items(sub_dataset: SubDataset, split: str) -> list[dict[str, str]]:
+    items = _header(sub_dataset.folder).get(SPLITS[split], [])
+    if not all(isinstance(item, dict) for item in items):
+        raise ValueError(f"{sub_dataset.folder}: {SPLITS[split]!r} must list objects with paths")
+    return items
+
+
+def _repeated(sub_dataset: SubDataset, split: str) -> set[int]:
+    """Positions in a list whose image stands earlier in it, or in the list of training images."""
+    training = _items(sub_dataset, "train") if split != "train" else []
+    seen = {item.get("image") for item in training}
+    repeated = set()
+    for index, item in enumerate(_items(sub_dataset, split)):
+        if item.get("image") in seen:
+            repeated.add(index)
+        seen.add(item.get("image"))
+    return repeated
+
+
+def _header(folder: Path) -> dict[str, Any]:
+    path = folder / "dataset.json"
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    missing = [key for key in ("modality", "labels", "training") if key not in header]
+    if missing:
+        raise ValueError(f"{path} lacks {missing}; expected the header of an IMed-361M sub-dataset")
+    return header
+
+
+def _inside(folder: Path, relative: str | None) -> Path:
+    """Existing file of a list entry, written relative to the sub-dataset or to its parent."""
+    if not relative:
+        raise UnusableItemError("entry without a path")
+    prefixed = Path(relative).parts[0] == folder.name and not (folder / relative).exists()
+    path = ((folder.parent if prefixed else folder) / relative).resolve()
+    if not path.is_relative_to(folder):
+        raise UnusableItemError("path leaves the sub-dataset")
+    if not path.is_file():
+        raise UnusableItemError("file missing")
+    return path
+
+
+def _shape_in_name(path: Path) -> tuple[int, ...]:
+    """x___A.(13, 512, 512, 1).npz -> (13, 512, 512, 1)."""
+    match = re.search(r"\.(\([\d, ]+\))\.npz$", path.name)
+    shape: tuple[int, ...] = ast.literal_eval(match[1]) if match else ()
+    if len(shape) != 4 or shape[3] != 1:
+        raise UnusableItemError("label file name carries no shape (C, H, W, 1)")
+    return shape
+
+
+def _check_names(overrides: dict[str, str], sorted_labels: list[str], folders: list[Path]) -> None:
+    known = {folder.name for folder in folders}
+    unknown = sorted((set(overrides) | set(sorted_labels)) - known)
+    if unknown:
+        raise ValueError(f"options name sub-datasets that are not in the source: {unknown}")
+
+
+def _announce(
+    console: Console, sub_dataset: SubDataset, overrides: dict[str, str], sorted_labels: list[str]
+) -> None:
+    orientation = orientation_of(sub_dataset.name, overrides)
+    reviewed = "reviewed" if orientation.reviewed else "NOT reviewed"
+    console.print(f"{sub_dataset.name}: {sub_dataset.modality}, {len(sub_dataset.names)} targets")
+    console.print(f"  orientation {orientation.turn} ({reviewed}: {orientation.note})")
+    if sub_dataset.name in DISPUTED_LABEL_ORDER and sub_dataset.name not in sorted_labels:
+        console.print(
+            "  public readers disagree on the order of its labels: check some masks by eye, "
+            f"--sorted-labels {sub_dataset.name} takes the names in alphabetical order"
+        )
+
+
+def _report(console: Console, split: str, ledger: Ledger, sides: Counter[bool]) -> None:
+    if ledger.num_skipped:
+        console.print(f"  {split}: {ledger.num_skipped} skipped, see {ledger.path}")
+    if sides[False] > sides[True]:
+        console.print(
+            f"  {split}: in {sides[False]} of {sides.total()} pairs the right-sided target lies at "
+            "image right: the images look mirrored, give another --orientation"
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--source", required=True, help="a sub-dataset, or the folder of many")
+    parser.add_argument("--output", required=True, help="gets <dataset>/<train|test>")
+    parser.add_argument("--num-workers", type=int, default=0, help="processes that read; 0: none")
+    parser.add_argument(
+        "--max-skipped", type=float, default=0.01, help="share of unusable items that is an error"
+    )
+    parser.add_argument(
+        "--orientation", action="append", default=[], metavar="NAME=TURN", help="may be repeated"
+    )
+    parser.add_argument(
+        "--sorted-labels",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="rows of this sub-dataset follow the alphabet, not dataset.json",
+    )
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--overwrite", action="store_true", help="replace prepared folders")
+    existing.add_argument("--skip-existing", action="store_true", help="resume: keep them")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

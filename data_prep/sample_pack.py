@@ -1,0 +1,371 @@
+"""Mixed real images with a `manifest.jsonl` -> record folders, one per source and split.
+
+    python data_prep/sample_pack.py --source pack --output prepared/pack
+
+Each line of the manifest is one image: id, source, split, image, modality, masks
+{target: {file, value, pixels}} (mask = PNG == value), labels, qa, text, sex, age, boxes, meta.
+Masks become targets; questions become closed or open turns; labels become questions in several
+wordings; notes become reports. Wording and order of options are drawn by the image's own seed, so a
+run repeats itself. What the source does not know (sex, age, patient) stays unknown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from rich.progress import track
+
+from biascare.data.records import Record, RecordWriter, Turn, image_size
+from data_prep.ledger import Ledger
+from data_prep.orientation import orientation_of, turn_image, turn_mask
+from data_prep.vocabulary import canonical_modality, canonical_target
+
+DIAGNOSES = {
+    "akiec": "actinic keratosis or intraepithelial carcinoma",
+    "bcc": "basal cell carcinoma",
+    "bkl": "benign keratosis",
+    "df": "dermatofibroma",
+    "mel": "melanoma",
+    "nv": "melanocytic nevus",
+    "vasc": "vascular lesion",
+}
+"""HAM10000 code -> diagnosis. Seven diagnoses, none of them merged."""
+
+NIH_FINDINGS = (
+    "Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion", "Emphysema", "Fibrosis",
+    "Hernia", "Infiltration", "Mass", "Nodule", "Pleural Thickening", "Pneumonia", "Pneumothorax",
+)  # fmt: skip
+"""The 14 findings of NIH ChestX-ray14."""
+
+NO_FINDING = "No Finding"
+NUM_CHOICES = 4
+LETTERS = "ABCDEFGHIJ"
+
+FINDING_QUESTIONS = (
+    "Which findings does this chest X-ray show?",
+    "List the abnormal findings of this chest X-ray.",
+    "What is abnormal in this chest radiograph?",
+)
+FINDING_CHOICES = (
+    "Which of these findings is present in this chest X-ray?",
+    "Choose the finding that this chest radiograph shows.",
+)
+REPORT_REQUESTS = (
+    "Write a short clinical note for this chest X-ray.",
+    "Describe this chest X-ray with its clinical context.",
+    "Please report this chest X-ray.",
+)
+MALIGNANCY_QUESTIONS = (
+    "Is this skin lesion malignant?",
+    "Is the lesion in this image malignant?",
+    "Does this dermoscopic image show a malignant lesion?",
+)
+LOCALIZATION_QUESTIONS = (
+    "Where on the body is this skin lesion?",
+    "Which body site was photographed?",
+)
+
+
+class UnusableItemError(Exception):
+    """Why one line of the manifest cannot become a record."""
+
+
+class ChoiceQuestion(NamedTuple):
+    """A label of one source that is asked as a multiple-choice question."""
+
+    label: str  # key in the manifest's labels
+    options: dict[str, str]  # value in the manifest -> answer
+    wordings: tuple[str, ...]
+
+
+CHOICES = {
+    "ham10000": ChoiceQuestion(
+        "dx",
+        DIAGNOSES,
+        (
+            "What is the diagnosis of this skin lesion?",
+            "Which diagnosis fits this dermoscopic image best?",
+            "Choose the most likely diagnosis of the lesion.",
+        ),
+    ),
+    "isic2017": ChoiceQuestion(
+        "diagnosis",
+        {"melanoma": "melanoma", "nevus": "nevus"},
+        (
+            "What is the diagnosis of this skin lesion?",
+            "Is this lesion a melanoma or a nevus?",
+            "Which diagnosis fits this dermoscopic image?",
+        ),
+    ),
+    "busi": ChoiceQuestion(
+        "class",
+        {"normal": "normal", "benign": "benign", "malignant": "malignant"},
+        (
+            "How would you classify this breast ultrasound?",
+            "Which class does this breast ultrasound image belong to?",
+            "Does this breast ultrasound look normal, benign or malignant?",
+        ),
+    ),
+    "wbc1": ChoiceQuestion(
+        "cell_type",
+        {name: name for name in ("neutrophil", "lymphocyte", "monocyte", "eosinophil", "basophil")},
+        (
+            "Which type of white blood cell is this?",
+            "What kind of leukocyte does this smear show?",
+            "Name the type of the white blood cell in the image.",
+        ),
+    ),
+}
+"""Source -> its choice question."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = _parser().parse_args(arguments)
+    lines = read_manifest(Path(args.source) / "manifest.jsonl")
+    convert(
+        Path(args.source),
+        lines,
+        Path(args.output),
+        max_skipped=args.max_skipped,
+        overwrite=args.overwrite,
+    )
+
+
+def convert(
+    source: Path,
+    lines: list[dict[str, Any]],
+    output: Path,
+    *,
+    max_skipped: float = 0.01,
+    overwrite: bool = False,
+) -> None:
+    """Write `lines` of the manifest to output/<source>/<split>. Raises ValueError when more than
+    `max_skipped` of a folder is unusable."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for line in lines:
+        groups.setdefault((line["source"], line["split"]), []).append(line)
+    for (name, split), chosen in sorted(groups.items()):
+        folder = output / name / split
+        writer = RecordWriter(
+            folder,
+            source=name,
+            split=split,
+            version="sample pack",
+            licence="; ".join(sorted({line["license"] for line in chosen})),
+            overwrite=overwrite,
+        )
+        with writer, Ledger(folder.with_name(f"{split}.skipped.jsonl"), max_skipped) as ledger:
+            for line in track(chosen, f"{name}/{split}"):
+                ledger.count()
+                try:
+                    writer.write(build_record(source, line))
+                except UnusableItemError as reason:
+                    ledger.skip(line["id"], str(reason))
+
+
+def read_manifest(path: Path) -> list[dict[str, Any]]:
+    """Lines of the manifest. Raises ValueError with the line number for what is not JSON."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; --source is the folder that holds manifest.jsonl")
+    lines = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number} is not JSON: {error}") from error
+    return lines
+
+
+def build_record(source: Path, line: dict[str, Any]) -> Record:
+    """One line of the manifest -> record. Raises UnusableItemError with the reason."""
+    turn = orientation_of(line["source"]).turn
+    image = _read(source, line["image"])
+    try:
+        size = image_size(image)
+        image = turn_image(image, turn)
+    except (ValueError, OSError, SyntaxError) as error:
+        raise UnusableItemError("image unreadable") from error
+    targets = [
+        (canonical_target(name), turn_mask(_mask(source, name, entry, size), turn))
+        for name, entry in line["masks"].items()
+    ]
+    height, width = image_size(image)
+    conversations = build_conversations(line)
+    return Record(
+        id=line["id"],
+        image=image,
+        height=height,
+        width=width,
+        targets=targets,
+        conversations=conversations,
+        task=_task(line, conversations),
+        modality=canonical_modality(line["modality"]),
+        anatomy=line["body_part"] or "",
+        labels=build_labels(line),
+        source=line["source"],
+        split=line["split"],
+        patient_id=line["patient_id"],
+        study_id=None,
+        sex=line["sex"],
+        age=line["age"],
+        race=None,
+        extra=_extra(line),
+    )
+
+
+def build_labels(line: dict[str, Any]) -> list[str]:
+    """Findings and diagnoses in full words; acronyms keep their case."""
+    labels = line["labels"]
+    if "findings" in labels:
+        return [finding.replace("_", " ") for finding in labels["findings"]]
+    question = CHOICES.get(line["source"])
+    return [question.options[labels[question.label]]] if question else []
+
+
+def build_conversations(line: dict[str, Any]) -> list[Turn]:
+    """Questions of the source, questions made from labels, the note: in this order."""
+    draw = random.Random(int.from_bytes(hashlib.sha256(line["id"].encode()).digest()[:8], "big"))
+    turns = [turn for item in line["qa"] for turn in question_turns(item)]
+    turns += _label_turns(line, draw)
+    if line["text"]:
+        turns += _pair(draw.choice(REPORT_REQUESTS), _one_line(line["text"]), "report")
+    return turns
+
+
+def question_turns(item: dict[str, Any]) -> list[Turn]:
+    """A question of VQA-RAD's form. Yes and no of a closed question are written "yes" and "no"."""
+    kind = item["answer_type"].strip().lower()
+    if kind not in ("closed", "open"):
+        raise UnusableItemError(f"question of unknown type {item['answer_type']!r}")
+    question, answer = _one_line(str(item["q"])), _one_line(str(item["a"]))
+    if not (question and answer):
+        raise UnusableItemError("question or answer is empty")
+    if kind == "closed" and answer.lower().rstrip(".") in ("yes", "no"):
+        answer = answer.lower().rstrip(".")
+    return _pair(question, answer, kind)
+
+
+def choice_turns(
+    question: str, options: Sequence[str], answer: str, draw: random.Random
+) -> list[Turn]:
+    """A question with its options, lettered once and in drawn order; the answer is "B: text"."""
+    shuffled = draw.sample(list(options), len(options))
+    lettered = [f"{letter}: {text}" for letter, text in zip(LETTERS, shuffled, strict=False)]
+    return _pair("\n".join([question, *lettered]), lettered[shuffled.index(answer)], "choice")
+
+
+def _label_turns(line: dict[str, Any], draw: random.Random) -> list[Turn]:
+    labels, turns = build_labels(line), []
+    if line["source"] in CHOICES:
+        question = CHOICES[line["source"]]
+        wording = draw.choice(question.wordings)
+        turns += choice_turns(wording, list(question.options.values()), labels[0], draw)
+    if "findings" in line["labels"]:
+        turns += _pair(draw.choice(FINDING_QUESTIONS), ", ".join(labels), "open")
+    if line["source"] == "nih":
+        turns += _finding_choice(labels, draw)
+    if "benign_malignant" in line["labels"]:
+        answer = "yes" if line["labels"]["benign_malignant"] == "malignant" else "no"
+        turns += _pair(draw.choice(MALIGNANCY_QUESTIONS), answer, "closed")
+    if line["labels"].get("localization") not in (None, "unknown"):
+        site = line["labels"]["localization"]
+        turns += _pair(draw.choice(LOCALIZATION_QUESTIONS), site, "open")
+    return turns
+
+
+def _finding_choice(findings: list[str], draw: random.Random) -> list[Turn]:
+    """One present finding among absent ones: exactly one option is right."""
+    answer = draw.choice(findings)
+    absent = [name for name in (*NIH_FINDINGS, NO_FINDING) if name not in findings]
+    options = [answer, *draw.sample(absent, NUM_CHOICES - 1)]
+    return choice_turns(draw.choice(FINDING_CHOICES), options, answer, draw)
+
+
+def _pair(question: str, answer: str, kind: str) -> list[Turn]:
+    return [
+        Turn(role="user", text=question, kind=kind),
+        Turn(role="assistant", text=answer, kind=kind),
+    ]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _task(line: dict[str, Any], conversations: list[Turn]) -> str:
+    """What the image is mainly for; an image with masks and questions serves both."""
+    if line["qa"]:
+        return "vqa"
+    if line["text"]:
+        return "report"
+    if conversations:
+        return "classification"
+    return "segmentation"
+
+
+def _extra(line: dict[str, Any]) -> dict[str, Any]:
+    """Facts of the source that have no field of their own; `questions` run parallel to the first
+    question/answer pairs."""
+    questions = [
+        {key: item[key] for key in ("qid", "official_split", "question_type", "phrase_type")}
+        for item in line["qa"]
+    ]
+    facts = {
+        "labels": line["labels"],
+        "boxes": line["boxes"],
+        "questions": questions,
+        "licence": line["license"],
+        "original_size": line["orig_size"],
+        **line["meta"],
+    }
+    return {key: value for key, value in facts.items() if value not in (None, [], {})}
+
+
+def _mask(source: Path, name: str, entry: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
+    """Mask of one target -> bool [H, W], checked against the image size and the stated pixels."""
+    try:
+        with Image.open(io.BytesIO(_read(source, entry["file"])), formats=("PNG",)) as image:
+            values = np.asarray(image)
+    except (OSError, SyntaxError) as error:
+        raise UnusableItemError(f"mask of {name} unreadable") from error
+    if values.shape != size:
+        raise UnusableItemError(f"mask of {name} and image differ in size")
+    mask: np.ndarray = values == entry["value"]
+    if int(mask.sum()) != entry["pixels"] or not mask.any():
+        raise UnusableItemError(f"mask of {name} does not have the stated number of pixels")
+    return mask
+
+
+def _read(source: Path, relative: str) -> bytes:
+    path = (source / relative).resolve()
+    if not path.is_relative_to(source.resolve()):
+        raise UnusableItemError("path leaves the source")
+    if not path.is_file():
+        raise UnusableItemError("file missing")
+    return path.read_bytes()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--source", required=True, help="folder with manifest.jsonl")
+    parser.add_argument("--output", required=True, help="gets <source>/<train|val|test>")
+    parser.add_argument(
+        "--max-skipped", type=float, default=0.01, help="share of unusable images that is an error"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace prepared folders")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""The names records use: one spelling per target and per modality.
+
+`canonical_target("kidney_right") == "right kidney"`. Underscores become spaces and case is lowered;
+everything beyond that is a reviewed table, not a string rule, so that no side is lost and no two
+structures are merged by accident. A name outside the tables is kept.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+SIDES = ("left", "right")
+
+SIDED_TARGETS = (
+    "adrenal gland", "atrial appendage", "autochthon", "brachiocephalic vein", "breast",
+    "cerebellum", "clavicle", "clavicula", "common carotid artery", "eye", "femur",
+    "gluteus maximus", "gluteus medius", "gluteus minimus", "heart atrium", "heart ventricle",
+    "hip", "humerus", "iliac artery", "iliac vena", "iliac vein", "iliopsoas", "kidney",
+    "lung", "lung lower lobe", "lung middle lobe", "lung upper lobe", "optic nerve", "parotid",
+    "scapula", "subclavian artery", "submandibular gland", "temporal lobe",
+)  # fmt: skip
+"""Paired structures that some releases write with the side last ("kidney_left")."""
+
+NUM_RIBS = 12
+
+TARGET_SYNONYMS = {
+    "arota": "aorta",  # as misspelt in the AMOS release
+    "bladder": "urinary bladder",
+    "brain tumour": "brain tumor",
+    "covid-19 infection": "COVID-19 infection",
+    "gall bladder": "gallbladder",
+    "ivc": "inferior vena cava",
+    "lad": "left anterior descending artery",
+    "lag": "left adrenal gland",
+    "left clavicula": "left clavicle",
+    "left iliac vena": "left iliac vein",
+    "liver tumour": "liver tumor",
+    "oesophagus": "esophagus",
+    "optic disk": "optic disc",
+    "postcava": "inferior vena cava",
+    "rag": "right adrenal gland",
+    "right clavicula": "right clavicle",
+    "right iliac vena": "right iliac vein",
+    "tumour": "tumor",
+}
+"""Spelling with the side first -> spelling in records. Reviewed by hand. Names whose organ depends
+on the dataset ("left ventricle" of heart or brain, "tumor") are not unified."""
+
+MODALITIES = {
+    "ct": ("ct", "computed tomography", "cbct", "cta"),
+    "mri": (
+        "mri", "mr", "magnetic resonance imaging", "t1", "t1c", "t1ce", "t1w", "t2", "t2w",
+        "flair", "dwi", "adc", "lge", "cine",
+    ),
+    "pet": ("pet", "positron emission tomography"),
+    "xray": ("xray", "x ray", "x-ray", "cr", "dx", "cxr", "radiograph", "radiography"),
+    "mammography": ("mammography", "mammogram", "mg"),
+    "ultrasound": ("ultrasound", "us", "sonography", "ultrasonography", "echocardiography"),
+    "dermoscopy": ("dermoscopy", "dermatoscopy"),
+    "fundus": ("fundus", "fundus photography", "retinal fundus", "cfp"),
+    "endoscopy": ("endoscopy", "colonoscopy", "laparoscopy", "gastroscopy"),
+    "pathology": ("pathology", "histopathology", "histology", "whole slide imaging", "wsi"),
+    "microscopy": ("microscopy", "fluorescence microscopy", "electron microscopy", "em"),
+    "oct": ("oct", "optical coherence tomography"),
+    "infrared": ("infrared", "infrared reflectance", "ir"),
+    "photography": ("photography", "photo", "clinical photograph"),
+    "radiology": ("radiology",),  # VQA-RAD mixes CT, MRI and X-ray and does not say which
+}  # fmt: skip
+"""Spelling in records -> spellings met in releases."""
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.replace("_", " ").lower().split())
+
+
+def _sided() -> dict[str, str]:
+    """Side-last spellings of the paired structures and of the ribs -> side first."""
+    table = {f"{name} {side}": f"{side} {name}" for name in SIDED_TARGETS for side in SIDES}
+    ribs = range(1, NUM_RIBS + 1)
+    return table | {f"rib {side} {n}": f"{side} rib {n}" for side in SIDES for n in ribs}
+
+
+_SIDE_FIRST = _sided()
+_MODALITIES = {alias: name for name, aliases in MODALITIES.items() for alias in aliases}
+
+
+def canonical_target(name: str) -> str:
+    """Spelling of a target in records. Idempotent. Raises ValueError for an empty name."""
+    plain = _plain(name)
+    if not plain:
+        raise ValueError(f"a target needs a name, got {name!r}; name it in the release's labels")
+    side_first = _SIDE_FIRST.get(plain, plain)
+    return TARGET_SYNONYMS.get(side_first, side_first)
+
+
+def canonical_modality(name: str) -> str:
+    """Spelling of a modality in records. Raises ValueError, with the nearest, when unknown."""
+    plain = _plain(name)
+    if plain not in _MODALITIES:
+        near = difflib.get_close_matches(plain, _MODALITIES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ValueError(
+            f"unknown modality {name!r}{hint} Known: {', '.join(MODALITIES)}. "
+            "Add the spelling to MODALITIES in data_prep/vocabulary.py"
+        )
+    return _MODALITIES[plain]
