@@ -1,0 +1,255 @@
+"""The house plan, held by tests: who imports whom, what stays light, what is written only once."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from biascare.config import describe_config, load_config
+from biascare.strict_yaml import read_tree
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+# Module or package -> what else of biascare it may import, and why no more. A module may always
+# import its own row's neighbours; the longest matching name decides.
+CORE = ("biascare.config", "biascare.interfaces")
+TABLE: dict[str, tuple[tuple[str, ...], str]] = {
+    "biascare": ((), "importing biascare must stay free"),
+    "biascare.strict_yaml": ((), "reading YAML knows nothing of this project"),
+    "biascare.schema": (("biascare.strict_yaml",), "checking dataclasses knows no key by name"),
+    "biascare.config": (
+        ("biascare.schema", "biascare.strict_yaml"),
+        "every package imports config, so config imports none",
+    ),
+    "biascare.interfaces": ((), "every package imports the nouns, so they import none"),
+    "biascare.losses": (CORE, "the equations are pure functions of tensors"),
+    "biascare.data": (CORE, "samples know nothing of the model that reads them"),
+    "biascare.models": (CORE, "a model runs without the training data and objective"),
+    "biascare.hitl": ((), "the package itself holds nothing"),
+    "biascare.hitl.clicks": (CORE, "training and evaluation share the simulated expert"),
+    "biascare.robustness": (CORE, "noise and defence wrap any predictor"),
+    "biascare.hitl.session": (
+        ("biascare.interfaces", "biascare.hitl.clicks"),
+        "a session drives any model that keeps the protocol",
+    ),
+    "biascare.evaluation": (
+        (
+            *("biascare.interfaces", "biascare.data", "biascare.losses"),  # Eqs. 5-6 at inference
+            *("biascare.hitl.clicks", "biascare.robustness"),
+        ),
+        "evaluation takes a predictor, never a training loop",
+    ),
+    "biascare.calibration": (
+        ("biascare.interfaces", "biascare.evaluation"),
+        "calibration reads predictions",
+    ),
+    "biascare.training": (
+        (*CORE, "biascare.losses", "biascare.hitl.clicks"),
+        "model, loader and evaluator arrive as arguments",
+    ),
+    "biascare.hitl.app": (
+        ("biascare.hitl.session", "biascare.evaluation"),
+        "the page is a shell around the session",
+    ),
+    "biascare.hitl.reader_study": (
+        ("biascare.hitl.session", "biascare.evaluation"),
+        "the page is a shell around the session",
+    ),
+    "data_prep": (("biascare.data.records",), "a new dataset touches the record format only"),
+}
+
+
+def modules(*folders: str) -> dict[str, Path]:
+    """Dotted name -> file of every module below the folders."""
+    found = {}
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(name: str, path: Path, known: dict[str, Path]) -> set[str]:
+    """Modules of `known` imported anywhere in the file, inside functions too."""
+    package = name if path.stem == "__init__" else name.rpartition(".")[0]
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, *([base] if base else [])])
+            full = {f"{base}.{alias.name}" for alias in node.names}
+            found |= {module if module in known else base for module in full}
+    return (found & set(known)) - {name}
+
+
+def inside(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def row_of(name: str) -> str:
+    """The longest row of the table that holds the module; only `biascare` itself has that row."""
+    rows = [row for row in TABLE if inside(name, row) and (row != "biascare" or name == row)]
+    assert rows, f"{name} has no row in the import table: decide what it may import, and why"
+    return max(rows, key=len)
+
+
+KNOWN = modules("biascare", "data_prep", "scripts")
+
+
+@pytest.mark.parametrize("name", [name for name in KNOWN if not inside(name, "scripts")])
+def test_a_module_imports_only_what_its_row_of_the_table_allows(name: str) -> None:
+    row = row_of(name)
+    allowed, reason = TABLE[row]
+    wrong = {
+        target
+        for target in imports(name, KNOWN[name], KNOWN)
+        if target != "biascare"
+        and row_of(target) != row
+        and not any(inside(target, permitted) for permitted in allowed)
+    }
+    assert not wrong, f"{name} imports {sorted(wrong)}; {reason}. Allowed: {list(allowed)}"
+
+
+def test_no_imports_go_in_a_circle_not_even_inside_functions() -> None:
+    graph = {name: imports(name, path, KNOWN) for name, path in KNOWN.items()}
+    done: set[str] = set()
+
+    def walk(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, f"a circle: {' -> '.join((*trail[trail.index(name) :], name))}"
+        if name not in done:
+            for target in sorted(graph[name]):
+                walk(target, (*trail, name))
+            done.add(name)
+
+    for name in graph:
+        walk(name, ())
+
+
+def test_the_import_walk_sees_relative_and_function_level_imports(tmp_path: Path) -> None:
+    source = tmp_path / "clicks.py"
+    source.write_text(
+        "from . import session\nfrom ..data.records import Records\n"
+        "def f():\n    from biascare import losses\n    import biascare.config\n"
+    )
+    known = dict.fromkeys(
+        ["biascare.hitl.session", "biascare.data.records", "biascare.losses", "biascare.config"],
+        source,
+    )
+    assert imports("biascare.hitl.clicks", source, known) == set(known)
+
+
+def test_importing_biascare_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, time; start = time.perf_counter(); import biascare\n"
+        "print(time.perf_counter() - start, *({'torch', 'numpy', 'yaml', 'pydantic'} "
+        "& set(sys.modules)))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    seconds, *heavy = run.stdout.split()
+    print(f"import biascare: {float(seconds):.3f} s")
+    assert not heavy, f"importing biascare loads {heavy}; import them in the module that needs them"
+
+
+# ---------------------------------------------------------------- configuration
+
+
+def local_paths(path: Path, folder: Path) -> list[str]:
+    """Overrides that point every path of a YAML, left open or not, at an existing folder."""
+    values = read_tree(path).values
+    data, model = values.get("data", {}), values.get("model", {})
+    sources = [key for key in ("segmentation", "language") if data.get(key)]
+    sources += [f"eval_{key}" for key in ("segmentation", "language") if data.get(f"eval_{key}")]
+    paths = [key for key in ("mllm", "vision_weights") if model.get(key)]
+    return [
+        *(f"data.{key}=[{{path: {folder}}}]" for key in sources),
+        *(f"model.{key}={folder}" for key in paths),
+        f"train.output_dir={folder / 'out'}",
+    ]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_yaml_in_configs_loads_without_a_warning(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    load_config(path, local_paths(path, tmp_path))
+
+
+def test_stage_2_is_the_recipe_of_the_paper_and_an_ablation_changes_one_key(tmp_path: Path) -> None:
+    stage2 = ROOT / "configs" / "stage2.yaml"
+    run = load_config(stage2, local_paths(stage2, tmp_path))
+    assert (run.optim.lr, run.optim.mllm_lr, run.optim.betas) == (1e-5, 5e-6, (0.9, 0.98))
+    assert (run.optim.warmup_steps, run.optim.final_lr_ratio) == (500, 0.05)
+    assert run.train.global_batch == 4 * run.train.micro_batch * 2  # GPUs x items x accumulation
+    assert run.train.max_steps == 3_440_000 // run.train.global_batch
+    assert (run.data.ratio, run.model.image_size, run.train.precision) == ((1, 1), 256, "bf16")
+    assert run.objective.uncertainty_weighting and run.hitl.enabled
+    folder = ROOT / "configs" / "ablations"
+    for name, key in (("no_uncertainty", "objective"), ("no_hitl", "hitl")):
+        path = folder / f"{name}.yaml"
+        ablated = load_config(path, local_paths(path, tmp_path))
+        changed = [field for field in vars(run) if getattr(run, field) != getattr(ablated, field)]
+        assert changed == [key]
+
+
+def leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def test_no_number_of_a_run_stands_in_the_deepspeed_file_too() -> None:
+    entries = dict(leaves(json.loads((ROOT / "ds_config.json").read_text(encoding="utf-8"))))
+    numeric = [row.key for row in describe_config() if row.type.startswith(("int", "float"))]
+    ours = {key.rpartition(".")[2] for key in numeric}
+    for key, value in entries.items():
+        if value == "auto":
+            continue  # filled in from the run's YAML by the trainer
+        assert key.startswith("zero_optimization."), f"{key} belongs in the YAML; write 'auto' here"
+        assert key.rpartition(".")[2] not in ours, f"{key} stands in the YAML already"
+    from_yaml = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_clipping")
+    assert {entries[key] for key in (*from_yaml, "gradient_accumulation_steps")} == {"auto"}
+    assert entries["bf16.enabled"] == "auto"
+
+
+# ---------------------------------------------------------------- packaging
+
+
+def test_the_tested_set_pins_every_dependency_inside_its_declared_range(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    setuptools = pytest.importorskip("setuptools", reason="setup.py is read with setuptools")
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    declared: dict[str, Any] = {}
+    monkeypatch.setattr(setuptools, "setup", declared.update)
+    runpy.run_path(str(ROOT / "setup.py"))
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    for text in (*declared["install_requires"], *declared["extras_require"]["dev"]):
+        wanted = Requirement(text)
+        ours = [p for p in pins if canonicalize_name(p.name) == canonicalize_name(wanted.name)]
+        assert ours, f"constraints.txt does not pin {wanted.name}"
+        for pin in ours:
+            version = str(pin.specifier).removeprefix("==")
+            assert wanted.specifier.contains(version), f"{pin} is outside {wanted}"
+    found = re.search(r'"(.+)"', (ROOT / "biascare" / "__init__.py").read_text().split("=")[1])
+    assert found and declared["version"] == found.group(1)
