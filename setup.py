@@ -67,7 +67,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE*"],
     python_requires=">=3.10",
-    packages=find_packages(include=["biascare", "biascare.*"]),
+    packages=find_packages(include=["biascare", "biascare.*", "data_prep"]),
     package_data={"biascare": ["py.typed", "**/*.html", "**/*.js", "**/*.css"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,

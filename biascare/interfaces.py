@@ -1,9 +1,10 @@
 """The nouns that cross packages, and the shape legend they are written in.
 
-All of them are NamedTuples: DeepSpeed's ZeRO-3 hooks walk tensors, tuples, lists and dicts, not dataclasses.
+All of them are NamedTuples: DeepSpeed's ZeRO-3 hooks walk tensors, tuples, lists and dicts, not
+dataclasses.
 
 Shape legend
-    B  sequences of the multimodal LLM in a micro-batch (segmentation rows first, then language rows)
+    B  sequences of the multimodal LLM in a micro-batch, segmentation rows before language rows
     L  tokens of the longest sequence, padding included
     S  distinct images that carry masks
     R  rows of the segmentation pathway, one per (image, target)
@@ -17,9 +18,10 @@ Shape legend
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 IGNORE_INDEX = -100
@@ -65,7 +67,7 @@ class Batch(NamedTuple):
     mllm_inputs: dict[str, Tensor]  # input_ids [B, L], attention_mask, pixel_values, ...; may be {}
     image_slots: list[int]  # per image placeholder, in order: which image of pixel_values it shows
     prompt_mask: Tensor | None  # [B, L] bool, True on prompt tokens (never answers or padding)
-    answer_positions: Tensor | None  # [T] int64, flat into B*L: the token *before* each answer token
+    answer_positions: Tensor | None  # [T] int64, flat into B*L: the token before each answer
     answer_tokens: Tensor | None  # [T] int64, the answer tokens themselves
     seed: int  # of this micro-batch: every random choice inside the step derives from it
     meta: list[dict[str, Any]]  # one per sequence, segmentation rows first
@@ -85,3 +87,37 @@ class Prediction(NamedTuple):
     mask_logits: Tensor  # [R, H, W] at the model input size
     low_res_logits: Tensor  # [R, 4h, 4w], the decoder's own size; fed back as mask prompt
     predicted_dice: Tensor  # [R], the quality head's estimate
+
+
+class AnswerHead(Protocol):
+    """The language side of a model."""
+
+    def answer_logits(self, hidden_states: Tensor, answer_positions: Tensor) -> Tensor:
+        """Next-token logits [T, V] at flat positions [T] of hidden states [B, L, d]."""
+        ...
+
+
+class DualPathModel(Protocol):
+    """What training, evaluation and sessions need of a model; `BiasCareVL` provides it."""
+
+    @property
+    def mllm(self) -> AnswerHead | None: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def eval(self) -> Any: ...
+
+    def encode(self, batch: Batch) -> Features: ...
+
+    def decode_masks(
+        self,
+        features: Features,
+        prompts: Prompts,
+        row_image: Tensor,
+        *,
+        rows: Tensor | None = None,
+        mask_prompt: Tensor | None = None,
+    ) -> Prediction: ...
+
+    def generate(self, batch: Batch, *, max_new_tokens: int = 32, **keywords: Any) -> Tensor: ...

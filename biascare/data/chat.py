@@ -1,0 +1,180 @@
+"""Conversations to token ids: one template for training and inference.
+
+    chat = ChatBuilder(processor, image_size=256, max_tokens=2048)
+    sequence = chat.sequence([Turn("user", "Is there a lesion?"), Turn("assistant", "yes")])
+    pixels = chat.image_inputs(image)
+
+A conversation is tokenised in pieces, cut where an answer begins and ends. The ids of a prompt are
+therefore the same whether an answer follows (training) or not (inference), and labels can only ever
+fall on answers. The processor's own expansion of the image placeholder is checked once at start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from biascare.interfaces import IGNORE_INDEX
+
+SEGMENTATION_INSTRUCTIONS = (
+    "Segment the {target} in this {modality} image.",
+    "Outline the {target}.",
+    "Mark every pixel of the {target} in the image.",
+    "Where is the {target}? Give its mask.",
+    "Delineate the {target} on this {modality} image.",
+)
+"""Phrasings of one task; the first is the one evaluation uses."""
+
+
+class TurnLike(Protocol):
+    """One side of a conversation: `role` is "user" or "assistant"."""
+
+    @property
+    def role(self) -> str: ...
+    @property
+    def text(self) -> str: ...
+
+
+def segmentation_instruction(target: str, modality: str, key: int | None = None) -> str:
+    """The instruction for a target; `key` draws the phrasing, None takes the canonical one."""
+    phrasing = 0 if key is None else key % len(SEGMENTATION_INSTRUCTIONS)
+    return SEGMENTATION_INSTRUCTIONS[phrasing].format(target=target, modality=modality)
+
+
+class ChatBuilder:
+    """Token ids, labels and pixel inputs for one processor."""
+
+    def __init__(self, processor: Any, *, image_size: int, max_tokens: int):
+        """`processor`: see `load_processor`; `image_size`: pixels of the square model input."""
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.max_tokens = max_tokens
+        self.image_token: str = processor.image_token
+        self.image_token_id: int = self.tokenizer.convert_tokens_to_ids(self.image_token)
+        probe = self._probe(image_size)
+        self.tokens_per_image = int((probe["input_ids"] == self.image_token_id).sum())
+        self.extra_keys = [k for k in ("mm_token_type_ids", "token_type_ids") if k in probe]
+        self._check_expansion(probe)
+
+    def _probe(self, image_size: int) -> Any:
+        """What the processor itself makes of a blank image and a short question."""
+        text = self._render([_Turn("user", "Is it blank?")], add_generation_prompt=True)
+        blank = np.zeros((image_size, image_size, 3), np.uint8)
+        return self.processor(
+            text=[text],
+            images=[blank],
+            return_tensors="pt",
+            add_special_tokens=self._adds_special_tokens(text),
+        )
+
+    def _adds_special_tokens(self, text: str) -> bool:
+        """Whether the tokenizer must add its own; some templates write the first token already."""
+        bos = self.tokenizer.bos_token
+        return bos is None or not text.startswith(bos)
+
+    def _check_expansion(self, probe: Any) -> None:
+        ours = self.sequence([_Turn("user", "Is it blank?")])
+        for name in ("input_ids", *self.extra_keys):
+            if not torch.equal(ours[name], probe[name][0]):
+                raise ValueError(
+                    f"the processor {type(self.processor).__name__} expands images in a way this "
+                    f"project does not know ({name} differs from its own output)"
+                )
+
+    def _render(self, turns: Sequence[TurnLike], *, add_generation_prompt: bool) -> str:
+        """Chat-template text; the first user turn shows the image."""
+        messages = []
+        for i, turn in enumerate(turns):
+            self._check_text(turn.text)
+            content: list[dict[str, str]] = [{"type": "text", "text": turn.text}]
+            if i == 0:
+                content.insert(0, {"type": "image"})
+            messages.append({"role": turn.role, "content": content})
+        return self.processor.apply_chat_template(
+            messages, add_generation_prompt=add_generation_prompt, tokenize=False
+        )
+
+    def _check_text(self, text: str) -> None:
+        """A control token inside a text would end a turn or ask for an image that is not there."""
+        found = [token for token in self.tokenizer.all_special_tokens if token in text]
+        if found:
+            raise ValueError(
+                f"the text {text[:60]!r} holds {found[0]!r}, a control token of this model; "
+                "remove it when preparing the records"
+            )
+
+    def _pieces(self, turns: Sequence[TurnLike]) -> list[tuple[str, bool]]:
+        """(text, is answer) in order; prompts end where the model starts to speak."""
+        pieces, written = [], ""
+        for i, turn in enumerate(turns):
+            if turn.role != "assistant":
+                continue
+            prompt = self._render(turns[:i], add_generation_prompt=True)
+            answered = self._render(turns[: i + 1], add_generation_prompt=False)
+            if not (prompt.startswith(written) and answered.startswith(prompt)):
+                raise ValueError(
+                    "this chat template rewrites earlier turns, so answers cannot be located; "
+                    "use a template that appends turns"
+                )
+            answer = answered[len(prompt) :].rstrip()
+            pieces += [(prompt[len(written) :], False), (answer, True)]
+            written = prompt + answer
+        if turns[-1].role == "user":
+            prompt = self._render(turns, add_generation_prompt=True)
+            pieces.append((prompt[len(written) :], False))
+        return pieces
+
+    def sequence(self, turns: Sequence[TurnLike]) -> dict[str, Tensor]:
+        """Tokens of one conversation about one image.
+
+        Returns `input_ids` [L], `labels` [L] (answers, `IGNORE_INDEX` elsewhere), `prompt_mask` [L]
+        bool (tokens before the first answer) and the processor's extra per-token keys. A
+        conversation that ends with a user turn ends ready for generation.
+
+        Raises ValueError for a text with control tokens, and for too long a conversation: cutting
+        it could cut the answer.
+        """
+        ids: list[int] = []
+        labels: list[int] = []
+        for text, is_answer in self._pieces(turns):
+            special = not ids and self._adds_special_tokens(text)
+            text = text.replace(self.image_token, self.image_token * self.tokens_per_image)
+            tokens = self.tokenizer(text, add_special_tokens=special)["input_ids"]
+            ids += tokens
+            labels += tokens if is_answer else [IGNORE_INDEX] * len(tokens)
+        if len(ids) > self.max_tokens:
+            raise ValueError(
+                f"the conversation that starts with {turns[0].text[:60]!r} has {len(ids)} tokens, "
+                f"more than data.max_tokens = {self.max_tokens}; raise it"
+            )
+        input_ids, label_ids = torch.tensor(ids), torch.tensor(labels)
+        sequence = {
+            "input_ids": input_ids,
+            "labels": label_ids,
+            "prompt_mask": (label_ids != IGNORE_INDEX).cumsum(0) == 0,
+        }
+        for name in self.extra_keys:
+            is_image = input_ids == self.image_token_id
+            sequence[name] = is_image.to(torch.int64 if name.startswith("mm") else input_ids.dtype)
+        return sequence
+
+    def image_inputs(self, image: np.ndarray) -> dict[str, Tensor]:
+        """`image` [S, S, 3] uint8 -> the LLM's own pixel tensors (`pixel_values`, ...)."""
+        return dict(self.processor.image_processor(images=[image], return_tensors="pt"))
+
+    def decode(self, tokens: Tensor) -> list[str]:
+        """Generated ids [B, T] -> texts without special tokens."""
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+
+class _Turn:
+    """The smallest `TurnLike`."""
+
+    def __init__(self, role: str, text: str):
+        self.role = role
+        self.text = text

@@ -1,0 +1,334 @@
+"""Records to Samples to Batches.
+
+    stream = TrainingStream(sources, mixture, chat, settings)
+    loader = DataLoader(stream, batch_sampler=GlobalBatchSampler(...), collate_fn=first)
+
+A micro-batch is built whole inside one worker, from its stream positions alone: the same positions
+give the same tensors in any process. A sample that cannot be read is replaced by the next unit of
+its own source, and the replacement is written into the batch's meta, so that the trainer can keep a
+ledger and stop when there are too many.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.data import DataLoader, Dataset
+
+from biascare.data.chat import ChatBuilder, segmentation_instruction
+from biascare.data.mixture import GlobalBatchSampler, Mixture, StreamItem, sample_key
+from biascare.data.prevalence import total_counts
+from biascare.data.records import Records, Turn, decode_mask
+from biascare.data.transforms import (
+    Geometry,
+    apply_image,
+    apply_mask,
+    decode_image,
+    draw_geometry,
+    draw_intensity,
+    draw_prompts,
+    names_side,
+)
+from biascare.interfaces import IGNORE_INDEX, Batch, Prompts, Sample
+
+MAX_REPLACEMENTS = 16
+"""Unreadable units in a row of one source before the run stops."""
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+"""Of an object inside an error message: it would differ between processes."""
+
+
+class StreamSettings(NamedTuple):
+    """How a training sample is made from its record."""
+
+    image_size: int  # pixels
+    targets_per_image: int
+    target_sampling_power: float
+    prompt_mix: dict[str, float]  # point, box, point_and_box, text
+    augment: bool
+    seed: int
+
+
+class TrainingStream(Dataset):
+    """Stream positions -> one `Batch` per list of positions."""
+
+    def __init__(
+        self,
+        segmentation: Sequence[Records],
+        language: Sequence[Records],
+        mixture: Mixture,
+        chat: ChatBuilder | None,
+        groups: dict[str, str],
+        settings: StreamSettings,
+    ):
+        """`chat` is None in the vision stage; `groups`: target -> head, medium or tail."""
+        self.sources = {"segmentation": list(segmentation), "language": list(language)}
+        self.mixture = mixture
+        self.chat = chat
+        self.groups = groups
+        self.settings = settings
+        self.counts = total_counts(source.target_counts for source in segmentation)
+
+    def __getitem__(self, position: int) -> Sample:
+        """The sample at one stream position, or its replacement."""
+        item = self.mixture.locate(position)
+        source = self.sources[item.task][item.source]
+        reasons: list[str] = []
+        for attempt in range(MAX_REPLACEMENTS):
+            row, turn = self._row(source, item, attempt)
+            try:
+                sample = self._sample(row, turn, item)
+            except (ValueError, OSError) as error:
+                reasons.append(f"{row['id']}: {_ADDRESS.sub('', str(error))}")
+                continue
+            for meta in sample.meta:
+                meta |= {"position": position, "replaced": reasons}
+            return sample
+        raise RuntimeError(
+            f"{MAX_REPLACEMENTS} samples in a row of {source.folder} cannot be used; the last: "
+            f"{reasons[-1]}. Check the folder, then prepare it again"
+        )
+
+    def __getitems__(self, positions: list[int]) -> list[Batch]:
+        """One micro-batch; torch's fetcher calls this with a list from the batch sampler."""
+        samples = [self[position] for position in positions]
+        pad_token_id = self.chat.tokenizer.pad_token_id if self.chat else 0
+        seed = sample_key(self.settings.seed, "step", positions[0])
+        return [collate(samples, seed, pad_token_id)]
+
+    def _row(self, source: Records, item: StreamItem, attempt: int) -> tuple[dict[str, Any], int]:
+        """The record of an item, or of the unit `attempt` places after it, and its user turn."""
+        if item.task == "segmentation":
+            rows = source.segmentation_units
+            return source[int(rows[(item.unit + attempt) % len(rows)])], 0
+        units = source.language_units
+        number, turn = units[(item.unit + attempt) % len(units)]
+        return source[int(number)], int(turn)
+
+    def _sample(self, row: dict[str, Any], turn: int, item: StreamItem) -> Sample:
+        if item.task == "segmentation":
+            return self._segmentation_sample(row, item.key)
+        return self._language_sample(row, turn, item.key)
+
+    def _draw_targets(self, names: list[str], key: int) -> list[int]:
+        """K targets of an image, rare ones favoured; an image with fewer repeats its own."""
+        rng = np.random.default_rng(sample_key(key, "targets"))
+        counts = np.array([max(self.counts.get(name, 1), 1) for name in names], float)
+        weight = counts**-self.settings.target_sampling_power
+        wanted = self.settings.targets_per_image
+        order = rng.choice(
+            len(names), min(len(names), wanted), replace=False, p=weight / weight.sum()
+        )
+        return [int(order[i % len(order)]) for i in range(wanted)]
+
+    def _segmentation_sample(self, row: dict[str, Any], key: int) -> Sample:
+        settings = self.settings
+        chosen = self._draw_targets([t["name"] for t in row["targets"]], key)
+        targets = [row["targets"][i] for i in chosen]
+        native = {
+            i: decode_mask(row["targets"][i]["rle"], row["height"], row["width"])
+            for i in set(chosen)
+        }
+        geometry = draw_geometry(
+            row["height"],
+            row["width"],
+            list(native.values()),
+            settings.image_size,
+            sample_key(key, "geometry"),
+            augment=settings.augment,
+            allow_flip=not any(names_side(t["name"]) for t in targets),
+        )
+        image = self._image(row, geometry, key)
+        resized = {i: apply_mask(mask, geometry) for i, mask in native.items()}
+        masks = np.stack([resized[i] for i in chosen])
+        coords, labels = draw_prompts(masks, sample_key(key, "prompts"), settings.prompt_mix)
+        return Sample(
+            sequences=self._instructions(row, targets, image, key),
+            image=torch.from_numpy(image).permute(2, 0, 1),
+            masks=torch.from_numpy(masks),
+            point_coords=torch.as_tensor(coords),
+            point_labels=torch.as_tensor(labels),
+            meta=[row_meta(row, "segmentation", t["name"], self.groups) for t in targets],
+        )
+
+    def _instructions(
+        self, row: dict[str, Any], targets: list[dict[str, Any]], image: np.ndarray, key: int
+    ) -> list[dict[str, Any]]:
+        if self.chat is None:
+            return []
+        pixels = self.chat.image_inputs(image)
+        return [
+            self.chat.sequence([Turn("user", text, "segmentation")]) | {"image": pixels}
+            for k, target in enumerate(targets)
+            for text in [
+                segmentation_instruction(
+                    target["name"], row["modality"], sample_key(key, "phrasing", k)
+                )
+            ]
+        ]
+
+    def _language_sample(self, row: dict[str, Any], turn: int, key: int) -> Sample:
+        assert self.chat is not None, "a language sample needs an MLLM"
+        pair = [Turn(**t) for t in row["conversations"][turn : turn + 2]]
+        # Never cropped: what the answer is about might be outside.
+        flip = self.settings.augment and not any(names_side(t.text) for t in pair)
+        geometry = Geometry.full(
+            row["height"],
+            row["width"],
+            self.settings.image_size,
+            flip=flip and sample_key(key, "flip") % 2 == 1,
+        )
+        image = self._image(row, geometry, key)
+        return Sample(
+            sequences=[self.chat.sequence(pair) | {"image": self.chat.image_inputs(image)}],
+            image=None,
+            masks=None,
+            point_coords=None,
+            point_labels=None,
+            meta=[row_meta(row, "language", pair[0].kind, self.groups)],
+        )
+
+    def _image(self, row: dict[str, Any], geometry: Geometry, key: int) -> np.ndarray:
+        image = apply_image(decode_image(row["image"]), geometry)
+        if self.settings.augment:
+            image = draw_intensity(image, sample_key(key, "intensity"))
+        return image
+
+
+def row_meta(row: dict[str, Any], task: str, target: str, groups: dict[str, str]) -> dict[str, Any]:
+    """What training logs and evaluation rows say about a sample; missing attributes stay None."""
+    names = ("id", "modality", "anatomy", "source", "patient_id", "sex", "age", "race")
+    meta = {name: row[name] for name in names}
+    group = groups.get(target, "unseen") if task == "segmentation" else None
+    return meta | {"task": task, "target": target, "group": group}
+
+
+def collate(
+    samples: list[Sample], seed: int, pad_token_id: int, *, padding_side: str = "right"
+) -> Batch:
+    """One micro-batch: segmentation rows first, then language rows."""
+    with_masks = [s for s in samples if s.image is not None]
+    ordered = with_masks + [s for s in samples if s.image is None]
+    sequences = [sequence for sample in ordered for sequence in sample.sequences]
+    rows = [len(s.meta) for s in with_masks]
+    tokens = _collate_tokens(sequences, pad_token_id, padding_side) if sequences else {}
+    return Batch(
+        images=_stack([s.image for s in with_masks]),
+        row_image=torch.repeat_interleave(torch.tensor(rows)) if rows else None,
+        row_sequence=torch.arange(sum(rows)) if rows and sequences else None,
+        row_target=_number_targets([m["target"] for s in with_masks for m in s.meta]),
+        masks=_cat([s.masks for s in with_masks]),
+        prompts=_collate_prompts(with_masks) if rows else None,
+        mllm_inputs=tokens.get("inputs", {}),
+        image_slots=tokens.get("image_slots", []),
+        prompt_mask=tokens.get("prompt_mask"),
+        answer_positions=tokens.get("answer_positions"),
+        answer_tokens=tokens.get("answer_tokens"),
+        seed=seed,
+        meta=[meta for sample in ordered for meta in sample.meta],
+    )
+
+
+def _number_targets(names: list[str]) -> Tensor | None:
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    return torch.tensor([numbers[name] for name in names]) if names else None
+
+
+def _stack(tensors: list[Any]) -> Tensor | None:
+    return torch.stack(tensors) if tensors else None
+
+
+def _cat(tensors: list[Any]) -> Tensor | None:
+    return torch.cat(tensors) if tensors else None
+
+
+def _collate_prompts(samples: list[Sample]) -> Prompts:
+    coords = _cat([s.point_coords for s in samples])
+    labels = _cat([s.point_labels for s in samples])
+    assert coords is not None and labels is not None
+    return Prompts(point_coords=coords, point_labels=labels)
+
+
+def _pad(tensors: list[Tensor], value: int | bool, side: str) -> Tensor:
+    """[L_i] each -> [B, L]."""
+    length = max(len(t) for t in tensors)
+    left = side == "left"
+    return torch.stack(
+        [
+            pad(t, (length - len(t), 0) if left else (0, length - len(t)), value=value)
+            for t in tensors
+        ]
+    )
+
+
+def _collate_tokens(
+    sequences: list[dict[str, Any]], pad_token_id: int, side: str
+) -> dict[str, Any]:
+    """Padded tokens, distinct images once, and where the answers are."""
+    extra = [k for k in sequences[0] if k not in ("input_ids", "labels", "prompt_mask", "image")]
+    inputs = {name: _pad([s[name] for s in sequences], 0, side) for name in extra}
+    inputs["input_ids"] = _pad([s["input_ids"] for s in sequences], pad_token_id, side)
+    inputs["attention_mask"] = _pad(
+        [torch.ones(len(s["input_ids"]), dtype=torch.int64) for s in sequences], 0, side
+    )
+    distinct: dict[int, int] = {}
+    images: list[dict[str, Tensor]] = []
+    slots: list[int] = []
+    for sequence in sequences:
+        identity = id(sequence["image"])
+        if identity not in distinct:
+            distinct[identity] = len(images)
+            images.append(sequence["image"])
+        slots.append(distinct[identity])
+    for name in images[0]:
+        inputs[name] = torch.cat([image[name] for image in images])
+    labels = _pad([s["labels"] for s in sequences], IGNORE_INDEX, side)
+    answers = (labels != IGNORE_INDEX).flatten().nonzero()[:, 0]
+    return {
+        "inputs": inputs,
+        "image_slots": slots,
+        "prompt_mask": _pad([s["prompt_mask"] for s in sequences], False, side),
+        "answer_positions": answers - 1,
+        "answer_tokens": labels.flatten()[answers],
+    }
+
+
+def first(batches: list[Batch]) -> Batch:
+    """The loader's collate function: the stream has built the batch already."""
+    return batches[0]
+
+
+def training_loader(
+    stream: TrainingStream, sampler: GlobalBatchSampler, num_workers: int
+) -> DataLoader:
+    """The DataLoader of one rank."""
+    return DataLoader(
+        stream,
+        batch_sampler=sampler,
+        collate_fn=first,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=False,
+        prefetch_factor=4 if num_workers else None,
+    )
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Move the batch's tensors, however nested."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device, non_blocking=True)
+        if isinstance(value, Prompts):
+            return Prompts(*map(move, value))
+        if isinstance(value, dict):
+            return {k: move(v) for k, v in value.items()}
+        return value
+
+    return batch._replace(**{k: move(v) for k, v in batch._asdict().items() if k != "meta"})

@@ -1,0 +1,1 @@
+"""Evaluation: inference writes one row per item, everything else reads rows."""

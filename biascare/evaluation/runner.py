@@ -1,0 +1,193 @@
+"""Model and held-out records to rows, one per mask or question.
+
+    rows = segmentation_rows(model, images, settings)
+    rows += answer_rows(model, questions, settings)
+
+Rows are plain dicts that go to predictions.jsonl as they are. Under several ranks each evaluates
+its share; the caller gathers. Metrics never look at a model again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from biascare.data.heldout import HeldOut, HeldOutImages, HeldOutQuestions, heldout_loader
+from biascare.data.loader import to_device
+from biascare.data.records import decode_mask
+from biascare.data.transforms import restore_mask
+from biascare.evaluation.segmentation import dice_score, disc
+from biascare.evaluation.text import is_correct
+from biascare.hitl.clicks import refine_once
+from biascare.interfaces import POINT_PADDING, Batch, DualPathModel, Features, Prediction, Prompts
+from biascare.losses import joint_uncertainty, mask_weighted_embedding, semantic_uncertainty
+
+
+class RunnerSettings(NamedTuple):
+    """How to run; scores do not depend on the first three."""
+
+    batch_size: int = 8
+    rank: int = 0
+    world_size: int = 1
+    num_workers: int = 0
+    num_clicks: int = 1  # simulated corrections after the first prediction
+    max_new_tokens: int = 32
+    beta_vl: float = 0.5
+    synced_generation: bool = False  # ZeRO-3: all ranks generate equally long
+
+
+def _batches(model: DualPathModel, items: HeldOut, settings: RunnerSettings) -> Iterator[Batch]:
+    loader = heldout_loader(
+        items,
+        settings.batch_size,
+        rank=settings.rank,
+        world_size=settings.world_size,
+        num_workers=settings.num_workers,
+    )
+    for batch in loader:
+        yield to_device(batch, model.device)
+
+
+@torch.inference_mode()
+def segmentation_rows(
+    model: DualPathModel,
+    images: HeldOutImages,
+    settings: RunnerSettings,
+    area_shares: dict[str, float] | None = None,
+) -> list[dict[str, Any]]:
+    """One row per (image, target): Dice at native size from the first click, from text alone (with
+    an MLLM), and after each simulated correction, with the uncertainties of the first prediction.
+
+    `area_shares`: mean share of the image each target covers in training; adds `dice_disc`, the
+    score of a disc of that area at the click.
+    """
+    model.eval()
+    rows = []
+    for batch in _batches(model, images, settings):
+        features = model.encode(batch)
+        predictions = dict(_predict(model, features, batch, settings.num_clicks))
+        uncertainty = _uncertainties(features, predictions["dice"], batch, settings.beta_vl)
+        for r, meta in enumerate(batch.meta):
+            if not meta["is_repeat"]:
+                logits = {name: p.mask_logits[r] for name, p in predictions.items()}
+                values = {name: float(v[r]) for name, v in uncertainty.items()}
+                rows.append(_mask_row(meta, logits, values, area_shares))
+    return rows
+
+
+def _predict(
+    model: DualPathModel, features: Features, batch: Batch, num_clicks: int
+) -> Iterator[tuple[str, Prediction]]:
+    """(metric name, prediction) for every way of prompting."""
+    assert batch.prompts is not None and batch.row_image is not None and batch.masks is not None
+    row_image, prompts = batch.row_image, batch.prompts
+    if features.text_embedding is not None:
+        no_point = prompts._replace(
+            point_labels=torch.full_like(prompts.point_labels, POINT_PADDING)
+        )
+        yield "dice_text", model.decode_masks(features, no_point, row_image)
+    prediction = model.decode_masks(features, prompts, row_image)
+    yield "dice", prediction
+
+    def decode(prompts: Prompts, mask_prompt: Tensor | None) -> Prediction:
+        return model.decode_masks(features, prompts, row_image, mask_prompt=mask_prompt)
+
+    for click in range(1, num_clicks + 1):
+        prompts, prediction = refine_once(
+            decode,
+            prompts,
+            prediction,
+            batch.masks,
+            policy="center",
+            num_clicks=1,
+            generator=None,
+            mask_prompt=True,
+        )
+        yield f"dice_click_{click}", prediction
+
+
+def _uncertainties(
+    features: Features, prediction: Prediction, batch: Batch, beta_vl: float
+) -> dict[str, Tensor]:
+    """Label-free uncertainties of R rows: Eq. 5, and Eq. 6 with the quality head's own Dice."""
+    predicted_loss = 1 - prediction.predicted_dice
+    if features.text_embedding is None or features.image_embedding is None:
+        return {"joint_label_free": predicted_loss}
+    vector = mask_weighted_embedding(
+        features.image_embedding, prediction.mask_logits.sigmoid(), row_image=batch.row_image
+    )
+    semantic = semantic_uncertainty(vector, features.text_embedding)
+    return {
+        "semantic": semantic,
+        "joint_label_free": joint_uncertainty(semantic, predicted_loss, beta_vl),
+        "predicted_dice_loss": predicted_loss,
+    }
+
+
+def _mask_row(
+    meta: dict[str, Any],
+    logits: dict[str, Tensor],
+    uncertainty: dict[str, float],
+    area_shares: dict[str, float] | None,
+) -> dict[str, Any]:
+    height, width = meta["height"], meta["width"]
+    truth = decode_mask(meta["rle"], height, width)
+    scores = {
+        name: dice_score(restore_mask(value, height, width).cpu().numpy(), truth)
+        for name, value in logits.items()
+    }
+    if area_shares is not None:
+        known = area_shares.get(meta["target"])
+        share = known if known is not None else sum(area_shares.values()) / len(area_shares)
+        guess = disc(height, width, meta["point"], share * height * width)
+        scores["dice_disc"] = dice_score(guess, truth)
+    return _common(meta) | {
+        "id": f"{meta['id']}/{meta['target']}",
+        "target": meta["target"],
+        "group": meta["group"],
+        "prompt": {"point": meta["point"]},
+        "pixels": int(truth.sum()),
+        "mask_metrics": scores,
+        "uncertainty": uncertainty,
+    }
+
+
+def _common(meta: dict[str, Any]) -> dict[str, Any]:
+    same = {k: meta[k] for k in ("patient_id", "source", "split", "task", "modality", "anatomy")}
+    attributes = {k: meta[k] for k in ("sex", "age", "race")}
+    return {"image_id": meta["id"], "attributes": attributes} | same
+
+
+@torch.inference_mode()
+def answer_rows(
+    model: DualPathModel, questions: HeldOutQuestions, settings: RunnerSettings
+) -> list[dict[str, Any]]:
+    """One row per question: the greedy answer and whether it is right."""
+    assert questions.chat is not None
+    model.eval()
+    rows = []
+    for batch in _batches(model, questions, settings):
+        tokens = model.generate(
+            batch,
+            max_new_tokens=settings.max_new_tokens,
+            synced_gpus=settings.synced_generation,
+        )
+        for meta, prediction in zip(batch.meta, questions.chat.decode(tokens), strict=True):
+            if not meta["is_repeat"]:
+                rows.append(_answer_row(meta, prediction))
+    return rows
+
+
+def _answer_row(meta: dict[str, Any], prediction: str) -> dict[str, Any]:
+    kind, reference = meta["target"], meta["reference"]
+    return _common(meta) | {
+        "id": f"{meta['id']}/{meta['turn']}",
+        "kind": kind,
+        "prompt": meta["question"],
+        "prediction": prediction,
+        "reference": reference,
+        "correct": is_correct(kind=kind, prediction=prediction, reference=reference),
+    }

@@ -1,0 +1,259 @@
+"""Training checkpoints that survive a crash at any moment, and exact resume.
+
+    store = CheckpointStore(output_dir / "checkpoints", keep=2)
+    store.save(engine, step, client_state, fingerprint)
+    step, client_state = store.load(engine, store.newest(), fingerprint)
+
+A save writes to a temporary folder, flushes, records size and sha256 of every file in
+manifest.json, and is renamed only then; `latest` moves last and old checkpoints go after that. So
+whatever is called step_N is whole, and there is always a previous one. Loading never unpickles
+foreign classes: `weights_only=True` with the few classes DeepSpeed's own files contain.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+
+from biascare.training.distributed import from_rank_zero, gather_objects, world_size
+
+TAG = "engine"
+"""Subfolder that DeepSpeed fills."""
+
+PARTIAL, REPLACED = ".tmp", ".replaced"
+"""Endings of a checkpoint still being written, and of one whose successor is being put in place."""
+
+
+def _trusted_globals() -> list[Any]:
+    """Classes inside DeepSpeed's checkpoint files, besides tensors and containers."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+
+
+class SafeCheckpointEngine(TorchCheckpointEngine):
+    """DeepSpeed's writer with flushed files and its reader without arbitrary unpickling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.problem: str | None = None
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Keep a failure for `CheckpointStore.save`: raising here, between DeepSpeed's barriers,
+        would leave the other ranks waiting."""
+        try:
+            with open(path, "wb") as file:
+                torch.save(state_dict, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:
+            self.problem = f"{path}: {_cause(error)}"
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        with torch.serialization.safe_globals(_trusted_globals()):
+            return torch.load(path, map_location=map_location, weights_only=True)
+
+
+class CheckpointStore:
+    """The checkpoints of one run."""
+
+    def __init__(self, folder: Path, keep: int):
+        """`keep`: how many of the newest stay on disk."""
+        self.folder = folder
+        self.keep = keep
+
+    def save(
+        self, engine: Any, step: int, client_state: dict[str, Any], fingerprint: dict[str, Any]
+    ) -> Path:
+        """Write step_N. Call on every rank; `client_state` holds plain values and tensors.
+
+        Raises OSError, on every rank, where any of them cannot write; nothing half-written stays.
+        """
+        final = self.folder / f"step_{step:08d}"
+        partial = final.with_name(final.name + PARTIAL)
+        try:
+            from_rank_zero(lambda: self._begin(partial))
+            self._write(engine, partial, client_state)
+            from_rank_zero(lambda: self._publish(partial, final, step, fingerprint))
+        except OSError as error:
+            from_rank_zero(lambda: shutil.rmtree(partial, ignore_errors=True))
+            raise OSError(
+                f"the checkpoint of step {step} could not be written to {self.folder} ({error}). "
+                "Earlier checkpoints are untouched; free space or fix the permissions, then start "
+                "the same command again to continue from the newest"
+            ) from error
+        return final
+
+    def _begin(self, partial: Path) -> None:
+        """An empty folder to write to; what crashed saves left goes now."""
+        for left in self.folder.glob(f"*{PARTIAL}"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        (partial / TAG).mkdir(parents=True)
+
+    def _write(self, engine: Any, partial: Path, client_state: dict[str, Any]) -> None:
+        engine.checkpoint_engine = writer = SafeCheckpointEngine()
+        engine.save_checkpoint(
+            str(partial),
+            tag=TAG,
+            client_state=client_state,
+            save_latest=False,
+            exclude_frozen_parameters=True,
+        )
+        # Also the moment at which every rank has written and flushed.
+        problems = [problem for problem in gather_objects(writer.problem) if problem]
+        if problems:
+            raise OSError("; ".join(problems))
+
+    def _publish(self, partial: Path, final: Path, step: int, fingerprint: dict[str, Any]) -> None:
+        files = {
+            str(path.relative_to(partial)): {"size": path.stat().st_size, "sha256": _sha256(path)}
+            for path in sorted(partial.rglob("*"))
+            if path.is_file()
+        }
+        manifest = {"step": step, "world_size": world_size(), "files": files} | fingerprint
+        _write_flushed(partial / "manifest.json", json.dumps(manifest, indent=2))
+        _flush_folder(partial / TAG)
+        _flush_folder(partial)
+        if final.exists():  # this step was taken before, from an older checkpoint
+            final.rename(final.with_name(final.name + REPLACED))
+        partial.rename(final)
+        _flush_folder(self.folder)
+        _write_flushed(self.folder / f"latest{PARTIAL}", final.name)
+        (self.folder / f"latest{PARTIAL}").replace(self.folder / "latest")
+        for replaced in self.folder.glob(f"step_*{REPLACED}"):
+            shutil.rmtree(replaced)
+        for old in self._all()[: -self.keep]:
+            shutil.rmtree(old)
+
+    def _all(self) -> list[Path]:
+        """Whole checkpoints, oldest first."""
+        return sorted(path for path in self.folder.glob("step_*") if path.suffix != PARTIAL)
+
+    def newest(self) -> Path | None:
+        """Newest checkpoint that verifies; None when there is none at all.
+
+        Raises ValueError when checkpoints exist and none verifies: starting afresh over them is
+        never the silent answer. A fallback to an older one is announced.
+        """
+        path: Path | None = from_rank_zero(self._newest)
+        return path
+
+    def _newest(self) -> Path | None:
+        candidates = self._all()
+        for path in reversed(candidates):
+            problem = verify(path)
+            if problem is None:
+                return path
+            print(f"WARNING checkpoint {path} is damaged: {problem}", flush=True)
+        if candidates:
+            raise ValueError(
+                f"none of the {len(candidates)} checkpoints in {self.folder} verifies; restore "
+                "one, or start afresh with train.resume=never"
+            )
+        return None
+
+    def set_aside(self) -> None:
+        """Keep an earlier run's checkpoints under another name when the user starts afresh."""
+        from_rank_zero(self._set_aside)
+
+    def _set_aside(self) -> None:
+        if not self._all():
+            return
+        number = 1
+        while (aside := self.folder.with_name(f"{self.folder.name}.before-{number}")).exists():
+            number += 1
+        self.folder.rename(aside)
+        print(f"earlier checkpoints are kept in {aside}", flush=True)
+
+    def load(
+        self, engine: Any, path: Path, fingerprint: dict[str, Any]
+    ) -> tuple[int, dict[str, Any]]:
+        """Restore everything; returns (steps done, client state).
+
+        Raises ValueError when the checkpoint is damaged or was made by a run that differs in
+        something exact resume depends on.
+        """
+        manifest: dict[str, Any] = from_rank_zero(lambda: _checked_manifest(path, fingerprint))
+        engine.checkpoint_engine = SafeCheckpointEngine()
+        loaded, client_state = engine.load_checkpoint(str(path), tag=TAG, load_module_strict=False)
+        if loaded is None:
+            raise ValueError(f"DeepSpeed found nothing to load in {path}")
+        return manifest["step"], client_state
+
+
+def _checked_manifest(path: Path, fingerprint: dict[str, Any]) -> dict[str, Any]:
+    problem = verify(path)
+    if problem is not None:
+        raise ValueError(f"checkpoint {path} is damaged: {problem}")
+    manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text())
+    wanted = fingerprint | {"world_size": world_size()}
+    differing = [
+        f"{key} {manifest.get(key)!r} there, {value!r} here"
+        for key, value in wanted.items()
+        if manifest.get(key) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"checkpoint {path} cannot continue this run: {'; '.join(differing)}. Use the same "
+            "settings, or start a new run with another train.output_dir"
+        )
+    return manifest
+
+
+def verify(path: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        for name, expected in manifest["files"].items():
+            file = path / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != expected["size"]:
+                return f"{name} has {file.stat().st_size} bytes instead of {expected['size']}"
+            if _sha256(file) != expected["sha256"]:
+                return f"{name} has changed since it was written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"manifest.json cannot be read ({error})"
+    return None
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The first OSError on the way to an error: torch covers a full disk with complaints about its
+    own archive."""
+    link: BaseException | None = error
+    while link is not None and not isinstance(link, OSError):
+        link = link.__context__
+    return link or error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write_flushed(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_folder(path: Path) -> None:
+    """Make the names in a folder durable, not only the contents of its files."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

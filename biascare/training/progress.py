@@ -1,0 +1,207 @@
+"""What a person sees of a run, and what stays on disk of it.
+
+One progress line per logging interval, one table per evaluation, metrics.jsonl with everything, and
+TensorBoard. Bias groups are a first-class axis: loss, uncertainty and weight are kept per modality
+and per prevalence group. Rank 0 speaks for all.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from biascare.training.distributed import gather_objects, rank
+from biascare.training.step import RowOutcome
+
+AXES = ("modality", "group")
+"""Keys of a sample's meta that training statistics are kept by."""
+
+ROW_VALUES = ("dice_loss", "semantic", "weight")
+
+
+class GroupMeter:
+    """Mean loss, semantic uncertainty and weight of segmentation rows, per modality and group.
+
+    Rows stay on the device until they are asked for: no host synchronisation per step.
+    """
+
+    def __init__(self) -> None:
+        self.pending: list[tuple[torch.Tensor, list[dict[str, Any]]]] = []
+
+    def add(self, rows: RowOutcome, meta: list[dict[str, Any]]) -> None:
+        columns = [rows.valid, *(getattr(rows, name) for name in ROW_VALUES)]
+        values = torch.stack([column.detach().float() for column in columns], 1)
+        self.pending.append((values, meta[: len(values)]))
+
+    def take(self) -> dict[str, dict[str, dict[str, float]]]:
+        """{axis: {group: {"num", "dice_loss", "semantic", "weight"}}} over the valid rows of all
+        ranks; then empty."""
+        sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0] * 4)
+        for values, meta in self.pending:
+            for (valid, *row), about in zip(values.cpu().tolist(), meta, strict=True):
+                if not valid:
+                    continue
+                for axis in AXES:
+                    total = sums[axis, str(about[axis])]
+                    for i, value in enumerate([1.0, *row]):
+                        total[i] += value
+        self.pending = []
+        return _merge(gather_objects(dict(sums)))
+
+
+def _merge(
+    per_rank: Iterable[Mapping[tuple[str, str], list[float]]],
+) -> dict[str, dict[str, dict[str, float]]]:
+    sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0] * 4)
+    for mine in per_rank:
+        for key, values in mine.items():
+            sums[key] = [a + b for a, b in zip(sums[key], values, strict=True)]
+    merged: dict[str, dict[str, dict[str, float]]] = {axis: {} for axis in AXES}
+    for (axis, group), (num, *totals) in sorted(sums.items()):
+        means = {name: total / num for name, total in zip(ROW_VALUES, totals, strict=True)}
+        merged[axis][group] = {"num": num} | means
+    return merged
+
+
+class RunLog:
+    """metrics.jsonl, TensorBoard and the terminal of one run; silent on all ranks but 0."""
+
+    def __init__(self, folder: Path):
+        self.speaks = rank() == 0
+        self.console = Console(quiet=not self.speaks, soft_wrap=True)
+        self.folder = folder
+        self.path = folder / "metrics.jsonl"
+        self.writer: Any = None
+
+    def open(self, start_step: int, *, tensorboard: bool, evaluates_again: bool = False) -> None:
+        """Start writing after `start_step`. A resumed run repeats the steps after its checkpoint;
+        what was logged of them is dropped. A run that starts afresh keeps an older file aside.
+
+        `evaluates_again`: the evaluation of `start_step` itself is repeated too.
+        """
+        if not self.speaks:
+            return
+
+        def kept(line: str) -> bool:
+            try:
+                entry = json.loads(line)
+            except ValueError:  # cut short by a crash
+                return False
+            again = evaluates_again and entry["event"] == "eval" and entry["step"] == start_step
+            return bool(entry["step"] <= start_step and not again)
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.path.exists() and start_step:
+            partial = self.path.with_suffix(".tmp")
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            partial.write_text("".join(f"{line}\n" for line in lines if kept(line)))
+            partial.replace(self.path)
+        elif self.path.exists():
+            number = len(list(self.folder.glob("metrics.before-*.jsonl"))) + 1
+            self.path.rename(self.folder / f"metrics.before-{number}.jsonl")
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(
+                str(self.folder / "tensorboard"), purge_step=start_step + 1 if start_step else None
+            )
+
+    def record(self, event: str, step: int, values: Mapping[str, Any]) -> None:
+        """Append a line to metrics.jsonl and every number in it to TensorBoard."""
+        if not self.speaks:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps({"event": event, "step": step} | dict(values)) + "\n")
+        if self.writer is not None:
+            for name, value in flatten(values):
+                self.writer.add_scalar(f"{event}/{name}", value, step)
+            self.writer.flush()
+
+    def say(self, message: Any) -> None:
+        self.console.print(message, highlight=False)
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:
+    """Numbers of a nested mapping with slash-joined names."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{prefix}{name}", float(value)
+
+
+def peak_memory_gib() -> float:
+    """Of this process: device memory on a GPU, resident memory on CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def progress_line(step: int, max_steps: int, values: Mapping[str, Any]) -> str:
+    """One line: where the run is, its loss terms, its speed and what it waits for."""
+    terms = " ".join(f"{name} {value:.3f}" for name, value in values["loss"].items())
+    skipped = f" | {values['skipped_steps']} skipped" if values["skipped_steps"] else ""
+    rates = " ".join(f"{name} {lr:.1e}" for name, lr in values["lr"].items())
+    eta = timedelta(seconds=round(values["eta_seconds"]))
+    return (
+        f"step {step}/{max_steps} | {terms} | grad {values['grad_norm']:.2f} | lr {rates} | "
+        f"{values['samples_per_second']:.1f} samples/s {values['tokens_per_second']:.0f} tok/s | "
+        f"data-wait {values['data_wait']:.0%} pad {values['pad_share']:.0%} | "
+        f"{values['peak_memory_gib']:.1f} GiB | ETA {eta}{skipped}"
+    )
+
+
+def trainable_table(parts: Mapping[str, tuple[int, int, float]]) -> Table:
+    """`parts`: name -> (parameters, trainable parameters, learning rate)."""
+    table = Table(title="Parameters")
+    for column in ("part", "parameters", "trainable", "learning rate"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    for name, (total, trainable, lr) in parts.items():
+        table.add_row(name, f"{total:,}", f"{trainable:,}", f"{lr:.1e}" if trainable else "frozen")
+    everything, trained = (sum(values[i] for values in parts.values()) for i in (0, 1))
+    table.add_section()
+    table.add_row("all", f"{int(everything):,}", f"{int(trained):,}", "")
+    return table
+
+
+def evaluation_table(summary: Mapping[str, Any], title: str) -> Table:
+    """Dice by prevalence group and modality, accuracy by kind beside constant answers."""
+    table = Table(title=title)
+    for column in ("what", "group", "n", "score", "reference"):
+        table.add_column(column, justify="left" if column in ("what", "group") else "right")
+    segmentation = summary.get("segmentation", {})
+    for metric in (name for name in segmentation if name.startswith("dice")):
+        scores = segmentation[metric]
+        table.add_row(metric, "all masks", str(segmentation["num_masks"]), _f(scores["mean"]), "")
+        table.add_row("", "mean over targets", "", _f(scores["mean_over_targets"]), "")
+        if metric == "dice":
+            for axis in ("by_group", "by_modality"):
+                for name, cell in scores[axis].items():
+                    table.add_row("", name, str(cell["num"]), _f(cell["mean"]), "")
+    for name in ("semantic", "joint_label_free"):
+        if name in segmentation:
+            cell = segmentation[name]
+            auroc = cell["failure_auroc"]
+            score = "-" if auroc is None else _f(auroc)
+            table.add_row(f"{name} uncertainty", "AUROC of failures", "", score, "0.500 by chance")
+    for kind, cell in summary.get("answers", {}).items():
+        constant = f"{_f(cell['best_constant'])} best constant"
+        table.add_row(f"{kind} answers", "all", str(cell["num"]), _f(cell["accuracy"]), constant)
+    return table
+
+
+def _f(value: float) -> str:
+    return f"{value:.3f}"

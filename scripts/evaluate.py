@@ -1,0 +1,127 @@
+"""Evaluate a model on held-out records: rows, a summary, a table, a contact sheet.
+
+    python scripts/evaluate.py outputs/demo/stage2/export \\
+        --segmentation outputs/demo/data/test --language outputs/demo/data/test \\
+        --train outputs/demo/data/train --output outputs/demo/test
+
+Writes predictions.jsonl, metrics.json and contact_sheet.png to the output folder. Metrics can be
+computed again from predictions.jsonl without the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from biascare.data.records import Records
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="exported folder")
+    parser.add_argument("--segmentation", nargs="*", default=[], help="record folders with masks")
+    parser.add_argument("--language", nargs="*", default=[], help="record folders with questions")
+    parser.add_argument(
+        "--train",
+        nargs="*",
+        default=[],
+        help="training folders: give prevalence groups and the disc baseline",
+    )
+    parser.add_argument("--output", required=True, help="folder to write to")
+    parser.add_argument("--mllm", help="where the base image-text model lies, if it has moved")
+    parser.add_argument("--clicks", type=int, default=1, help="simulated corrections")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--num-workers", type=int, default=0)
+    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--limit", type=int, default=0, help="images and questions; 0: all")
+    return parser.parse_args(arguments)
+
+
+def mean_area_shares(sources: list[Records]) -> dict[str, float]:
+    """Mean share of the image each target covers."""
+    import numpy as np
+
+    from biascare.data.records import decode_mask
+
+    shares: dict[str, list[float]] = {}
+    for records in sources:
+        for row in (records[i] for i in range(len(records))):
+            for target in row["targets"]:
+                mask = decode_mask(target["rle"], row["height"], row["width"])
+                shares.setdefault(target["name"], []).append(float(mask.mean()))
+    return {name: float(np.mean(values)) for name, values in shares.items()}
+
+
+def evaluate(options: argparse.Namespace) -> dict[str, Any]:
+    from biascare.data.chat import ChatBuilder
+    from biascare.data.heldout import HeldOutImages, HeldOutQuestions
+    from biascare.data.prevalence import prevalence_groups, total_counts
+    from biascare.data.records import Records
+    from biascare.evaluation.figures import contact_sheet, mask_panels, representative_targets
+    from biascare.evaluation.runner import RunnerSettings, answer_rows, segmentation_rows
+    from biascare.evaluation.segmentation import summarise_segmentation
+    from biascare.evaluation.text import summarise_answers
+    from biascare.models import BiasCareVL
+    from biascare.models.mllm import load_processor
+
+    train = [Records(path) for path in options.train]
+    groups = prevalence_groups(total_counts(r.target_counts for r in train), 0.5, 0.1)
+    model = BiasCareVL.from_pretrained(options.model, mllm=options.mllm)
+    size = model.vision.image_size
+    chat = None
+    if model.mllm is not None:
+        processor = load_processor(str(Path(options.model) / "processor"))
+        chat = ChatBuilder(processor, image_size=size, max_tokens=1 << 20)
+    settings = RunnerSettings(
+        batch_size=options.batch_size,
+        num_workers=options.num_workers,
+        num_clicks=options.clicks,
+        max_new_tokens=options.max_new_tokens,
+    )
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    about: dict[str, Any] = {"image_size": size, "limit": options.limit}
+    images = HeldOutImages([Records(p) for p in options.segmentation], chat, groups, **about)
+    asked = options.language if chat else []
+    questions = HeldOutQuestions([Records(p) for p in asked], chat, groups, **about)
+    areas = mean_area_shares(train) if train else None
+    masks = segmentation_rows(model, images, settings, areas) if len(images) else []
+    answers = answer_rows(model, questions, settings) if len(questions) else []
+    summary: dict[str, Any] = {"model": str(options.model)}
+    summary |= {"segmentation": summarise_segmentation(masks)} if masks else {}
+    summary |= {"answers": summarise_answers(answers)} if answers else {}
+    lines = [json.dumps(row) for row in masks + answers]
+    (folder / "predictions.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n")
+    if masks and groups:
+        panels = mask_panels(model, images, representative_targets(masks))
+        contact_sheet(panels, folder / "contact_sheet.png", f"{options.model}, held-out records")
+    return summary
+
+
+def main() -> None:
+    options = parse(sys.argv[1:])
+    if not (options.segmentation or options.language):
+        sys.exit("nothing to evaluate: name folders after --segmentation or --language")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from rich.console import Console
+
+    from biascare.training.progress import evaluation_table
+
+    try:
+        summary = evaluate(options)
+    except ValueError as error:
+        sys.exit(str(error))
+    Console().print(evaluation_table(summary, str(options.model)))
+    print(f"rows, metrics and contact sheet are in {options.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,497 @@
+"""Train BiasCareVL.
+
+    deepspeed scripts/train.py --config configs/stage2.yaml [section.key=value ...]
+
+Stage 1 (train.stage=vision) trains the vision pathway alone, stage 2 (joint) everything, starting
+from stage 1's export. The same command continues an interrupted run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from biascare.config import (
+    Config,
+    describe_config,
+    dump_config,
+    load_config,
+    resolve_deepspeed,
+    to_dict,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from biascare.data.chat import ChatBuilder
+    from biascare.data.mixture import Mixture
+    from biascare.data.records import Records
+    from biascare.models.biascarevl import BiasCareVL
+    from biascare.training.distributed import OptimizerSettings
+    from biascare.training.progress import RunLog
+
+ROOT = Path(__file__).resolve().parents[1]
+
+FREE_ON_RESUME = (
+    "data.segmentation",  # their contents are compared instead
+    "data.language",
+    "data.eval_segmentation",
+    "data.eval_language",
+    "data.max_tokens",
+    "data.num_workers",
+    "data.max_bad_samples",
+    "model.mllm",
+    "model.vision_weights",
+    "model.activation_checkpointing",
+    "eval.",
+    "train.max_steps",
+    "train.output_dir",
+    "train.resume",
+    "train.deepspeed",
+    "train.log_every",
+    "train.eval_every",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "train.nonfinite",
+    "train.max_skipped_steps",
+    "train.tensorboard",
+)
+"""Keys a resumed run may change; every other decides what the next step computes."""
+
+
+def parse(arguments: list[str]) -> tuple[str, list[str]]:
+    """(config file, overrides)."""
+    lines = [f"  {k.key} ({k.type}, default {k.default}): {k.help}" for k in describe_config()]
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="keys of the YAML file, each also as section.key=value:\n" + "\n".join(lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
+    known = parser.parse_intermixed_args(arguments)
+    return known.config, known.overrides
+
+
+def prepare_process() -> None:
+    """Divide the cores among the ranks of this machine, unless the user has: oversubscribed threads
+    make CPU ranks dozens of times slower. Then silence what libraries say about themselves."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import torch
+    import transformers
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise it warns that it found none
+    transformers.utils.logging.disable_progress_bar()
+    for message in ("`is_gradient_checkpointing`", "`torch.distributed"):
+        # Of peft's and DeepSpeed's calls; nothing a user could change.
+        warnings.filterwarnings("ignore", category=FutureWarning, message=message)
+
+
+def fail(error: Exception, folder: str | None = None) -> NoReturn:
+    """End with the message of an error that explains itself; its traceback goes to a file."""
+    number = os.environ.get("RANK", "0")
+    message = str(error) if number == "0" else f"[rank {number}] {error}"
+    if folder is not None and Path(folder).is_dir():
+        path = Path(folder) / f"traceback.rank{number}.txt"
+        with contextlib.suppress(OSError):
+            path.write_text(traceback.format_exc(), encoding="utf-8")
+            message += f"\n(traceback in {path})"
+    print(message, file=sys.stderr, flush=True)
+    raise SystemExit(1)
+
+
+def open_sources(sources: tuple[Any, ...]) -> list[Records]:
+    from biascare.data.records import Records
+
+    return [Records(source.path) for source in sources]
+
+
+def build_mixture(config: Config, segmentation: list[Records], language: list[Records]) -> Mixture:
+    from biascare.data.mixture import Mixture
+
+    seen = zip(config.data.segmentation, segmentation, strict=True)
+    read = zip(config.data.language, language, strict=True)
+    return Mixture(
+        segmentation=[(len(r.segmentation_units), s.weight) for s, r in seen],
+        language=[(len(r.language_units), s.weight) for s, r in read],
+        ratio=config.data.ratio,
+        seed=config.train.seed,
+    )
+
+
+def build_chat(config: Config) -> ChatBuilder | None:
+    if config.train.stage == "vision":
+        return None
+    from biascare.data.chat import ChatBuilder
+    from biascare.models.mllm import load_processor
+
+    assert config.model.mllm is not None
+    return ChatBuilder(
+        load_processor(config.model.mllm),
+        image_size=config.model.image_size,
+        max_tokens=config.data.max_tokens,
+    )
+
+
+def build_loader(
+    config: Config,
+    segmentation: list[Records],
+    language: list[Records],
+    chat: ChatBuilder | None,
+    groups: dict[str, str],
+    start_step: int,
+) -> Any:
+    """The training DataLoader of this rank, continuing after `start_step` optimizer steps."""
+    from dataclasses import asdict
+
+    from biascare.data.loader import StreamSettings, TrainingStream, training_loader
+    from biascare.data.mixture import GlobalBatchSampler
+    from biascare.training.distributed import rank, world_size
+
+    mix = asdict(config.data.prompts)
+    settings = StreamSettings(
+        image_size=config.model.image_size,
+        targets_per_image=config.data.targets_per_image,
+        target_sampling_power=config.data.target_sampling_power,
+        prompt_mix=mix if chat else mix | {"text": 0.0},  # without a text there must be a prompt
+        augment=config.data.augment,
+        seed=config.train.seed,
+    )
+    mixture = build_mixture(config, segmentation, language)
+    mixture.check_micro_batch(config.train.micro_batch)
+    stream = TrainingStream(segmentation, language, mixture, chat, groups, settings)
+    sampler = GlobalBatchSampler(
+        config.train.global_batch,
+        config.train.micro_batch,
+        rank(),
+        world_size(),
+        start_step,
+        config.train.max_steps - start_step,
+    )
+    return training_loader(stream, sampler, config.data.num_workers)
+
+
+def build_model(config: Config) -> BiasCareVL:
+    import torch
+
+    from biascare.models.biascarevl import build_model
+    from biascare.models.mllm import LoraSettings
+
+    torch.manual_seed(config.train.seed)
+    model = config.model
+    built = build_model(
+        vision=model.vision,
+        image_size=model.image_size,
+        vision_weights=model.vision_weights,
+        mllm=model.mllm if config.train.stage == "joint" else None,
+        lora=LoraSettings(model.lora_rank, model.lora_alpha, model.lora_dropout),
+        num_queries=model.num_queries,
+        query_heads=model.query_heads,
+        attention=model.attention,
+        dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
+        activation_checkpointing=model.activation_checkpointing,
+    )
+    built.set_trainable(vars(config.train.trainable))
+    return built
+
+
+def optimizer_settings(config: Config) -> OptimizerSettings:
+    from biascare.training.distributed import OptimizerSettings
+
+    optim = config.optim
+    return OptimizerSettings(
+        lr=optim.lr,
+        mllm_lr=optim.mllm_lr,
+        betas=optim.betas,
+        weight_decay=optim.weight_decay,
+        grad_clip=optim.grad_clip,
+        warmup_steps=optim.warmup_steps,
+        final_lr_ratio=optim.final_lr_ratio,
+        max_steps=config.train.max_steps,
+    )
+
+
+def deepspeed_settings(config: Config) -> dict[str, Any]:
+    """The resolved DeepSpeed file; checked before any model is loaded."""
+    from biascare.training.distributed import can_discard, resolve_deepspeed_config
+
+    train = config.train
+    path = resolve_deepspeed(train.deepspeed)
+    settings = resolve_deepspeed_config(
+        path,
+        global_batch=train.global_batch,
+        micro_batch=train.micro_batch,
+        grad_clip=config.optim.grad_clip,
+        precision=train.precision,
+    )
+    if train.nonfinite == "skip" and not can_discard(settings):
+        raise ValueError(
+            f"train.nonfinite=skip cannot discard gradients that {path} offloads; set "
+            "train.nonfinite=raise or remove offload_optimizer"
+        )
+    return settings
+
+
+def build_engine(
+    config: Config, model: BiasCareVL, deepspeed_config: dict[str, Any], log: RunLog
+) -> Any:
+    """Engine around the training step; prints what is trainable."""
+    from biascare.models.biascarevl import MLLM_PARTS, TRAINABLE_PARTS
+    from biascare.training.distributed import build_engine, parameter_groups
+    from biascare.training.progress import trainable_table
+    from biascare.training.step import HITLSettings, ObjectiveSettings, TrainStep
+
+    settings = optimizer_settings(config)
+    parts = {part: model.part_parameters(part) for part in TRAINABLE_PARTS}
+    log.say(trainable_table(count_parameters(model, parts, settings)))
+    step = TrainStep(
+        model, ObjectiveSettings(**vars(config.objective)), HITLSettings(**vars(config.hitl))
+    )
+    groups = parameter_groups(parts, MLLM_PARTS, settings)
+    return build_engine(step, groups, settings, deepspeed_config)
+
+
+def count_parameters(
+    model: BiasCareVL, parts: dict[str, list[Any]], settings: OptimizerSettings
+) -> dict[str, tuple[int, int, float]]:
+    """Rows of the trainable-parameter table; what belongs to no part is the rest."""
+    from biascare.models.biascarevl import MLLM_PARTS
+
+    rows = {}
+    for part, parameters in parts.items():
+        if parameters:
+            lr = settings.mllm_lr if part in MLLM_PARTS else settings.lr
+            trainable = sum(p.numel() for p in parameters if p.requires_grad)
+            rows[part] = (sum(p.numel() for p in parameters), trainable, lr)
+    named = {id(p) for parameters in parts.values() for p in parameters}
+    rest = [p for p in model.parameters() if id(p) not in named]
+    rows["rest"] = (sum(p.numel() for p in rest), 0, 0.0)
+    return rows
+
+
+class Evaluator:
+    """Periodic evaluation on held-out records: rows, summary, table."""
+
+    def __init__(
+        self,
+        config: Config,
+        engine: Any,
+        chat: ChatBuilder | None,
+        groups: dict[str, str],
+        log: RunLog,
+    ):
+        from biascare.data.heldout import HeldOutImages, HeldOutQuestions
+
+        self.config = config
+        self.engine = engine
+        self.log = log
+        self.folder = Path(config.train.output_dir)
+        size = config.model.image_size
+        images = open_sources(config.data.eval_segmentation)
+        questions = open_sources(config.data.eval_language) if chat else []
+        self.images = HeldOutImages(
+            images, chat, groups, image_size=size, limit=config.eval.max_images
+        )
+        self.questions = HeldOutQuestions(
+            questions, chat, groups, image_size=size, limit=config.eval.max_questions
+        )
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        from biascare.evaluation.runner import answer_rows, segmentation_rows
+        from biascare.evaluation.segmentation import summarise_segmentation
+        from biascare.evaluation.text import summarise_answers
+        from biascare.training.distributed import gather_objects, rank
+        from biascare.training.progress import evaluation_table
+
+        model = self.engine.module.model
+        settings = self.settings()
+        masks = segmentation_rows(model, self.images, settings) if len(self.images) else []
+        answers = answer_rows(model, self.questions, settings) if len(self.questions) else []
+        masks = [row for mine in gather_objects(masks) for row in mine]
+        answers = [row for mine in gather_objects(answers) for row in mine]
+        summary = {"segmentation": summarise_segmentation(masks)} if masks else {}
+        summary |= {"answers": summarise_answers(answers)} if answers else {}
+        if summary and rank() == 0:
+            lines = [json.dumps(row) for row in masks + answers]
+            path = self.folder / "predictions" / f"step_{step:08d}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("\n".join(lines) + "\n")
+            self.log.record("eval", step, summary)
+            self.log.say(evaluation_table(summary, f"Held-out records at step {step}"))
+        return summary
+
+    def settings(self) -> Any:
+        from biascare.evaluation.runner import RunnerSettings
+        from biascare.training.distributed import rank, world_size
+
+        options = self.config.eval
+        return RunnerSettings(
+            batch_size=options.batch_size,
+            rank=rank(),
+            world_size=world_size(),
+            num_workers=self.config.data.num_workers,
+            num_clicks=options.num_clicks,
+            max_new_tokens=options.max_new_tokens,
+            beta_vl=self.config.objective.beta_vl,
+            synced_generation=self.engine.zero_optimization_stage() == 3,
+        )
+
+
+def provenance(
+    config: Config, sources: list[Records], deepspeed_config: dict[str, Any]
+) -> dict[str, Any]:
+    """What exact resume depends on; stands in every checkpoint."""
+    settings = {
+        key: value for key, value in dotted(to_dict(config)) if not key.startswith(FREE_ON_RESUME)
+    }
+    weights = [s.weight for s in config.data.segmentation + config.data.language]
+    hashes = [source.manifest["content_hash"] for source in sources]
+    settings["data"] = [list(pair) for pair in zip(hashes, weights, strict=True)]
+    settings["zero_stage"] = deepspeed_config.get("zero_optimization", {}).get("stage", 0)
+    return settings
+
+
+def dotted(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested mappings with their dotted keys."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from dotted(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def git_commit() -> str:
+    """Commit of the code, "-dirty" appended when files differ from it; "unknown" outside git."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown"
+
+
+def save_run_files(config: Config, groups: dict[str, str]) -> None:
+    folder = Path(config.train.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    dump_config(config, folder / "config.yaml")
+    about = {"git_commit": git_commit(), "prevalence_groups": groups}
+    (folder / "run.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def export(config: Config, engine: Any, chat: ChatBuilder | None) -> None:
+    """OUTPUT_DIR/export: the portable folder that `BiasCareVL.from_pretrained` opens."""
+    from biascare.training.distributed import gathered_state
+
+    def exported(name: str, parameter: Any) -> bool:
+        frozen_base = name.startswith("mllm.") and ".lora_" not in name
+        return bool(parameter.requires_grad) or not frozen_base
+
+    state = gathered_state(engine.module.model, exported)
+    if state is None:
+        return
+    folder = Path(config.train.output_dir) / "export"
+    engine.module.model.save_pretrained(folder, state)
+    dump_config(config, folder / "training_config.yaml")
+    if chat is not None:
+        chat.processor.save_pretrained(folder / "processor")
+
+
+def run(config: Config) -> None:
+    from biascare.data.loader import to_device
+    from biascare.data.prevalence import prevalence_groups, total_counts
+    from biascare.training.checkpoint import CheckpointStore
+    from biascare.training.distributed import (
+        from_rank_zero,
+        init_process_group,
+        leave_process_group,
+    )
+    from biascare.training.progress import RunLog
+    from biascare.training.trainer import (
+        CheckpointHook,
+        EvalHook,
+        LedgerHook,
+        LogHook,
+        Trainer,
+    )
+
+    train = config.train
+    folder = Path(train.output_dir)
+    init_process_group()
+    deepspeed_config = deepspeed_settings(config)
+    segmentation = open_sources(config.data.segmentation)
+    language = open_sources(config.data.language)
+    counts = total_counts(source.target_counts for source in segmentation)
+    groups = prevalence_groups(counts, config.eval.head_share, config.eval.tail_share)
+    from_rank_zero(lambda: save_run_files(config, groups))
+    chat = build_chat(config)
+    log = RunLog(folder)
+    engine = build_engine(config, build_model(config), deepspeed_config, log)
+    store = CheckpointStore(folder / "checkpoints", train.keep_checkpoints)
+    fingerprint = provenance(config, segmentation + language, deepspeed_config)
+    start_step = resume(train.resume, store, engine, fingerprint, log)
+    finished = start_step >= train.max_steps
+    log.open(start_step, tensorboard=train.tensorboard, evaluates_again=finished)
+    evaluator = Evaluator(config, engine, chat, groups, log)
+    if finished or (config.eval.at_start and start_step == 0):
+        evaluator(start_step)
+    Trainer(
+        engine,
+        build_loader(config, segmentation, language, chat, groups, start_step),
+        to_device,
+        [
+            LogHook(log, engine, train.log_every, train.max_steps),
+            LedgerHook(folder, config.data.max_bad_samples),
+            EvalHook(evaluator, train.eval_every, train.max_steps),
+            CheckpointHook(store, engine, train.save_every, train.max_steps, fingerprint),
+        ],
+        max_steps=train.max_steps,
+        start_step=start_step,
+        nonfinite=train.nonfinite,
+        max_skipped_steps=train.max_skipped_steps,
+    ).run()
+    export(config, engine, chat)
+    log.say(f"exported to {folder / 'export'}")
+    log.close()
+    leave_process_group()
+
+
+def resume(choice: str, store: Any, engine: Any, fingerprint: dict[str, Any], log: RunLog) -> int:
+    """Optimizer steps already done; loads the checkpoint `train.resume` asks for."""
+    if choice == "never":
+        store.set_aside()
+        return 0
+    path = store.newest() if choice == "auto" else Path(choice)
+    if path is None:
+        return 0
+    step: int = store.load(engine, path, fingerprint)[0]
+    log.say(f"continuing after step {step} from {path}")
+    return step
+
+
+def main() -> None:
+    try:
+        config = load_config(*parse(sys.argv[1:]))
+    except ValueError as error:
+        if os.environ.get("RANK", "0") != "0":  # every rank reads the same file
+            raise SystemExit(1) from None
+        fail(error)
+    prepare_process()
+    from biascare.training.trainer import BadDataError, NonFiniteError
+
+    try:
+        run(config)
+    except (ValueError, OSError, NonFiniteError, BadDataError) as error:
+        fail(error, config.train.output_dir)
+
+
+if __name__ == "__main__":
+    main()
