@@ -44,18 +44,22 @@ def train(config: str) -> None:
     run(*f"deepspeed --num_accelerators 2 scripts/train.py --config {config}".split())
 
 
-def save_untrained() -> None:
-    """The model before any stage: random vision pathway, base MLLM with an empty adapter."""
+def save_references() -> None:
+    """Two models to compare with: random weights everywhere, and what stage 2 starts from."""
     import torch
 
     from biascare.models.biascarevl import build_model
     from biascare.models.mllm import load_processor
 
-    torch.manual_seed(0)
-    base = str(FOLDER / "base")
-    model = build_model(vision="tiny", image_size=128, mllm=base, query_heads=4)
-    model.save_pretrained(FOLDER / "untrained")
-    load_processor(base).save_pretrained(FOLDER / "untrained" / "processor")
+    starts: dict[str, dict[str, Any]] = {
+        "untrained": {"mllm": f"{FOLDER}/random_base"},
+        "before": {"mllm": f"{FOLDER}/base", "vision_weights": f"{FOLDER}/stage1/export"},
+    }
+    for name, weights in starts.items():
+        torch.manual_seed(0)
+        model = build_model(vision="tiny", image_size=128, query_heads=4, **weights)
+        model.save_pretrained(FOLDER / name)
+        load_processor(weights["mllm"]).save_pretrained(FOLDER / name / "processor")
 
 
 def results_table(metrics: dict[str, dict[str, Any]]) -> str:
@@ -63,12 +67,12 @@ def results_table(metrics: dict[str, dict[str, Any]]) -> str:
     trained = metrics["stage2"]
     masks, answers = trained["segmentation"], trained["answers"]
     lines = [
-        "| test split | n | untrained | after stage 1 | after stage 2 | trivial baseline |",
+        "| test split | n | untrained | before stage 2 | after stage 2 | trivial baseline |",
         "|---|---|---|---|---|---|",
     ]
 
     def dice(name: str, metric: str, group: str | None = None, baseline: str = "") -> None:
-        row = [_dice(metrics[m], metric, group) for m in ("untrained", "stage1", "stage2")]
+        row = [_dice(metrics[m], metric, group) for m in ("untrained", "before", "stage2")]
         count = masks["num_masks"] if group is None else masks["dice"]["by_group"][group]["num"]
         lines.append(f"| {name} | {count} | {' | '.join(row)} | {baseline} |")
 
@@ -79,12 +83,12 @@ def results_table(metrics: dict[str, dict[str, Any]]) -> str:
     dice("Dice, after one correction", "dice_click_1")
     dice("Dice, text prompt alone", "dice_text")
     for kind, cell in answers.items():
-        before = metrics["untrained"]["answers"][kind]["accuracy"]
+        before = [metrics[m]["answers"][kind]["accuracy"] for m in ("untrained", "before")]
         constant = f"{cell['best_constant']:.3f} (best constant answer)"
         if "always_yes" in cell:
             constant = f"{cell['always_yes']:.3f} (always yes), {constant}"
         lines.append(
-            f"| accuracy, {kind} questions | {cell['num']} | {before:.3f} | - | "
+            f"| accuracy, {kind} questions | {cell['num']} | {before[0]:.3f} | {before[1]:.3f} | "
             f"{cell['accuracy']:.3f} | {constant} |"
         )
     return "\n".join(lines)
@@ -104,12 +108,13 @@ def main() -> None:
     run("python", *f"data_prep/demo.py --output {DATA} --size small --seed 0 --bias both".split())
     make_base = f"scripts/make_base_mllm.py --records {DATA}/train --output {FOLDER}/base"
     run("python", *make_base.split())
+    run("python", *make_base.split()[:-1], f"{FOLDER}/random_base", "--steps", "0")
     train("configs/demo_stage1.yaml")
     train("configs/demo_stage2.yaml")
-    save_untrained()
+    save_references()
     models = {
         "untrained": FOLDER / "untrained",
-        "stage1": FOLDER / "stage1/export",
+        "before": FOLDER / "before",
         "stage2": FOLDER / "stage2/export",
     }
     metrics = {}
