@@ -108,8 +108,7 @@ class TrainStep(nn.Module):
     ) -> tuple[RowOutcome, dict[str, tuple[float, Tensor]]]:
         """Dice, uncertainty and weight of each row (Eqs. 3-7), and the terms that train them."""
         settings = self.objective
-        assert batch.masks is not None and batch.row_target is not None
-        assert features.image_embedding is not None
+        assert batch.masks is not None and features.image_embedding is not None
         valid = batch.masks.bool().flatten(1).any(1)
         dice = dice_loss_per_row(prediction.mask_logits, batch.masks)
         auxiliary = {}
@@ -119,22 +118,17 @@ class TrainStep(nn.Module):
         if features.text_embedding is None:  # the vision stage has no text to be uncertain about
             semantic = torch.zeros_like(dice)
         else:
-            # Only the embedding learns to match the text; the mask is Dice's to move.
             image_vector = mask_weighted_embedding(
                 features.image_embedding,
-                prediction.mask_logits.detach().sigmoid(),
+                prediction.mask_logits.detach().sigmoid(),  # the mask is Dice's to move
                 row_image=batch.row_image,
             )
             semantic = semantic_uncertainty(image_vector, features.text_embedding)
             if settings.alignment != "none" and settings.alignment_weight:
-                alignment = alignment_loss(
-                    image_vector,
-                    features.text_embedding,
-                    valid,
-                    batch.row_target,
-                    kind=settings.alignment,
+                auxiliary["alignment"] = (
+                    settings.alignment_weight,
+                    self.alignment(features, batch, valid),
                 )
-                auxiliary["alignment"] = (settings.alignment_weight, alignment)
         weight = row_weight(
             semantic,
             dice,
@@ -145,6 +139,25 @@ class TrainStep(nn.Module):
         )
         uncertainty = joint_uncertainty(semantic, dice, settings.beta_vl).detach()
         return RowOutcome(dice, semantic, weight, uncertainty, valid), auxiliary
+
+    def alignment(self, features: Features, batch: Batch, valid: Tensor) -> Tensor:
+        """Match the text to the image under the true mask.
+
+        Under the predicted mask, a failed row would teach that its wrong region fits the text, and
+        u_vl would be lowest where it should be highest.
+        """
+        assert batch.masks is not None and batch.row_target is not None
+        assert features.image_embedding is not None and features.text_embedding is not None
+        true_vector = mask_weighted_embedding(
+            features.image_embedding, batch.masks, row_image=batch.row_image
+        )
+        return alignment_loss(
+            true_vector,
+            features.text_embedding,
+            valid,
+            batch.row_target,
+            kind=self.objective.alignment,
+        )
 
     def refine_hardest(
         self, features: Features, prediction: Prediction, batch: Batch, rows: RowOutcome
