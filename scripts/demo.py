@@ -76,8 +76,9 @@ def results_table(metrics: dict[str, dict[str, Any]]) -> str:
         count = masks["num_masks"] if group is None else masks["dice"]["by_group"][group]["num"]
         lines.append(f"| {name} | {count} | {' | '.join(row)} | {baseline} |")
 
-    disc = masks["dice_disc"]
-    dice("Dice, one click", "dice", None, f"{disc['mean']:.3f} (disc at the click)")
+    disc, informed = masks["dice_disc"], masks["dice_disc_by_target"]
+    discs = f"{disc['mean']:.3f} (disc at the click), {informed['mean']:.3f} (of the target's size)"
+    dice("Dice, one click", "dice", None, discs)
     for group in (g for g in ("head", "medium", "tail") if g in masks["dice"]["by_group"]):
         dice(f"Dice, {group} targets", "dice", group, f"{disc['by_group'][group]['mean']:.3f}")
     dice("Dice, after one correction", "dice_click_1")

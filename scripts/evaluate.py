@@ -18,6 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import numpy as np
+
     from biascare.data.records import Records
 
 
@@ -44,19 +48,19 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def mean_area_shares(sources: list[Records]) -> dict[str, float]:
-    """Mean share of the image each target covers."""
-    import numpy as np
-
+def training_masks(
+    sources: list[Records], limit: int = 1000
+) -> Iterator[tuple[str, np.ndarray, tuple[int, int]]]:
+    """(target, mask, first click) of at most `limit` evenly spaced training images."""
     from biascare.data.records import decode_mask
+    from biascare.data.transforms import first_point
 
-    shares: dict[str, list[float]] = {}
-    for records in sources:
-        for row in (records[i] for i in range(len(records))):
-            for target in row["targets"]:
-                mask = decode_mask(target["rle"], row["height"], row["width"])
-                shares.setdefault(target["name"], []).append(float(mask.mean()))
-    return {name: float(np.mean(values)) for name, values in shares.items()}
+    rows = [(records, int(i)) for records in sources for i in records.segmentation_units]
+    for records, i in rows[:: -(-len(rows) // limit)]:
+        row = records[i]
+        for target in row["targets"]:
+            mask = decode_mask(target["rle"], row["height"], row["width"])
+            yield target["name"], mask, first_point(mask)
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
@@ -66,7 +70,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     from biascare.data.records import Records
     from biascare.evaluation.figures import contact_sheet, mask_panels, representative_targets
     from biascare.evaluation.runner import RunnerSettings, answer_rows, segmentation_rows
-    from biascare.evaluation.segmentation import summarise_segmentation
+    from biascare.evaluation.segmentation import fit_disc, summarise_segmentation
     from biascare.evaluation.text import summarise_answers
     from biascare.models import BiasCareVL
     from biascare.models.mllm import load_processor
@@ -91,8 +95,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     images = HeldOutImages([Records(p) for p in options.segmentation], chat, groups, **about)
     asked = options.language if chat else []
     questions = HeldOutQuestions([Records(p) for p in asked], chat, groups, **about)
-    areas = mean_area_shares(train) if train else None
-    masks = segmentation_rows(model, images, settings, areas) if len(images) else []
+    discs = fit_disc(training_masks(train)) if train and options.segmentation else None
+    masks = segmentation_rows(model, images, settings, discs) if len(images) else []
     answers = answer_rows(model, questions, settings) if len(questions) else []
     summary: dict[str, Any] = {"model": str(options.model)}
     summary |= {"segmentation": summarise_segmentation(masks)} if masks else {}

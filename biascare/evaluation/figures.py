@@ -111,7 +111,7 @@ def contact_sheet(panels: Sequence[MaskPanel], path: str | Path, title: str = ""
         line, side = divmod(i, cases_per_line)
         _draw_case(axes[line, 4 * side : 4 * side + 4], panel)
     figure.suptitle(title, fontsize=10)
-    figure.tight_layout(pad=0.4)
+    figure.tight_layout(pad=0.4, rect=(0, 0, 1, 0.985))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

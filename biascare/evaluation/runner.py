@@ -19,7 +19,7 @@ from biascare.data.heldout import HeldOut, HeldOutImages, HeldOutQuestions, held
 from biascare.data.loader import to_device
 from biascare.data.records import decode_mask
 from biascare.data.transforms import restore_mask
-from biascare.evaluation.segmentation import dice_score, disc
+from biascare.evaluation.segmentation import DiscBaseline, dice_score, disc
 from biascare.evaluation.text import is_correct
 from biascare.hitl.clicks import refine_once
 from biascare.interfaces import POINT_PADDING, Batch, DualPathModel, Features, Prediction, Prompts
@@ -56,13 +56,13 @@ def segmentation_rows(
     model: DualPathModel,
     images: HeldOutImages,
     settings: RunnerSettings,
-    area_shares: dict[str, float] | None = None,
+    discs: DiscBaseline | None = None,
 ) -> list[dict[str, Any]]:
     """One row per (image, target): Dice at native size from the first click, from text alone (with
     an MLLM), and after each simulated correction, with the uncertainties of the first prediction.
 
-    `area_shares`: mean share of the image each target covers in training; adds `dice_disc`, the
-    score of a disc of that area at the click.
+    `discs`: trivial answers to the first click; adds `dice_disc` (one size for all) and
+    `dice_disc_by_target` (the mean size of the named target).
     """
     model.eval()
     rows = []
@@ -74,7 +74,7 @@ def segmentation_rows(
             if not meta["is_repeat"]:
                 logits = {name: p.mask_logits[r] for name, p in predictions.items()}
                 values = {name: float(v[r]) for name, v in uncertainty.items()}
-                rows.append(_mask_row(meta, logits, values, area_shares))
+                rows.append(_mask_row(meta, logits, values, discs))
     return rows
 
 
@@ -131,7 +131,7 @@ def _mask_row(
     meta: dict[str, Any],
     logits: dict[str, Tensor],
     uncertainty: dict[str, float],
-    area_shares: dict[str, float] | None,
+    discs: DiscBaseline | None,
 ) -> dict[str, Any]:
     height, width = meta["height"], meta["width"]
     truth = decode_mask(meta["rle"], height, width)
@@ -139,11 +139,14 @@ def _mask_row(
         name: dice_score(restore_mask(value, height, width).cpu().numpy(), truth)
         for name, value in logits.items()
     }
-    if area_shares is not None:
-        known = area_shares.get(meta["target"])
-        share = known if known is not None else sum(area_shares.values()) / len(area_shares)
-        guess = disc(height, width, meta["point"], share * height * width)
-        scores["dice_disc"] = dice_score(guess, truth)
+    if discs is not None:
+        shares = {
+            "dice_disc": discs.share,
+            "dice_disc_by_target": discs.by_target.get(meta["target"], discs.share),
+        }
+        for name, share in shares.items():
+            guess = disc(height, width, meta["point"], share * height * width)
+            scores[name] = dice_score(guess, truth)
     return _common(meta) | {
         "id": f"{meta['id']}/{meta['target']}",
         "target": meta["target"],

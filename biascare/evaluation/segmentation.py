@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from sklearn.metrics import roc_auc_score
@@ -31,6 +31,42 @@ def disc(height: int, width: int, center: Sequence[float], area: float) -> np.nd
     """[H, W] bool disc of `area` pixels around `center` (x, y): the trivial answer to a click."""
     y, x = np.ogrid[:height, :width]
     return (x - center[0]) ** 2 + (y - center[1]) ** 2 <= area / np.pi
+
+
+DISC_SHARES = tuple(float(share) for share in np.geomspace(1e-3, 0.5, 12))
+"""Sizes tried for the disc baseline, as shares of the image."""
+
+
+class DiscBaseline(NamedTuple):
+    """The trivial answers to a click, sized on training masks: a disc as a share of the image."""
+
+    share: float  # the one size that scores best over all targets
+    by_target: dict[str, float]  # mean share of each target: needs to be told what is shown
+
+
+def fit_disc(
+    masks: Iterable[tuple[str, np.ndarray, Sequence[float]]],
+) -> DiscBaseline:
+    """Size the discs on (target, [H, W] mask, click x and y) of the training records.
+
+    Raises ValueError without any mask.
+    """
+    scores: list[list[float]] = []
+    areas: dict[str, list[float]] = defaultdict(list)
+    for target, mask, click in masks:
+        height, width = mask.shape
+        guesses = (disc(height, width, click, s * mask.size) for s in DISC_SHARES)
+        scores.append([dice_score(guess, mask) for guess in guesses])
+        areas[target].append(float(mask.mean()))
+    if not scores:
+        raise ValueError(
+            "the disc baseline needs training masks; --train names folders without any"
+        )
+    best = int(np.mean(scores, axis=0).argmax())
+    return DiscBaseline(
+        share=DISC_SHARES[best],
+        by_target={target: float(np.mean(values)) for target, values in areas.items()},
+    )
 
 
 def mean_by(rows: Iterable[dict[str, Any]], key: str, metric: str) -> dict[str, dict[str, float]]:

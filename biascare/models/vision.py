@@ -56,7 +56,15 @@ VISION_ARCHITECTURES = {
     "sam_vit_h": VisionArchitecture(1280, 32, 16, (7, 15, 23, 31)),
     "imis_b": VisionArchitecture(768, 12, 12, (2, 5, 8, 11), prompt_dim=768),
     "tiny": VisionArchitecture(
-        96, 3, 3, (2,), prompt_dim=96, patch_size=8, window_size=8, decoder_mlp_dim=256
+        96,
+        3,
+        3,
+        (2,),
+        prompt_dim=96,
+        patch_size=8,
+        window_size=8,
+        decoder_mlp_dim=256,
+        decoder_heads=2,
     ),
 }
 
