@@ -17,9 +17,12 @@ from biascare.data.heldout import HeldOutImages, HeldOutQuestions
 from biascare.data.records import Records
 from biascare.evaluation.runner import RunnerSettings, answer_rows, segmentation_rows
 from biascare.evaluation.segmentation import (
+    DISC_SHARES,
+    DiscBaseline,
     dice_score,
     disc,
     failure_auroc,
+    fit_disc,
     mean_by,
     summarise_segmentation,
 )
@@ -114,13 +117,23 @@ def test_without_language_there_is_no_text_score_and_no_semantic_uncertainty(
     assert row["uncertainty"] == {"joint_label_free": 0.0}
 
 
+def test_the_disc_baseline_takes_the_size_that_scores_best_in_training() -> None:
+    share = DISC_SHARES[6]
+    truth = disc(64, 64, (30, 30), share * 64 * 64)
+    fitted = fit_disc([("liver", truth, (30.0, 30.0))] * 3 + [("cyst", truth[::-1], (30.0, 33.0))])
+    assert fitted.share == share
+    assert fitted.by_target == pytest.approx({"liver": truth.mean(), "cyst": truth.mean()})
+    with pytest.raises(ValueError, match="without any"):
+        fit_disc([])
+
+
 def test_rows_say_everything_a_table_needs_and_are_plain_json(
     records: Records, mllm_folder: Path
 ) -> None:
     model = tiny_model(mllm_folder)
     settings_ = ONE_RANK._replace(num_clicks=2, beta_vl=0.5)
     rows = segmentation_rows(
-        model, images(records, tiny_chat(mllm_folder)), settings_, {"liver": 0.1}
+        model, images(records, tiny_chat(mllm_folder)), settings_, DiscBaseline(0.1, {"liver": 0.1})
     )
     assert json.loads(json.dumps(rows, allow_nan=False)) == rows
     row = rows[0]
@@ -128,7 +141,8 @@ def test_rows_say_everything_a_table_needs_and_are_plain_json(
     assert (row["source"], row["split"], row["modality"]) == ("tiny", "test", "MR")
     assert row["attributes"] == {"sex": "F", "age": 40.0, "race": None}
     assert row["pixels"] == 22 * 24
-    metrics = {"dice", "dice_text", "dice_click_1", "dice_click_2", "dice_disc"}
+    metrics = {"dice", "dice_text", "dice_click_1", "dice_click_2"}
+    metrics |= {"dice_disc", "dice_disc_by_target"}
     assert all(set(r["mask_metrics"]) == metrics for r in rows)
     for r in rows:
         u = r["uncertainty"]

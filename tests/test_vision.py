@@ -55,7 +55,7 @@ def original_modules(pathway: VisionPathway) -> tuple[Any, Any, Any]:
     )
     prompt_encoder = PromptEncoder(96, (GRID, GRID), (IMAGE_SIZE, IMAGE_SIZE), 16)
     decoder = MaskDecoder(
-        transformer_dim=96, transformer=TwoWayTransformer(2, 96, num_heads=8, mlp_dim=256)
+        transformer_dim=96, transformer=TwoWayTransformer(2, 96, num_heads=2, mlp_dim=256)
     )
     encoder.load_state_dict(pathway.image_encoder.state_dict())
     prompt_encoder.load_state_dict(pathway.prompt_encoder.state_dict())
@@ -356,7 +356,7 @@ def test_recomputed_activations_give_the_same_gradients(images: Tensor) -> None:
 
 def test_the_decoder_keeps_the_parameter_names_of_segment_anything(pathway: VisionPathway) -> None:
     theirs = MaskDecoder(
-        transformer_dim=96, transformer=TwoWayTransformer(2, 96, num_heads=8, mlp_dim=256)
+        transformer_dim=96, transformer=TwoWayTransformer(2, 96, num_heads=2, mlp_dim=256)
     )
     assert isinstance(pathway.mask_decoder, RowMaskDecoder)
     assert pathway.mask_decoder.state_dict().keys() == theirs.state_dict().keys()
