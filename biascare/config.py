@@ -106,7 +106,7 @@ class ModelConfig(_Section):
         "architecture of the vision pathway", "imis_b"
     )
     vision_weights: str | None = _key(
-        "exported folder or SAM-format file to start from; unset: random", None
+        "exported folder (of stage 1) to start from; unset: random", None
     )
     image_size: int = _key("pixels, both pathways", 256, ge=32)
     num_queries: int = _key("pooled query tokens (Eq. 1)", 1, ge=1)
