@@ -319,3 +319,11 @@ def test_accuracy_stands_beside_what_constants_would_get() -> None:
     assert closed["by_modality"]["MR"] == {"num": 1, "accuracy": 1.0}
     assert "always_yes" not in table["open"]
     assert summarise_answers([]) == {}
+
+
+def test_the_best_constant_choice_is_a_letter_whatever_its_text() -> None:
+    rows = [
+        {"kind": "choice", "modality": "ct", "correct": False, "reference": reference}
+        for reference in ("A: ct", "A: mr", "B: ct", "a")
+    ]
+    assert summarise_answers(rows)["choice"]["best_constant"] == pytest.approx(3 / 4)

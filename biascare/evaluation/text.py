@@ -32,6 +32,12 @@ def _letter_and_option(text: str) -> tuple[str | None, str]:
     return (found.group(1), found.group(2) or "") if found else (None, text)
 
 
+def _what_counts(kind: str, reference: str) -> str:
+    """The part of a reference that an answer is held against: of a choice, its letter."""
+    reference = normalise_answer(reference)
+    return (_letter_and_option(reference)[0] or reference) if kind == "choice" else reference
+
+
 def is_correct(*, kind: str, prediction: str, reference: str) -> bool:
     """Exact match after normalisation.
 
@@ -60,7 +66,7 @@ def summarise_answers(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _accuracy_table(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    references = Counter(normalise_answer(row["reference"]) for row in rows)
+    references = Counter(_what_counts(row["kind"], row["reference"]) for row in rows)
     table: dict[str, Any] = {
         "num": len(rows),
         "accuracy": _share(rows),
