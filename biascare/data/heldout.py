@@ -10,6 +10,7 @@ are marked and dropped by `is_repeat`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,7 +35,7 @@ ANSWERED_KINDS = ("closed", "choice", "open")
 """Questions scored by their answer; reports are scored by text metrics elsewhere."""
 
 
-class HeldOut(Dataset):
+class HeldOut(Dataset, ABC):
     """Items of several record folders, in order; a limit takes evenly spaced ones."""
 
     padding_side = "right"
@@ -57,11 +58,13 @@ class HeldOut(Dataset):
             items = [items[i] for i in np.linspace(0, len(items) - 1, limit).astype(int)]
         self.items = items
 
+    @abstractmethod
     def _units(self, source: Records) -> Sequence[Any]:
-        raise NotImplementedError
+        """Units of one folder, in order."""
 
+    @abstractmethod
     def _sample(self, source: Records, unit: Any) -> Sample:
-        raise NotImplementedError
+        """The sample of one unit."""
 
     def __len__(self) -> int:
         return len(self.items)
