@@ -8,6 +8,7 @@ outputs/demo. Every command is printed before it runs and can be run by hand.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,9 @@ def run(*command: str) -> None:
     """Print a command and run it; stop the demo where it fails."""
     print(f"\n$ {' '.join(command)}", flush=True)
     program = [sys.executable] if command[0] == "python" else [find_launcher()]
-    result = subprocess.run([*program, *command[1:]], cwd=ROOT, check=False)
+    # One process may use every core; two ranks share them (one thread each, see the Makefile).
+    alone = {"OMP_NUM_THREADS": str(os.cpu_count())} if command[0] == "python" else {}
+    result = subprocess.run([*program, *command[1:]], cwd=ROOT, env=os.environ | alone, check=False)
     if result.returncode:
         sys.exit(f"the demo stopped: {' '.join(command)} failed with code {result.returncode}")
 
