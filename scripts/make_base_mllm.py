@@ -41,7 +41,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         default=["closed", "choice", "open", "report"],
         help="kinds of question to learn",
     )
-    parser.add_argument("--steps", type=int, default=350, help="optimizer steps; 0: random")
+    parser.add_argument("--steps", type=int, default=500, help="optimizer steps; 0: random")
     parser.add_argument("--batch-size", type=int, default=16, help="images per step")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
