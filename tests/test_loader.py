@@ -538,6 +538,12 @@ def test_ranks_cover_any_number_of_items_with_equally_many_batches(
         def __init__(self, count: int) -> None:
             self.items: list[Any] = list(range(count))
 
+        def _units(self, source: Records) -> list[Any]:
+            return self.items
+
+        def _sample(self, source: Records, unit: Any) -> Any:
+            raise AssertionError("numbers are never opened")
+
         def __getitems__(self, indices: list[int]) -> list[Any]:
             return [indices]
 
