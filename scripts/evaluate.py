@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from biascare.config import EvalConfig
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -69,14 +71,21 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     from biascare.data.prevalence import prevalence_groups, total_counts
     from biascare.data.records import Records
     from biascare.evaluation.figures import contact_sheet, mask_panels, representative_targets
-    from biascare.evaluation.runner import RunnerSettings, answer_rows, segmentation_rows
-    from biascare.evaluation.segmentation import fit_disc, summarise_segmentation
-    from biascare.evaluation.text import summarise_answers
+    from biascare.evaluation.runner import (
+        RunnerSettings,
+        answer_rows,
+        segmentation_rows,
+        summarise,
+        write_rows,
+    )
+    from biascare.evaluation.segmentation import fit_disc
     from biascare.models import BiasCareVL
     from biascare.models.mllm import load_processor
 
     train = [Records(path) for path in options.train]
-    groups = prevalence_groups(total_counts(r.target_counts for r in train), 0.5, 0.1)
+    shares = EvalConfig()
+    counts = total_counts(records.target_counts for records in train)
+    groups = prevalence_groups(counts, shares.head_share, shares.tail_share)
     model = BiasCareVL.from_pretrained(options.model, mllm=options.mllm)
     size = model.vision.image_size
     chat = None
@@ -98,11 +107,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     discs = fit_disc(training_masks(train)) if train and options.segmentation else None
     masks = segmentation_rows(model, images, settings, discs) if len(images) else []
     answers = answer_rows(model, questions, settings) if len(questions) else []
-    summary: dict[str, Any] = {"model": str(options.model)}
-    summary |= {"segmentation": summarise_segmentation(masks)} if masks else {}
-    summary |= {"answers": summarise_answers(answers)} if answers else {}
-    lines = [json.dumps(row) for row in masks + answers]
-    (folder / "predictions.jsonl").write_text("\n".join(lines) + "\n")
+    summary = {"model": str(options.model)} | summarise(masks, answers)
+    write_rows(masks + answers, folder / "predictions.jsonl")
     (folder / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n")
     if masks and groups:
         panels = mask_panels(model, images, representative_targets(masks))

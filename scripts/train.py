@@ -309,9 +309,12 @@ class Evaluator:
         )
 
     def __call__(self, step: int) -> dict[str, Any]:
-        from biascare.evaluation.runner import answer_rows, segmentation_rows
-        from biascare.evaluation.segmentation import summarise_segmentation
-        from biascare.evaluation.text import summarise_answers
+        from biascare.evaluation.runner import (
+            answer_rows,
+            segmentation_rows,
+            summarise,
+            write_rows,
+        )
         from biascare.training.distributed import gather_objects, rank
         from biascare.training.progress import evaluation_table
 
@@ -321,13 +324,9 @@ class Evaluator:
         answers = answer_rows(model, self.questions, settings) if len(self.questions) else []
         masks = [row for mine in gather_objects(masks) for row in mine]
         answers = [row for mine in gather_objects(answers) for row in mine]
-        summary = {"segmentation": summarise_segmentation(masks)} if masks else {}
-        summary |= {"answers": summarise_answers(answers)} if answers else {}
+        summary = summarise(masks, answers)
         if summary and rank() == 0:
-            lines = [json.dumps(row) for row in masks + answers]
-            path = self.folder / "predictions" / f"step_{step:08d}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("\n".join(lines) + "\n")
+            write_rows(masks + answers, self.folder / "predictions" / f"step_{step:08d}.jsonl")
             self.log.record("eval", step, summary)
             self.log.say(evaluation_table(summary, f"Held-out records at step {step}"))
         return summary

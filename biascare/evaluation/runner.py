@@ -9,7 +9,9 @@ its share; the caller gathers. Metrics never look at a model again.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +21,13 @@ from biascare.data.heldout import HeldOut, HeldOutImages, HeldOutQuestions, held
 from biascare.data.loader import to_device
 from biascare.data.records import decode_mask
 from biascare.data.transforms import restore_mask
-from biascare.evaluation.segmentation import DiscBaseline, dice_score, disc
-from biascare.evaluation.text import is_correct
+from biascare.evaluation.segmentation import (
+    DiscBaseline,
+    dice_score,
+    disc,
+    summarise_segmentation,
+)
+from biascare.evaluation.text import is_correct, summarise_answers
 from biascare.hitl.clicks import refine_once
 from biascare.interfaces import POINT_PADDING, Batch, DualPathModel, Features, Prediction, Prompts
 from biascare.losses import joint_uncertainty, mask_weighted_embedding, semantic_uncertainty
@@ -194,3 +201,19 @@ def _answer_row(meta: dict[str, Any], prediction: str) -> dict[str, Any]:
         "reference": reference,
         "correct": is_correct(kind=kind, prediction=prediction, reference=reference),
     }
+
+
+def summarise(masks: list[dict[str, Any]], answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Numbers of both kinds of rows: `segmentation` and `answers`, each where there are rows."""
+    summary: dict[str, Any] = {}
+    if masks:
+        summary["segmentation"] = summarise_segmentation(masks)
+    if answers:
+        summary["answers"] = summarise_answers(answers)
+    return summary
+
+
+def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
+    """One JSON object per line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
