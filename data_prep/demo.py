@@ -453,17 +453,15 @@ SMALL_SHARE, LARGE_SHARE = 0.01, 0.05
 
 
 def converse(rng: np.random.Generator, facts: Facts, prevalence: dict[str, float]) -> list[Turn]:
-    """Three to five questions with answers that follow from the facts.
+    """Three to six questions with answers that follow from the facts.
 
     Args:
         rng: of this sample; draws which questions, which wording.
         prevalence: of each finding in the split; balances yes and no, see `_ask_finding`.
     """
-    pairs = [_choice(rng, facts), _open(rng, facts)]
-    if rng.random() < 0.5 and _structures(facts):
+    pairs = [_choice(rng, facts), _open(rng, facts), _ask_modality(rng, facts)]
+    if _structures(facts):
         pairs.append(_ask_visible(rng, facts))
-    else:
-        pairs.append(_ask_modality(rng, facts))
     pairs += _ask_finding(rng, facts, prevalence)
     sided = [name for name in _findings(facts) if facts.sides[name]]
     if sided and rng.random() < 0.5:

@@ -295,7 +295,7 @@ def test_presence_answers_agree_with_the_masks(folder: Path) -> None:
 def test_questions_have_the_stated_form(folder: Path) -> None:
     for row in _all_rows(folder):
         pairs = _pairs(row)
-        assert 3 <= len(pairs) <= 5
+        assert 3 <= len(pairs) <= 6
         for kind, question, answer in pairs:
             if kind == "closed":
                 assert answer in ("yes", "no")

@@ -17,11 +17,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, TwoWayTransformer
+from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
 from segment_anything.modeling.transformer import Attention, TwoWayAttentionBlock
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad, scaled_dot_product_attention
-from torch.utils.checkpoint import checkpoint
 
 from biascare.interfaces import (
     BOX_BOTTOM_RIGHT,
@@ -30,6 +29,7 @@ from biascare.interfaces import (
     Prediction,
     Prompts,
 )
+from biascare.models.encoder import CheckpointedEncoder
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
@@ -225,21 +225,6 @@ class RowMaskDecoder(MaskDecoder):
         kernel = self.output_hypernetworks_mlps[0](tokens[:, 1])
         low_res_logits = torch.einsum("rc,rchw->rhw", kernel, upscaled)
         return low_res_logits, self.iou_prediction_head(tokens[:, 0])[:, 0]
-
-
-class CheckpointedEncoder(ImageEncoderViT):
-    """SAM's ViT whose blocks may be recomputed in the backward pass instead of stored."""
-
-    activation_checkpointing = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` [S, 3, H, W] normalised -> [S, C, h, w]."""
-        if not (self.activation_checkpointing and self.training):
-            return super().forward(x)
-        x = self.patch_embed(x) + self.pos_embed
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False)
-        return self.neck(x.permute(0, 3, 1, 2))
 
 
 def build_encoder(architecture: VisionArchitecture, image_size: int) -> CheckpointedEncoder:
