@@ -77,7 +77,7 @@ TWO_RANKS = [
         (*SKIP, "train.max_skipped_steps=1"),
         {"poison": {"step": 2, "on_rank": 1, "what": "loss", "num_micro": 1, "steps": 2}},
     ),
-    Job("zero3", 3),
+    Job("zero3", 3, ("eval.at_start=true",)),
 ]
 
 

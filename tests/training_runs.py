@@ -114,7 +114,9 @@ class World:
         output = self.folder / f"world{num_ranks}" / (job.folder or job.name)
         output.mkdir(parents=True, exist_ok=True)
         zero = output / "ds_config.json"
-        settings: dict[str, Any] = {"zero_optimization": {"stage": job.zero}}
+        # Without a threshold ZeRO-3 keeps small parameters whole, and all of these are small.
+        partition = {"stage3_param_persistence_threshold": 0} if job.zero == 3 else {}
+        settings: dict[str, Any] = {"zero_optimization": {"stage": job.zero} | partition}
         zero.write_text(json.dumps(settings))
         source = [{"path": str(self.records)}]
         tree = {

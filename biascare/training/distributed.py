@@ -25,7 +25,6 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
-from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
@@ -48,11 +47,6 @@ FOREIGN_SECTIONS = {
     "fp16": "train.precision in the YAML of the run, which knows bf16 and fp32",
 }
 """Sections of a DeepSpeed file that this program decides, and where."""
-
-GATHERED_WHOLE = (nn.MultiheadAttention,)
-"""Modules that read parameters of their children without calling them. ZeRO-3 gathers parameters
-when their own module is called; these it must gather with all children at once."""
-
 
 NO_DECAY = "_no_decay"
 """End of the name of a parameter group without weight decay."""
@@ -276,8 +270,6 @@ def build_engine(
     deepspeed_config: dict[str, Any],
 ) -> Any:
     """The DeepSpeed engine around the training step."""
-    if deepspeed_config.get("zero_optimization", {}).get("stage") == 3:
-        set_z3_leaf_modules(step, GATHERED_WHOLE, raise_if_not_found=False)
     optimizer = AdamW(groups, betas=settings.betas)
     schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, settings))
     with fp32_buffers(step):
