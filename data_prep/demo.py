@@ -31,7 +31,7 @@ from scipy.special import ndtr
 from biascare.data.records import Record, RecordWriter, Turn
 
 if TYPE_CHECKING or __package__:
-    from data_prep.demo_renderers import Look, Rendering, render
+    from data_prep.common.demo_renderers import Look, Rendering, render
 else:  # run as a program: the folder of this file is on the path, its parent is not
     from demo_renderers import Look, Rendering, render
 

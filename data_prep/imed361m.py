@@ -6,7 +6,8 @@
 non-empty row of the sparse label is one target at native size; rows are read one at a time, because
 a dense label of 104 classes at 512 x 512 is over a hundred megabytes when it is a float. The
 interactive pseudo-regions (`imask`) have no names and are ignored. Items that cannot be used go to
-`OUTPUT/<dataset>/<split>.skipped.jsonl`; too many of them are an error.
+`OUTPUT/<dataset>/<split>.skipped.jsonl`; too many of them are an error. See `shards.py` for
+workers, jobs of a cluster and resuming.
 """
 
 from __future__ import annotations
@@ -16,28 +17,26 @@ import ast
 import json
 import re
 import zipfile
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections import Counter
+from collections.abc import Iterator
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
-from rich.progress import track
 
-from biascare.data.records import Record, RecordWriter, image_size
-from data_prep.ledger import Ledger
-from data_prep.orientation import (
+from biascare.data.records import Record, Records, decode_mask, image_size
+from data_prep.common import shards
+from data_prep.common.orientation import (
     orientation_of,
     parse_overrides,
     sides_agree,
     turn_image,
     turn_mask,
 )
-from data_prep.vocabulary import canonical_modality, canonical_target
+from data_prep.common.shards import Release, UnusableItemError
+from data_prep.common.vocabulary import SIDES, canonical_modality, canonical_target
 
 SPLITS = {"train": "training", "test": "test"}
 """Split of the records -> key of the list in dataset.json."""
@@ -51,12 +50,11 @@ slice 100 of ABD_001. Names of any other form say nothing about the patient."""
 VOLUMES = ("ct", "mri", "pet")
 """Modalities that are cut into slices; elsewhere a trailing number is not a slice."""
 
+SIDE_SAMPLES = 200
+"""Records of a split that are looked at for mirrored images."""
+
 DISPUTED_LABEL_ORDER = ("Totalsegmentator_dataset",)
 """Public readers disagree whether the rows follow dataset.json or the alphabet."""
-
-
-class UnusableItemError(Exception):
-    """Why one item of a list cannot become a record."""
 
 
 class SubDataset(NamedTuple):
@@ -69,70 +67,63 @@ class SubDataset(NamedTuple):
     turn: str
 
 
+class Item(NamedTuple):
+    """One entry of a list of dataset.json."""
+
+    image: str | None
+    label: str | None
+    repeated: bool
+
+
 def main(arguments: list[str] | None = None) -> None:
     args = _parser().parse_args(arguments)
     console = Console()
-    overrides = parse_overrides(args.orientation)
     folders = find_sub_datasets(Path(args.source))
+    overrides = parse_overrides(args.orientation)
     _check_names(overrides, args.sorted_labels, folders)
-    for folder in folders:
-        sub_dataset = open_sub_dataset(folder, overrides, folder.name in args.sorted_labels)
+    sub_datasets = [
+        open_sub_dataset(folder, overrides, folder.name in args.sorted_labels) for folder in folders
+    ]
+    for sub_dataset in sub_datasets:
         _announce(console, sub_dataset, overrides, args.sorted_labels)
-        for split in SPLITS:
-            if args.skip_existing and (Path(args.output) / sub_dataset.name / split).exists():
-                console.print(f"  {split}: prepared before, left as it is")
-                continue
-            convert(
-                sub_dataset,
-                split,
-                Path(args.output) / sub_dataset.name / split,
-                num_workers=args.num_workers,
-                max_skipped=args.max_skipped,
-                overwrite=args.overwrite,
-                console=console,
-            )
+    try:
+        shards.run(args, (one for each in sub_datasets for one in releases(each)))
+    finally:
+        for sub_dataset in sub_datasets:
+            _report_sides(console, args.output / sub_dataset.name)
 
 
-def convert(
-    sub_dataset: SubDataset,
-    split: str,
-    output: Path,
-    *,
-    num_workers: int = 0,
-    max_skipped: float = 0.01,
-    overwrite: bool = False,
-    console: Console | None = None,
-) -> None:
-    """Write one split to `output`. Raises ValueError when more than `max_skipped` is unusable."""
-    console = console or Console()
-    items = _items(sub_dataset, split)
-    if not items:
-        console.print(f"  {split}: the release lists no images")
-        return
-    ledger_path = output.with_name(f"{split}.skipped.jsonl")
-    sides: Counter[bool] = Counter()
-    writer = RecordWriter(
-        output,
-        source=sub_dataset.name,
-        split=split,
-        version="IMed-361M",
-        licence=LICENCE,
-        overwrite=overwrite,
-    )
-    with writer, Ledger(ledger_path, max_skipped) as ledger:
-        results = in_order(partial(_record_or_reason, sub_dataset, split), items, num_workers)
-        shown = track(results, f"  {split}", total=len(items), console=console)
-        repeated = _repeated(sub_dataset, split)
-        for index, (item, result) in enumerate(zip(items, shown, strict=True)):
-            ledger.count()
-            if index in repeated:
-                result = "image listed before"
-            if isinstance(result, str):
-                ledger.skip(str(item.get("image")), result)
-                continue
-            sides.update(sides_agree(result.targets))
-            writer.write(result)
-    _report(console, split, ledger, sides)
+def releases(sub_dataset: SubDataset) -> list[Release]:
+    """Both splits of a sub-dataset."""
+    return [
+        Release(
+            source=sub_dataset.name,
+            split=split,
+            version="IMed-361M",
+            licence=LICENCE,
+            items=list_items(sub_dataset, split),
+            convert=partial(convert_item, sub_dataset, split),
+            name_of=name_of,
+        )
+        for split in SPLITS
+    ]
+
+
+def list_items(sub_dataset: SubDataset, split: str) -> list[Item]:
+    """Entries of one list of dataset.json. An image that stands earlier in it, or in the list of
+    training images, is marked as repeated."""
+    training = _entries(sub_dataset, "train") if split != "train" else []
+    seen = {entry.get("image") for entry in training}
+    items = []
+    for entry in _entries(sub_dataset, split):
+        image, label = entry.get("image"), entry.get("label")
+        items.append(Item(image, label, image in seen))
+        seen.add(image)
+    return items
+
+
+def name_of(item: Item) -> str:
+    return str(item.image)
 
 
 def find_sub_datasets(source: Path) -> list[Path]:
@@ -220,10 +211,10 @@ def patient_of(stem: str, modality: str) -> str | None:
     return match["patient"] if match and modality in VOLUMES else None
 
 
-def build_record(sub_dataset: SubDataset, split: str, item: dict[str, str]) -> Record:
+def build_record(sub_dataset: SubDataset, split: str, item: Item) -> Record:
     """One entry of a list -> turned record. Raises UnusableItemError with the reason."""
-    image_path = _inside(sub_dataset.folder, item.get("image"))
-    label_path = _inside(sub_dataset.folder, item.get("label"))
+    image_path = _inside(sub_dataset.folder, item.image)
+    label_path = _inside(sub_dataset.folder, item.label)
     image = image_path.read_bytes()
     try:
         size = image_size(image)
@@ -258,50 +249,18 @@ def build_record(sub_dataset: SubDataset, split: str, item: dict[str, str]) -> R
     )
 
 
-def in_order(
-    function: Callable[[dict[str, str]], Record | str],
-    items: Iterable[dict[str, str]],
-    num_workers: int,
-) -> Iterator[Record | str]:
-    """`map` over processes, in order, with few results in flight so that memory stays bounded."""
-    if num_workers == 0:
-        yield from map(function, items)
-        return
-    # Fresh processes: forking one with threads (Arrow has some) can deadlock.
-    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
-        waiting: deque[Future[Record | str]] = deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) >= 4 * num_workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+def convert_item(sub_dataset: SubDataset, split: str, item: Item) -> Record:
+    """`build_record` for an entry that does not repeat another."""
+    if item.repeated:
+        raise UnusableItemError("image listed before")
+    return build_record(sub_dataset, split, item)
 
 
-def _record_or_reason(sub_dataset: SubDataset, split: str, item: dict[str, str]) -> Record | str:
-    try:
-        return build_record(sub_dataset, split, item)
-    except UnusableItemError as reason:
-        return str(reason)
-
-
-def _items(sub_dataset: SubDataset, split: str) -> list[dict[str, str]]:
-    items = _header(sub_dataset.folder).get(SPLITS[split], [])
-    if not all(isinstance(item, dict) for item in items):
+def _entries(sub_dataset: SubDataset, split: str) -> list[dict[str, str]]:
+    entries = _header(sub_dataset.folder).get(SPLITS[split], [])
+    if not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{sub_dataset.folder}: {SPLITS[split]!r} must list objects with paths")
-    return items
-
-
-def _repeated(sub_dataset: SubDataset, split: str) -> set[int]:
-    """Positions in a list whose image stands earlier in it, or in the list of training images."""
-    training = _items(sub_dataset, "train") if split != "train" else []
-    seen = {item.get("image") for item in training}
-    repeated = set()
-    for index, item in enumerate(_items(sub_dataset, split)):
-        if item.get("image") in seen:
-            repeated.add(index)
-        seen.add(item.get("image"))
-    return repeated
+    return list(entries)
 
 
 def _header(folder: Path) -> dict[str, Any]:
@@ -359,14 +318,39 @@ def _announce(
         )
 
 
-def _report(console: Console, split: str, ledger: Ledger, sides: Counter[bool]) -> None:
-    if ledger.num_skipped:
-        console.print(f"  {split}: {ledger.num_skipped} skipped, see {ledger.path}")
-    if sides[False] > sides[True]:
-        console.print(
-            f"  {split}: in {sides[False]} of {sides.total()} pairs the right-sided target lies at "
-            "image right: the images look mirrored, give another --orientation"
-        )
+def _report_sides(console: Console, folder: Path) -> None:
+    """Warn when right-sided targets lie at image right, from some records of each split."""
+    for split in SPLITS:
+        if not (folder / split).is_dir():
+            continue
+        sides = Counter(sides_in(Records(folder / split)))
+        if sides[False] > sides[True]:
+            console.print(
+                f"{folder.name}/{split}: in {sides[False]} of {sides.total()} pairs the "
+                "right-sided target lies at image right: the images look mirrored, give another "
+                "--orientation"
+            )
+
+
+def sides_in(records: Records) -> list[bool]:
+    """Evidence about left and right (see `sides_agree`) in evenly spaced records."""
+    evidence = []
+    for index in range(0, len(records), 1 + len(records) // SIDE_SAMPLES):
+        row = records[index]
+        names = {target["name"] for target in row["targets"]}
+        paired = {name for name in names if {_other_side(name), name} <= names}
+        masks = [
+            (target["name"], decode_mask(target["rle"], row["height"], row["width"]) > 0)
+            for target in row["targets"]
+            if target["name"] in paired
+        ]
+        evidence += sides_agree(masks)
+    return evidence
+
+
+def _other_side(name: str) -> str:
+    side, _, rest = name.partition(" ")
+    return f"{dict(zip(SIDES, SIDES[::-1], strict=True)).get(side, side)} {rest}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -374,11 +358,6 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--source", required=True, help="a sub-dataset, or the folder of many")
-    parser.add_argument("--output", required=True, help="gets <dataset>/<train|test>")
-    parser.add_argument("--num-workers", type=int, default=0, help="processes that read; 0: none")
-    parser.add_argument(
-        "--max-skipped", type=float, default=0.01, help="share of unusable items that is an error"
-    )
     parser.add_argument(
         "--orientation", action="append", default=[], metavar="NAME=TURN", help="may be repeated"
     )
@@ -389,9 +368,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="rows of this sub-dataset follow the alphabet, not dataset.json",
     )
-    existing = parser.add_mutually_exclusive_group()
-    existing.add_argument("--overwrite", action="store_true", help="replace prepared folders")
-    existing.add_argument("--skip-existing", action="store_true", help="resume: keep them")
+    shards.add_arguments(parser)
     return parser
 
 

@@ -12,33 +12,33 @@ run repeats itself. What the source does not know (sex, age, patient) stays unkn
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
 import json
 import random
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from rich.progress import track
 
-from biascare.data.records import Record, RecordWriter, Turn, image_size
-from data_prep.ledger import Ledger
-from data_prep.orientation import orientation_of, turn_image, turn_mask
-from data_prep.vocabulary import canonical_modality, canonical_target
-
-DIAGNOSES = {
-    "akiec": "actinic keratosis or intraepithelial carcinoma",
-    "bcc": "basal cell carcinoma",
-    "bkl": "benign keratosis",
-    "df": "dermatofibroma",
-    "mel": "melanoma",
-    "nv": "melanocytic nevus",
-    "vasc": "vascular lesion",
-}
-"""HAM10000 code -> diagnosis. Seven diagnoses, none of them merged."""
+from biascare.data.records import Record, Turn, image_size
+from data_prep.common import shards
+from data_prep.common.conversations import (
+    DIAGNOSES,
+    FINDING_QUESTIONS,
+    LOCALIZATION_QUESTIONS,
+    MALIGNANCY_QUESTIONS,
+    choice_turns,
+    draw_for,
+    one_line,
+    pair,
+    question_of,
+    turns_of,
+)
+from data_prep.common.orientation import orientation_of, turn_image, turn_mask
+from data_prep.common.shards import Release, UnusableItemError
+from data_prep.common.vocabulary import canonical_modality, canonical_target
 
 NIH_FINDINGS = (
     "Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion", "Emphysema", "Fibrosis",
@@ -48,13 +48,6 @@ NIH_FINDINGS = (
 
 NO_FINDING = "No Finding"
 NUM_CHOICES = 4
-LETTERS = "ABCDEFGHIJ"
-
-FINDING_QUESTIONS = (
-    "Which findings does this chest X-ray show?",
-    "List the abnormal findings of this chest X-ray.",
-    "What is abnormal in this chest radiograph?",
-)
 FINDING_CHOICES = (
     "Which of these findings is present in this chest X-ray?",
     "Choose the finding that this chest radiograph shows.",
@@ -64,19 +57,6 @@ REPORT_REQUESTS = (
     "Describe this chest X-ray with its clinical context.",
     "Please report this chest X-ray.",
 )
-MALIGNANCY_QUESTIONS = (
-    "Is this skin lesion malignant?",
-    "Is the lesion in this image malignant?",
-    "Does this dermoscopic image show a malignant lesion?",
-)
-LOCALIZATION_QUESTIONS = (
-    "Where on the body is this skin lesion?",
-    "Which body site was photographed?",
-)
-
-
-class UnusableItemError(Exception):
-    """Why one line of the manifest cannot become a record."""
 
 
 class ChoiceQuestion(NamedTuple):
@@ -130,46 +110,31 @@ CHOICES = {
 
 def main(arguments: list[str] | None = None) -> None:
     args = _parser().parse_args(arguments)
-    lines = read_manifest(Path(args.source) / "manifest.jsonl")
-    convert(
-        Path(args.source),
-        lines,
-        Path(args.output),
-        max_skipped=args.max_skipped,
-        overwrite=args.overwrite,
-    )
+    source = Path(args.source)
+    shards.run(args, releases(source, read_manifest(source / "manifest.jsonl")))
 
 
-def convert(
-    source: Path,
-    lines: list[dict[str, Any]],
-    output: Path,
-    *,
-    max_skipped: float = 0.01,
-    overwrite: bool = False,
-) -> None:
-    """Write `lines` of the manifest to output/<source>/<split>. Raises ValueError when more than
-    `max_skipped` of a folder is unusable."""
+def releases(source: Path, lines: list[dict[str, Any]]) -> list[Release]:
+    """Lines of the manifest -> one release per source and split."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for line in lines:
         groups.setdefault((line["source"], line["split"]), []).append(line)
-    for (name, split), chosen in sorted(groups.items()):
-        folder = output / name / split
-        writer = RecordWriter(
-            folder,
+    return [
+        Release(
             source=name,
             split=split,
             version="sample pack",
             licence="; ".join(sorted({line["license"] for line in chosen})),
-            overwrite=overwrite,
+            items=chosen,
+            convert=partial(build_record, source),
+            name_of=name_of,
         )
-        with writer, Ledger(folder.with_name(f"{split}.skipped.jsonl"), max_skipped) as ledger:
-            for line in track(chosen, f"{name}/{split}"):
-                ledger.count()
-                try:
-                    writer.write(build_record(source, line))
-                except UnusableItemError as reason:
-                    ledger.skip(line["id"], str(reason))
+        for (name, split), chosen in sorted(groups.items())
+    ]
+
+
+def name_of(line: dict[str, Any]) -> str:
+    return str(line["id"])
 
 
 def read_manifest(path: Path) -> list[dict[str, Any]]:
@@ -233,11 +198,11 @@ def build_labels(line: dict[str, Any]) -> list[str]:
 
 def build_conversations(line: dict[str, Any]) -> list[Turn]:
     """Questions of the source, questions made from labels, the note: in this order."""
-    draw = random.Random(int.from_bytes(hashlib.sha256(line["id"].encode()).digest()[:8], "big"))
+    draw = draw_for(line["id"])
     turns = [turn for item in line["qa"] for turn in question_turns(item)]
     turns += _label_turns(line, draw)
     if line["text"]:
-        turns += _pair(draw.choice(REPORT_REQUESTS), _one_line(line["text"]), "report")
+        turns += pair(draw.choice(REPORT_REQUESTS), one_line(line["text"]), "report")
     return turns
 
 
@@ -246,21 +211,10 @@ def question_turns(item: dict[str, Any]) -> list[Turn]:
     kind = item["answer_type"].strip().lower()
     if kind not in ("closed", "open"):
         raise UnusableItemError(f"question of unknown type {item['answer_type']!r}")
-    question, answer = _one_line(str(item["q"])), _one_line(str(item["a"]))
-    if not (question and answer):
-        raise UnusableItemError("question or answer is empty")
-    if kind == "closed" and answer.lower().rstrip(".") in ("yes", "no"):
-        answer = answer.lower().rstrip(".")
-    return _pair(question, answer, kind)
-
-
-def choice_turns(
-    question: str, options: Sequence[str], answer: str, draw: random.Random
-) -> list[Turn]:
-    """A question with its options, lettered once and in drawn order; the answer is "B: text"."""
-    shuffled = draw.sample(list(options), len(options))
-    lettered = [f"{letter}: {text}" for letter, text in zip(LETTERS, shuffled, strict=False)]
-    return _pair("\n".join([question, *lettered]), lettered[shuffled.index(answer)], "choice")
+    try:
+        return turns_of([question_of(str(item["q"]), str(item["a"]), kind)])
+    except ValueError as error:
+        raise UnusableItemError(str(error)) from error
 
 
 def _label_turns(line: dict[str, Any], draw: random.Random) -> list[Turn]:
@@ -270,15 +224,15 @@ def _label_turns(line: dict[str, Any], draw: random.Random) -> list[Turn]:
         wording = draw.choice(question.wordings)
         turns += choice_turns(wording, list(question.options.values()), labels[0], draw)
     if "findings" in line["labels"]:
-        turns += _pair(draw.choice(FINDING_QUESTIONS), ", ".join(labels), "open")
+        turns += pair(draw.choice(FINDING_QUESTIONS), ", ".join(labels), "open")
     if line["source"] == "nih":
         turns += _finding_choice(labels, draw)
     if "benign_malignant" in line["labels"]:
         answer = "yes" if line["labels"]["benign_malignant"] == "malignant" else "no"
-        turns += _pair(draw.choice(MALIGNANCY_QUESTIONS), answer, "closed")
+        turns += pair(draw.choice(MALIGNANCY_QUESTIONS), answer, "closed")
     if line["labels"].get("localization") not in (None, "unknown"):
         site = line["labels"]["localization"]
-        turns += _pair(draw.choice(LOCALIZATION_QUESTIONS), site, "open")
+        turns += pair(draw.choice(LOCALIZATION_QUESTIONS), site, "open")
     return turns
 
 
@@ -288,17 +242,6 @@ def _finding_choice(findings: list[str], draw: random.Random) -> list[Turn]:
     absent = [name for name in (*NIH_FINDINGS, NO_FINDING) if name not in findings]
     options = [answer, *draw.sample(absent, NUM_CHOICES - 1)]
     return choice_turns(draw.choice(FINDING_CHOICES), options, answer, draw)
-
-
-def _pair(question: str, answer: str, kind: str) -> list[Turn]:
-    return [
-        Turn(role="user", text=question, kind=kind),
-        Turn(role="assistant", text=answer, kind=kind),
-    ]
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 def _task(line: dict[str, Any], conversations: list[Turn]) -> str:
@@ -359,11 +302,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--source", required=True, help="folder with manifest.jsonl")
-    parser.add_argument("--output", required=True, help="gets <source>/<train|val|test>")
-    parser.add_argument(
-        "--max-skipped", type=float, default=0.01, help="share of unusable images that is an error"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace prepared folders")
+    shards.add_arguments(parser)
     return parser
 
 

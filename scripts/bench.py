@@ -1,22 +1,30 @@
 """Ratios that should stay small (or large), measured on this machine.
 
-    python scripts/bench.py [--repeats 7] [--only joint_step]
+    python scripts/bench.py [--repeats 7] [--only encoder]
 
-Runs alternate between the two sides and medians are compared, because machines are noisy; absolute
-times are printed for orientation only.
+encoder     the image encoder (ViT-B, 256 pixels, batch 1 and 4, fp32) against segment_anything's
+            and transformers' with the same weights: time and peak memory, forward and backward
+joint_step  a joint training step against the sum of its two bare backbones
+
+Runs alternate between the sides and medians are compared, because machines are noisy; absolute
+times are printed for orientation only. On one thread unless OMP_NUM_THREADS says otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from biascare.interfaces import Batch
     from biascare.models import BiasCareVL
 
@@ -29,21 +37,133 @@ SIZES: dict[str, dict[str, Any]] = {
 TEXTS = ["Segment the liver in this image. Is there a lesion? yes no"] * 8
 
 
-def compare(first: Run, second: Run, repeats: int) -> tuple[float, float, float]:
-    """(median seconds of each, median of the paired ratios first / second), alternating."""
-    pairs = []
+def alternate(runs: Sequence[Run], repeats: int) -> list[list[float]]:
+    """Seconds of each run in each of `repeats` rounds, one round per row."""
+    rounds = []
     for repeat in range(repeats + 1):
         seconds = []
-        for run in (first, second):
+        for run in runs:
             began = time.perf_counter()
             run()
             seconds.append(time.perf_counter() - began)
-        if repeat:  # the first pair warms caches up
-            pairs.append(seconds)
+        if repeat:  # the first round warms caches up
+            rounds.append(seconds)
+    return rounds
+
+
+def compare(first: Run, second: Run, repeats: int) -> tuple[float, float, float]:
+    """(median seconds of each, median of the paired ratios first / second), alternating."""
+    rounds = alternate((first, second), repeats)
     first_seconds, second_seconds = (
-        statistics.median(column) for column in zip(*pairs, strict=True)
+        statistics.median(column) for column in zip(*rounds, strict=True)
     )
-    return first_seconds, second_seconds, statistics.median(a / b for a, b in pairs)
+    return first_seconds, second_seconds, statistics.median(a / b for a, b in rounds)
+
+
+ENCODER_SIZES: dict[str, Any] = {
+    "embed_dim": 768,
+    "depth": 12,
+    "num_heads": 12,
+    "window_size": 14,
+    "global_attn_indexes": (2, 5, 8, 11),
+}
+TRANSFORMERS_NAMES = (
+    ("patch_embed.proj", "patch_embed.projection"),
+    ("blocks.", "layers."),
+    (".norm", ".layer_norm"),
+    ("neck.0", "neck.conv1"),
+    ("neck.1", "neck.layer_norm1"),
+    ("neck.2", "neck.conv2"),
+    ("neck.3", "neck.layer_norm2"),
+)
+
+
+def build_encoder(library: str, image_size: int) -> nn.Module:
+    """SAM's ViT-B with random weights by one of `ENCODERS`; returns [S, C, h, w] or an output."""
+    from torch import nn
+
+    if library == "ours":
+        from biascare.models.encoder import ImageEncoder
+
+        return ImageEncoder(img_size=image_size, **ENCODER_SIZES)
+    if library == "segment_anything":
+        from segment_anything.modeling import ImageEncoderViT
+
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        return ImageEncoderViT(image_size, norm_layer=norm, use_rel_pos=True, **ENCODER_SIZES)
+    from transformers import SamVisionConfig
+    from transformers.models.sam.modeling_sam import SamVisionEncoder
+
+    return SamVisionEncoder(SamVisionConfig(image_size=image_size))
+
+
+ENCODERS = ("ours", "segment_anything", "transformers")
+
+
+def share_weights(encoders: dict[str, nn.Module]) -> None:
+    """Give all encoders the weights of the first, every relative position random."""
+    import torch
+
+    state = encoders["ours"].state_dict()
+    for name, value in state.items():
+        if "rel_pos" in name or "pos_embed" in name:
+            torch.nn.init.normal_(value, std=0.1)
+    encoders["segment_anything"].load_state_dict(state)
+    renamed = {}
+    for name, value in state.items():
+        for ours, theirs in TRANSFORMERS_NAMES:
+            name = name.replace(ours, theirs)
+        renamed[name] = value
+    encoders["transformers"].load_state_dict(renamed)
+
+
+def run_encoder(encoder: nn.Module, images: Tensor, train: bool) -> Tensor:
+    """The embedding; in training also all gradients."""
+    import torch
+
+    encoder.train(train).zero_grad()
+    with torch.set_grad_enabled(train):
+        output = encoder(images)
+        embedding: Tensor = getattr(output, "last_hidden_state", output)
+        if train:
+            embedding.square().mean().backward()
+    return embedding.detach()
+
+
+def peak_memory(run: Run) -> int:
+    """Most bytes that the tensors made during one run hold at once."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events))
+
+
+def encoder(repeats: int) -> None:
+    """The image encoder against the two that people use."""
+    import torch
+
+    torch.manual_seed(0)
+    encoders = {library: build_encoder(library, 256) for library in ENCODERS}
+    share_weights(encoders)
+    image = torch.randn(1, 3, 256, 256)
+    expected = run_encoder(encoders["segment_anything"], image, False)
+    difference = (run_encoder(encoders["ours"], image, False) - expected).abs().max()
+    print(f"encoder: largest difference to segment_anything {difference:.1e}")
+    for batch, train in ((1, False), (1, True), (4, False), (4, True)):
+        images = image.repeat(batch, 1, 1, 1)
+        runs = [partial(run_encoder, e, images, train) for e in encoders.values()]
+        rounds = alternate(runs, repeats if batch == 1 else (repeats + 1) // 2)
+        memory = [peak_memory(run) for run in runs]
+        what = "forward and backward" if train else "forward"
+        seconds = statistics.median(row[0] for row in rounds)
+        print(f"encoder {what}, batch {batch}: {seconds * 1e3:.0f} ms")
+        for index, library in enumerate(ENCODERS[1:], 1):
+            faster = statistics.median(row[index] / row[0] for row in rounds)
+            lighter = memory[0] / memory[index]
+            print(f"    {faster:.2f} x as fast as {library}, {lighter:.2f} x its peak memory")
 
 
 def make_batch(mllm_folder: str, image_size: int, num_images: int) -> Batch:
@@ -138,7 +258,7 @@ def joint_step(repeats: int) -> None:
         )
 
 
-BENCHMARKS: dict[str, Callable[[int], None]] = {"joint_step": joint_step}
+BENCHMARKS: dict[str, Callable[[int], None]] = {"encoder": encoder, "joint_step": joint_step}
 
 
 def main() -> None:

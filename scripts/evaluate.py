@@ -4,8 +4,12 @@
         --segmentation outputs/demo/data/test --language outputs/demo/data/test \\
         --train outputs/demo/data/train --output outputs/demo/test
 
-Writes predictions.jsonl, metrics.json and contact_sheet.png to the output folder. Metrics can be
-computed again from predictions.jsonl without the model.
+    python scripts/evaluate.py weights/lite_medsam.pth --vision litemedsam --prompt box \\
+        --segmentation outputs/data/pack/btcv/test --output outputs/litemedsam
+
+The second form takes foreign vision weights as they are. Writes predictions.jsonl, metrics.json and
+contact_sheet.png to the output folder. Metrics can be computed again from predictions.jsonl without
+the model.
 """
 
 from __future__ import annotations
@@ -25,13 +29,18 @@ if TYPE_CHECKING:
     import numpy as np
 
     from biascare.data.records import Records
+    from biascare.models import BiasCareVL
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", help="exported folder")
+    parser.add_argument("model", help="exported folder, or (with --vision) foreign vision weights")
+    parser.add_argument(
+        "--vision", help="architecture of foreign weights; the folder knows its own"
+    )
+    parser.add_argument("--image-size", type=int, default=256, help="of foreign weights; pixels")
     parser.add_argument("--segmentation", nargs="*", default=[], help="record folders with masks")
     parser.add_argument("--language", nargs="*", default=[], help="record folders with questions")
     parser.add_argument(
@@ -42,6 +51,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--output", required=True, help="folder to write to")
     parser.add_argument("--mllm", help="where the base image-text model lies, if it has moved")
+    parser.add_argument(
+        "--prompt", choices=("point", "box"), default="point", help="of the first prediction"
+    )
     parser.add_argument("--clicks", type=int, default=1, help="simulated corrections")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--num-workers", type=int, default=0)
@@ -65,6 +77,17 @@ def training_masks(
             yield target["name"], mask, first_point(mask)
 
 
+def open_model(options: argparse.Namespace) -> BiasCareVL:
+    """An export, or foreign vision weights without a language model."""
+    from biascare.models.biascarevl import BiasCareVL, build_model
+
+    if options.vision is None:
+        return BiasCareVL.from_pretrained(options.model, mllm=options.mllm)
+    return build_model(
+        vision=options.vision, image_size=options.image_size, vision_weights=options.model
+    )
+
+
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     from biascare.data.chat import ChatBuilder
     from biascare.data.heldout import HeldOutImages, HeldOutQuestions
@@ -79,14 +102,13 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         write_rows,
     )
     from biascare.evaluation.segmentation import fit_disc
-    from biascare.models import BiasCareVL
     from biascare.models.mllm import load_processor
 
     train = [Records(path) for path in options.train]
     shares = EvalConfig()
     counts = total_counts(records.target_counts for records in train)
     groups = prevalence_groups(counts, shares.head_share, shares.tail_share)
-    model = BiasCareVL.from_pretrained(options.model, mllm=options.mllm)
+    model = open_model(options)
     size = model.vision.image_size
     chat = None
     if model.mllm is not None:
@@ -97,6 +119,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         num_workers=options.num_workers,
         num_clicks=options.clicks,
         max_new_tokens=options.max_new_tokens,
+        prompt=options.prompt,
     )
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)

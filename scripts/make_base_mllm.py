@@ -1,9 +1,12 @@
-"""Make a tiny image-text model in Hugging Face format and train it briefly.
+"""Make an image-text model in Hugging Face format and train it briefly.
 
     python scripts/make_base_mllm.py --records outputs/demo/data/train --output outputs/demo/base
+    python scripts/make_base_mllm.py --records DATA/train --output outputs/smol \\
+        --language-model SmolLM2-135M-Instruct.Q4_1.gguf --derive-questions
 
-A stand-in for a 7B checkpoint where none can be had: it opens through the same classes, and after a
-short full training it can read the records' images a little, so that LoRA has something to adapt.
+A stand-in for a 7B checkpoint where none can be had: it opens through the same classes. Without
+--language-model everything is tiny, random at first and trained in full. With one, a LLaVA is built
+around it: the language model stays as it is, a vision tower and projector learn to show it images.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,6 +36,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--records", nargs="+", required=True, help="folders with conversations")
     parser.add_argument("--output", required=True, help="folder to write the model to")
     parser.add_argument("--family", default="qwen2_5_vl", help="qwen2_5_vl or llava")
+    parser.add_argument(
+        "--language-model", help="folder or .gguf file to build a LLaVA around; it is not trained"
+    )
+    parser.add_argument(
+        "--vision-tower", help="CLIP folder for --language-model; without it a small random one"
+    )
     parser.add_argument("--image-size", type=int, default=128, help="pixels")
     parser.add_argument("--vocab-size", type=int, default=600, help="tokens of the tokenizer")
     parser.add_argument(
@@ -40,6 +49,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         nargs="+",
         default=["closed", "choice", "open", "report"],
         help="kinds of question to learn",
+    )
+    parser.add_argument(
+        "--derive-questions",
+        action="store_true",
+        help="ask about the masks of images that have no question of these kinds",
+    )
+    parser.add_argument(
+        "--max-questions", type=int, default=0, help="of an image in one conversation; 0: all"
     )
     parser.add_argument("--steps", type=int, default=500, help="optimizer steps; 0: random")
     parser.add_argument("--batch-size", type=int, default=16, help="images per step")
@@ -60,50 +77,90 @@ def corpus(sources: list[Records]) -> Iterator[str]:
                     yield text.format(target=target["name"], modality=row["modality"])
 
 
-def conversations(sources: list[Records], kinds: list[str]) -> list[tuple[Records, int]]:
-    """Rows that hold a question of these kinds."""
-    return [
-        (records, int(row))
-        for records in sources
-        for row in sorted(
-            {
-                int(row)
-                for (row, _), kind in zip(
-                    records.language_units, records.question_kinds(), strict=True
-                )
-                if kind in kinds
-            }
-        )
-    ]
+class Settings(NamedTuple):
+    """What of a row is learned."""
+
+    image_size: int  # pixels
+    kinds: list[str]
+    max_questions: int  # 0: all
 
 
-def shuffled_turns(row: dict[str, Any], kinds: list[str], rng: np.random.Generator) -> list[Turn]:
+class Lesson(NamedTuple):
+    """A row to learn from."""
+
+    records: Records
+    row: int
+    derived: bool  # its questions are computed from its masks
+
+
+def lessons(sources: list[Records], kinds: list[str], derive: bool) -> list[Lesson]:
+    """Rows that hold a question of these kinds; with `derive`, then those that only hold masks."""
+    found = []
+    for records in sources:
+        units = zip(records.language_units, records.question_kinds(), strict=True)
+        asked = sorted({int(row) for (row, _), kind in units if kind in kinds})
+        found += [Lesson(records, row, False) for row in asked]
+    if derive:
+        for records in sources:
+            asked_rows = {lesson.row for lesson in found if lesson.records is records}
+            masked = sorted({int(row) for row in records.segmentation_units} - asked_rows)
+            found += [Lesson(records, row, True) for row in masked]
+    return found
+
+
+def derived_turns(row: dict[str, Any], names: list[str], rng: np.random.Generator) -> list[Turn]:
+    """Questions a row's masks answer: is a structure there, which are, what kind of image is it.
+
+    `names` are the structures the row's source annotates; one that this image lacks is asked for
+    too. Of structures nobody annotated there, a missing mask would say nothing.
+    """
+    from biascare.data.records import Turn
+
+    present = [target["name"] for target in row["targets"]]
+    absent = [name for name in names if name not in present]
+    asked = [(str(rng.choice(present)), "yes")]
+    asked += [(str(rng.choice(absent)), "no")] if absent else []
+    turns = []
+    for name, answer in asked:
+        question = f"Is the {name} visible in this image?"
+        turns += [Turn("user", question, "closed"), Turn("assistant", answer, "closed")]
+    for question, answer in (
+        ("Which structures are visible?", ", ".join(present)),
+        ("What kind of image is this?", row["modality"]),
+    ):
+        turns += [Turn("user", question, "open"), Turn("assistant", answer, "open")]
+    return turns
+
+
+def shuffled_turns(
+    lesson: Lesson, row: dict[str, Any], settings: Settings, rng: np.random.Generator
+) -> list[Turn]:
     """The row's question-answer pairs in random order, as one conversation: an image read once
     teaches several answers."""
     from biascare.data.records import Turn
 
-    turns = [Turn(**turn) for turn in row["conversations"]]
-    pairs = [turns[i : i + 2] for i in range(0, len(turns), 2) if turns[i].kind in kinds]
-    return [turn for i in rng.permutation(len(pairs)) for turn in pairs[i]]
+    if lesson.derived:
+        turns = derived_turns(row, sorted(lesson.records.target_counts), rng)
+    else:
+        turns = [Turn(**turn) for turn in row["conversations"]]
+    pairs = [turns[i : i + 2] for i in range(0, len(turns), 2) if turns[i].kind in settings.kinds]
+    order = rng.permutation(len(pairs))[: settings.max_questions or None]
+    return [turn for i in order for turn in pairs[i]]
 
 
 def build_batch(
-    items: list[tuple[Records, int]],
-    kinds: list[str],
-    chat: ChatBuilder,
-    image_size: int,
-    rng: np.random.Generator,
+    items: list[Lesson], settings: Settings, chat: ChatBuilder, rng: np.random.Generator
 ) -> Batch:
     from biascare.data.loader import collate
     from biascare.data.transforms import Geometry, apply_image, decode_image
     from biascare.interfaces import Sample
 
     samples = []
-    for records, number in items:
-        row = records[number]
-        geometry = Geometry.full(row["height"], row["width"], image_size)
+    for lesson in items:
+        row = lesson.records[lesson.row]
+        geometry = Geometry.full(row["height"], row["width"], settings.image_size)
         pixels = chat.image_inputs(apply_image(decode_image(row["image"]), geometry))
-        sequence = chat.sequence(shuffled_turns(row, kinds, rng)) | {"image": pixels}
+        sequence = chat.sequence(shuffled_turns(lesson, row, settings, rng)) | {"image": pixels}
         samples.append(Sample([sequence], None, None, None, None, meta=[{"id": row["id"]}]))
     return collate(samples, seed=0, pad_token_id=chat.tokenizer.pad_token_id)
 
@@ -125,7 +182,8 @@ def train_step(mllm: MLLMPathway, batch: Batch, optimizer: Optimizer) -> float:
 
 
 def train(options: argparse.Namespace, sources: list[Records]) -> MLLMPathway:
-    """Full training with AdamW and a one-cycle learning rate."""
+    """Training with AdamW and a one-cycle learning rate: of all weights, or around a given language
+    model of the vision tower and projector alone."""
     import numpy as np
     import torch
 
@@ -135,19 +193,30 @@ def train(options: argparse.Namespace, sources: list[Records]) -> MLLMPathway:
     torch.manual_seed(options.seed)
     processor = load_processor(options.output)
     chat = ChatBuilder(processor, image_size=options.image_size, max_tokens=4096)
-    mllm = MLLMPathway.load(options.output).requires_grad_(True).train()
-    optimizer = torch.optim.AdamW(mllm.parameters(), lr=options.lr, weight_decay=0.01)
+    mllm = MLLMPathway.load(options.output).train()
+    around_given = options.language_model is not None
+    mllm.packing = around_given  # the demo's recorded results were computed on padded sequences
+    trained = list(mllm.parameters())
+    if around_given:
+        trained = mllm.part_parameters("mllm_vision_tower")
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(trained, lr=options.lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, options.lr, total_steps=options.steps, pct_start=0.1
     )
-    items = conversations(sources, options.kinds)
+    settings = Settings(options.image_size, options.kinds, options.max_questions)
+    items = lessons(sources, options.kinds, options.derive_questions)
+    if not items:
+        sys.exit(
+            f"no image of {' '.join(options.records)} has a question of the kinds "
+            f"{', '.join(options.kinds)}; add --derive-questions to ask about their masks"
+        )
     rng = np.random.default_rng(options.seed)
     began, losses = time.time(), []
     for step in range(1, options.steps + 1):
         chosen = rng.choice(len(items), options.batch_size, replace=len(items) < options.batch_size)
-        batch = build_batch(
-            [items[i] for i in chosen], options.kinds, chat, options.image_size, rng
-        )
+        batch = build_batch([items[i] for i in chosen], settings, chat, rng)
         losses.append(train_step(mllm, batch, optimizer))
         schedule.step()
         if step % 50 == 0 or step == options.steps:
@@ -156,15 +225,22 @@ def train(options: argparse.Namespace, sources: list[Records]) -> MLLMPathway:
     return mllm
 
 
-def main() -> None:
-    options = parse(sys.argv[1:])
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from biascare.data.records import Records
+def build(options: argparse.Namespace, sources: list[Records]) -> None:
+    """The untrained model, in the output folder."""
+    if options.language_model is not None:
+        from biascare.models.llava_assembly import build_llava
+
+        print(f"building a LLaVA around {options.language_model}")
+        build_llava(
+            options.output,
+            options.language_model,
+            vision_tower=options.vision_tower,
+            image_size=options.image_size,
+            seed=options.seed,
+        )
+        return
     from biascare.models.tiny import build_tiny_mllm
 
-    sources = [Records(path) for path in options.records]
-    if Path(options.output).exists():
-        sys.exit(f"{options.output} exists; remove it or name another --output")
     build_tiny_mllm(
         options.output,
         corpus(sources),
@@ -173,8 +249,27 @@ def main() -> None:
         vocab_size=options.vocab_size,
         seed=options.seed,
     )
-    if options.steps:
-        train(options, sources).base.save_pretrained(options.output)
+
+
+def main() -> None:
+    options = parse(sys.argv[1:])
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the gguf reader, which has no switch
+    from biascare.training.process import prepare_process
+
+    prepare_process()
+    from biascare.data.records import Records
+
+    if options.vision_tower is not None and options.language_model is None:
+        sys.exit("--vision-tower goes with --language-model; the tiny model has its own")
+    if Path(options.output).exists():
+        sys.exit(f"{options.output} exists; remove it or name another --output")
+    try:
+        sources = [Records(path) for path in options.records]
+        build(options, sources)
+        if options.steps:
+            train(options, sources).base.save_pretrained(options.output)
+    except ValueError as error:
+        sys.exit(str(error))
     print(f"wrote {options.output}")
 
 

@@ -3,7 +3,9 @@
     deepspeed scripts/train.py --config configs/stage2.yaml [section.key=value ...]
 
 Stage 1 (train.stage=vision) trains the vision pathway alone, stage 2 (joint) everything, starting
-from stage 1's export. The same command continues an interrupted run.
+from stage 1's export. The same command continues an interrupted run. What a run needs:
+
+    python scripts/train.py --plan --config configs/stage2.yaml [--world-size 4]
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from biascare.config import (
     Config,
@@ -27,6 +29,8 @@ from biascare.config import (
     resolve_deepspeed,
     to_dict,
 )
+from biascare.schema import UNSET
+from biascare.strict_yaml import read_tree
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,6 +73,11 @@ FREE_ON_RESUME = (
 
 def parse(arguments: list[str]) -> tuple[str, list[str]]:
     """(config file, overrides)."""
+    known = read_arguments(arguments)
+    return known.config, known.overrides
+
+
+def read_arguments(arguments: list[str]) -> argparse.Namespace:
     lines = [f"  {k.key} ({k.type}, default {k.default}): {k.help}" for k in describe_config()]
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -78,8 +87,19 @@ def parse(arguments: list[str]) -> tuple[str, list[str]]:
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
-    known = parser.parse_intermixed_args(arguments)
-    return known.config, known.overrides
+    plan = parser.add_argument_group(
+        "planning",
+        "--plan prints parameters, memory per GPU, operations and tokens of the run, and ends. It "
+        "reads no weights: model.mllm may be a folder with only a config.json, or the name of a "
+        "known architecture (unset: the paper's). Paths of data, weights and output may be unset "
+        "or absent; everything else in the configuration must be right.",
+    )
+    plan.add_argument("--plan", action="store_true", help="plan the run instead of starting it")
+    plan.add_argument("--world-size", type=int, metavar="N", help="GPUs (4 where the batch allows)")
+    plan.add_argument("--gpu-memory", type=float, default=80, metavar="GIB", help="of a GPU (80)")
+    plan.add_argument("--prompt-tokens", type=int, default=64, help="text of a question (64)")
+    plan.add_argument("--answer-tokens", type=int, default=64, help="of an answer (64)")
+    return parser.parse_intermixed_args(arguments)
 
 
 def prepare_process() -> None:
@@ -203,7 +223,12 @@ def build_model(config: Config) -> BiasCareVL:
         dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
         activation_checkpointing=model.activation_checkpointing,
     )
+    if built.mllm is not None:
+        built.mllm.packing = config.data.pack_sequences
     built.set_trainable(vars(config.train.trainable))
+    if config.train.compile:
+        # In place: a wrapper would rename every parameter. The LLM's lengths change at every step.
+        built.vision.image_encoder.compile()
     return built
 
 
@@ -378,17 +403,41 @@ def git_commit() -> str:
     return result.stdout.strip() or "unknown"
 
 
-def save_run_files(config: Config, groups: dict[str, str]) -> None:
+def save_run_files(
+    config: Config, groups: dict[str, str], segmentation: list[Records], language: list[Records]
+) -> None:
     folder = Path(config.train.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     dump_config(config, folder / "config.yaml")
-    about = {"git_commit": git_commit(), "prevalence_groups": groups}
+    weights = [source.weight for source in config.data.segmentation + config.data.language]
+    tasks = ["segmentation"] * len(segmentation) + ["language"] * len(language)
+    about = {
+        "git_commit": git_commit(),
+        "prevalence_groups": groups,
+        "data": [
+            about_source(task, records, weight)
+            for task, records, weight in zip(tasks, segmentation + language, weights, strict=True)
+        ],
+    }
     (folder / "run.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def about_source(task: str, records: Records, weight: float | None) -> dict[str, Any]:
+    """What the card of the model says about a record folder."""
+    manifest = records.manifest
+    copied = {name: manifest[name] for name in ("source", "split", "version", "licence")}
+    return copied | {
+        "task": task,
+        "images": manifest["num_rows"],
+        "weight": weight,
+        "content": manifest["content_hash"],
+    }
 
 
 def export(config: Config, engine: Any, chat: ChatBuilder | None) -> None:
     """OUTPUT_DIR/export: the portable folder that `BiasCareVL.from_pretrained` opens."""
     from biascare.training.distributed import gathered_state
+    from biascare.training.export import read_run, write_export
 
     def exported(name: str, parameter: Any) -> bool:
         frozen_base = name.startswith("mllm.") and ".lora_" not in name
@@ -397,11 +446,14 @@ def export(config: Config, engine: Any, chat: ChatBuilder | None) -> None:
     state = gathered_state(engine.module.model, exported)
     if state is None:
         return
-    folder = Path(config.train.output_dir) / "export"
-    engine.module.model.save_pretrained(folder, state)
-    dump_config(config, folder / "training_config.yaml")
-    if chat is not None:
-        chat.processor.save_pretrained(folder / "processor")
+    folder = Path(config.train.output_dir)
+    write_export(
+        folder / "export",
+        read_run(folder, config.train.max_steps, to_dict(config)),
+        lambda partial: engine.module.model.save_pretrained(partial, state),
+        None if chat is None else chat.processor,
+        replace=True,
+    )
 
 
 def run(config: Config) -> None:
@@ -430,7 +482,7 @@ def run(config: Config) -> None:
     language = open_sources(config.data.language)
     counts = total_counts(source.target_counts for source in segmentation)
     groups = prevalence_groups(counts, config.eval.head_share, config.eval.tail_share)
-    from_rank_zero(lambda: save_run_files(config, groups))
+    from_rank_zero(lambda: save_run_files(config, groups, segmentation, language))
     chat = build_chat(config)
     log = RunLog(folder)
     engine = build_engine(config, build_model(config), deepspeed_config, log)
@@ -476,9 +528,115 @@ def resume(choice: str, store: Any, engine: Any, fingerprint: dict[str, Any], lo
     return step
 
 
+PLANNED_MLLM = "HuatuoGPT-Vision-7B-Qwen2.5VL"
+"""What --plan assumes where model.mllm is left open: the paper's."""
+
+
+class Planned(NamedTuple):
+    """A configuration whose paths need not exist, and what it said of them."""
+
+    config: Config
+    mllm: str | None
+    sources: dict[str, list[str]]  # task -> record folders that are there
+
+
+def load_planned(path: str, overrides: list[str]) -> Planned:
+    """`load_config` with every path replaced by one that exists; all other problems stand."""
+    values = read_tree(path, overrides).values
+    data, model, train = (
+        section if isinstance(section := values.get(name), dict) else {}
+        for name in ("data", "model", "train")
+    )
+    sources: dict[str, list[str]] = {}
+    found = ["train.output_dir=."] if isinstance(train.get("output_dir", ""), str) else []
+    for task in ("segmentation", "language", "eval_segmentation", "eval_language"):
+        entries = [{"path": "."}] if data.get(task) == UNSET else data.get(task)
+        written = [x for x in entries if isinstance(x, dict)] if isinstance(entries, list) else []
+        if written and all(isinstance(x.get("path"), str) for x in written):
+            paths = [x["path"] for x in written]
+            sources[task] = [path for path in paths if (Path(path) / "manifest.json").is_file()]
+            found.append(f"data.{task}={json.dumps([x | {'path': '.'} for x in written])}")
+    mllm = model.get("mllm")
+    if isinstance(mllm, str):
+        found.append("model.mllm=.")
+    if isinstance(model.get("vision_weights"), str):
+        found.append("model.vision_weights=null")
+    if isinstance(train.get("resume"), str):
+        found.append("train.resume=never")
+    config = load_config(path, [*overrides, *found])
+    return Planned(config, PLANNED_MLLM if mllm == UNSET else mllm, sources)
+
+
+def plan(planned: Planned, options: argparse.Namespace) -> None:
+    """Print what the run needs; see biascare/training/plan.py."""
+    from rich.console import Console
+
+    from biascare.models.biascarevl import MLLM_PARTS, TRAINABLE_PARTS
+    from biascare.models.blank import BatchShape, blank_batch, mllm_config, weights_left_out
+    from biascare.training.distributed import parameter_groups
+    from biascare.training.plan import make_plan, read_zero_settings, tables
+    from biascare.training.step import HITLSettings, ObjectiveSettings, TrainStep
+
+    config, train = planned.config, planned.config.train
+    most = max(1, train.global_batch // train.micro_batch)
+    zero = read_zero_settings(
+        resolve_deepspeed(train.deepspeed),
+        world_size=min(4, most) if options.world_size is None else options.world_size,
+        global_batch=train.global_batch,
+        micro_batch=train.micro_batch,
+        precision=train.precision,
+    )
+    mllm = planned.mllm if train.stage == "joint" else None
+    with weights_left_out(None if mllm is None else mllm_config(mllm)):
+        model = build_model(config)
+        step = TrainStep(
+            model, ObjectiveSettings(**vars(config.objective)), HITLSettings(**vars(config.hitl))
+        )
+    parts = {part: model.part_parameters(part) for part in TRAINABLE_PARTS}
+    share, prompts = train.micro_batch // sum(config.data.ratio), config.data.prompts
+    shape = BatchShape(
+        num_images=config.data.ratio[0] * share,
+        targets_per_image=config.data.targets_per_image,
+        num_questions=config.data.ratio[1] * share,
+        prompt_tokens=options.prompt_tokens,
+        answer_tokens=options.answer_tokens,
+        num_points=3 if prompts.point_and_box else 2 if prompts.box else 1,
+    )
+    made = make_plan(
+        step,
+        parameter_groups(parts, MLLM_PARTS, optimizer_settings(config)),
+        blank_batch(model, shape),
+        zero,
+        max_steps=train.max_steps,
+        checkpointing=config.model.activation_checkpointing,
+    )
+    console = Console(soft_wrap=True)
+    for table in tables(made, gpu_memory_gib=options.gpu_memory, epochs=passes(planned)):
+        console.print(table, highlight=False)
+
+
+def passes(planned: Planned) -> dict[str, float]:
+    """Passes over the records of each task, where all its folders are there."""
+    config, found = planned.config, {}
+    for part, task in enumerate(("segmentation", "language")):
+        folders = planned.sources.get(task, [])
+        if folders and len(folders) == len(getattr(config.data, task)):
+            from biascare.data.records import Records
+
+            units = sum(len(getattr(Records(folder), f"{task}_units")) for folder in folders)
+            share = config.data.ratio[part] / sum(config.data.ratio)
+            found[task] = config.train.max_steps * config.train.global_batch * share / max(units, 1)
+    return found
+
+
 def main() -> None:
+    options = read_arguments(sys.argv[1:])
     try:
-        config = load_config(*parse(sys.argv[1:]))
+        if options.plan:
+            planned = load_planned(options.config, options.overrides)
+            prepare_process()
+            return plan(planned, options)
+        config = load_config(options.config, options.overrides)
     except ValueError as error:
         if os.environ.get("RANK", "0") != "0":  # every rank reads the same file
             raise SystemExit(1) from None

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from biascare.data.records import Records, decode_mask
 from data_prep import demo
-from data_prep.demo_renderers import RENDERERS, Look, Rendering, render
+from data_prep.common.demo_renderers import RENDERERS, Look, Rendering, render
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ from PIL import Image
 from scipy import sparse
 
 from biascare.data.records import Records, decode_mask
-from data_prep import imed361m, vocabulary
-from data_prep.imed361m import UnusableItemError, patient_of, read_rows, row_names
-from data_prep.ledger import Ledger
-from data_prep.orientation import (
+from data_prep import imed361m
+from data_prep.common import vocabulary
+from data_prep.common.ledger import Ledger, check_skipped, merge_ledgers
+from data_prep.common.orientation import (
     ORIENTATIONS,
     TURNS,
     orientation_of,
@@ -27,7 +27,8 @@ from data_prep.orientation import (
     turn_image,
     turn_mask,
 )
-from data_prep.vocabulary import canonical_modality, canonical_target
+from data_prep.common.vocabulary import canonical_modality, canonical_target
+from data_prep.imed361m import UnusableItemError, patient_of, read_rows, row_names
 
 LABELS = {"0": "background", "1": "liver", "2": "kidney_right", "3": "kidney_left", "4": "postcava"}
 HEIGHT, WIDTH = 8, 12
@@ -218,9 +219,8 @@ def test_too_many_skipped_items_are_an_error_and_leave_no_folder(tmp_path: Path)
     source = damaged_release(tmp_path / "raw" / "Unknown")
     with pytest.raises(ValueError, match=r"7 of 8 items skipped, more than the limit of 1\.00%"):
         run(source, tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out" / "Unknown").iterdir()] == [
-        "train.skipped.jsonl"
-    ]
+    left = sorted(path.name for path in (tmp_path / "out" / "Unknown").iterdir())
+    assert left == [".test.shards", ".train.shards", "test.skipped.jsonl", "train.skipped.jsonl"]
 
 
 def test_paths_may_start_with_the_name_of_the_dataset(tmp_path: Path) -> None:
@@ -243,15 +243,19 @@ def test_worker_processes_give_the_same_records(tmp_path: Path) -> None:
     assert one.manifest == two.manifest
 
 
-def test_a_second_run_is_refused_resumed_or_replaces(tmp_path: Path) -> None:
+def test_a_second_run_changes_nothing_and_a_changed_list_is_noticed(tmp_path: Path) -> None:
     release = Release(tmp_path / "raw" / "Unknown")
     release.add("a", raw_masks())
-    source = release.finish()
-    run(source, tmp_path / "out")
-    with pytest.raises(ValueError, match="exists already"):
-        run(source, tmp_path / "out")
-    run(source, tmp_path / "out", "--skip-existing")
-    run(source, tmp_path / "out", "--overwrite")
+    folder = tmp_path / "out" / "Unknown" / "train"
+    run(release.finish(), tmp_path / "out")
+    before = folder.stat().st_mtime_ns
+    run(release.folder, tmp_path / "out")
+    assert folder.stat().st_mtime_ns == before
+    release.add("b", raw_masks())
+    with pytest.raises(ValueError, match="not prepared from these items"):
+        run(release.finish(), tmp_path / "out")
+    run(release.folder, tmp_path / "out", "--overwrite")
+    assert len(Records(folder)) == 2
 
 
 def test_a_pickle_in_a_label_is_never_loaded(tmp_path: Path) -> None:
@@ -369,14 +373,76 @@ def test_modalities_have_one_spelling() -> None:
     assert len(aliases) == len(set(aliases))
 
 
-def test_the_ledger_counts_and_checks(tmp_path: Path) -> None:
-    path = tmp_path / "out" / "train.skipped.jsonl"
-    with Ledger(path, limit=0.5) as ledger:
+def test_ledgers_are_merged_in_order_and_held_against_the_limit(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("second", "first")]
+    for path in paths:
+        ledger = Ledger(path)
         ledger.count(2)
-        ledger.skip("a", "file missing")
-    assert skipped(path) == [("a", "file missing")]
-    with Ledger(path, limit=0.0) as ledger:
-        ledger.count()
-    assert not path.exists()  # an older ledger does not speak for a clean run
+        ledger.skip(path.name, "file missing")
+        assert (ledger.num_items, ledger.num_skipped) == (2, 1)
+    merged = tmp_path / "out" / "train.skipped.jsonl"
+    merge_ledgers(paths, merged)
+    assert skipped(merged) == [("second", "file missing"), ("first", "file missing")]
+    check_skipped(merged, num_items=4, limit=0.5)
+    with pytest.raises(ValueError, match=r"2 of 4 items .* 49\.00% \(2 x file missing\)"):
+        check_skipped(merged, num_items=4, limit=0.49)
     with pytest.raises(ValueError, match="between 0 and 1"):
-        Ledger(path, limit=2)
+        check_skipped(merged, num_items=4, limit=2)
+    merge_ledgers([], merged)
+    assert not merged.exists()  # an older ledger does not speak for a clean run
+    Ledger(paths[0])
+    assert not paths[0].exists()
+
+
+ZOO = {
+    "Plain": "none",
+    "Mirrored": "flip_horizontal",
+    "BTCV": "flip_vertical",  # by the reviewed table
+    "Rotated": "rotate_90",
+    "Turned": "transverse",
+}
+
+
+def zoo_masks(index: int) -> np.ndarray:
+    """[4, 8, 12] random, overlapping: a half, a single pixel in a corner, a line, or an empty."""
+    masks = np.zeros((4, HEIGHT, WIDTH), dtype=np.uint8)
+    masks[0] = np.random.default_rng(index).random((HEIGHT, WIDTH)) < 0.5
+    masks[1, [0, 0, -1, -1][index % 4], [0, -1, 0, -1][index % 4]] = 1
+    masks[2, index % HEIGHT] = 1
+    masks[3] = masks[0] if index % 2 else 0
+    return masks
+
+
+def test_every_pixel_of_a_folder_of_many_sub_datasets_is_accounted_for(tmp_path: Path) -> None:
+    for name in ZOO:
+        release = Release(tmp_path / "raw" / name)
+        for index in range(8):
+            release.add(f"v_{index}", zoo_masks(index), "training" if index < 6 else "test")
+        release.finish()
+    options = [f"--orientation={n}={t}" for n, t in ZOO.items() if n not in ("Plain", "BTCV")]
+    run(tmp_path / "raw", tmp_path / "out", "--items-per-shard", "4", *options)
+    names = row_names(LABELS)
+    for name, turn in ZOO.items():
+        rows = [
+            row
+            for split in ("train", "test")
+            for records in [Records(tmp_path / "out" / name / split)]
+            for row in map(records.__getitem__, range(len(records)))
+        ]
+        assert [row["id"] for row in rows] == [f"{name}/v_{index}" for index in range(8)]
+        for index, row in enumerate(rows):
+            raw = zoo_masks(index)
+            written = masks_of(row)
+            assert list(written) == [n for n, mask in zip(names, raw, strict=True) if mask.any()]
+            for target, mask in zip(names, raw, strict=True):
+                if target in written:  # turned back, every pixel is where it was
+                    back = turn_mask(written[target], INVERSE.get(turn, turn))
+                    np.testing.assert_array_equal(back, mask)
+            raw_image = Image.open(tmp_path / "raw" / name / "image" / f"v_{index}.png")
+            turned = np.asarray(Image.open(io.BytesIO(row["image"])))
+            back = np.stack([turn_mask(turned[..., c], INVERSE.get(turn, turn)) for c in range(3)])
+            np.testing.assert_array_equal(back.transpose(1, 2, 0), np.asarray(raw_image))
+
+
+INVERSE = {"rotate_90": "rotate_270", "rotate_270": "rotate_90"}
+"""The other turns undo themselves."""

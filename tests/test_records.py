@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
+from biascare.data import record_writer
 from biascare.data import records as module
 from biascare.data.records import (
     Record,
@@ -164,7 +165,7 @@ def test_units_agree_with_a_walk_over_the_rows(
         (records.segmentation_units, segmentation, ()),
         (records.language_units, language, (2,)),
     ):
-        assert units.dtype == np.int64
+        assert units.dtype == np.int32
         assert units.shape == (len(expected), *columns)
         assert units.tolist() == expected
     for name in (module.SEGMENTATION_UNITS, module.LANGUAGE_UNITS):
@@ -349,6 +350,6 @@ def test_the_parent_of_record_folders_points_to_them(tmp_path: Path) -> None:
 def test_a_shard_closes_early_when_its_bytes_are_many(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "SHARD_BYTES", 1)
+    monkeypatch.setattr(record_writer, "SHARD_BYTES", 1)
     write(tmp_path / "train", [record(n) for n in range(3)])
     assert len(list((tmp_path / "train").glob("*.arrow"))) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 from collections import Counter
@@ -14,9 +15,10 @@ from PIL import Image
 
 from biascare.data.records import Records, decode_mask
 from data_prep import sample_pack
-from data_prep.orientation import sides_agree
+from data_prep.common import shards
+from data_prep.common.orientation import sides_agree
+from data_prep.common.vocabulary import canonical_target
 from data_prep.sample_pack import build_conversations, question_turns
-from data_prep.vocabulary import canonical_target
 
 PACK = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_pack = pytest.mark.skipif(
@@ -132,6 +134,14 @@ def test_a_folder_without_manifest_says_so(tmp_path: Path) -> None:
         run(tmp_path, tmp_path / "out")
 
 
+def convert(lines: list[dict[str, Any]], output: Path) -> None:
+    """The chosen lines of the pack, none of them unusable."""
+    parser = argparse.ArgumentParser()
+    shards.add_arguments(parser)
+    args = parser.parse_args(["--output", str(output), "--max-skipped", "0"])
+    shards.run(args, sample_pack.releases(PACK, lines))
+
+
 @pytest.fixture(scope="module")
 def manifest() -> list[dict[str, Any]]:
     """Held-out images of every source, and all of VQA-RAD."""
@@ -142,7 +152,7 @@ def manifest() -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def prepared(manifest: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("pack")
-    sample_pack.convert(PACK, manifest, output, max_skipped=0)
+    convert(manifest, output)
     return output
 
 
@@ -218,7 +228,7 @@ def test_a_second_conversion_gives_the_same_content(
     prepared: Path, manifest: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     chosen = [item for item in manifest if item["source"] == "ham10000"]
-    sample_pack.convert(PACK, chosen, tmp_path)
+    convert(chosen, tmp_path)
     again, first = (Records(root / "ham10000" / "test") for root in (tmp_path, prepared))
     assert again.manifest["content_hash"] == first.manifest["content_hash"]
 

@@ -12,11 +12,12 @@ from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncode
 from torch import Tensor
 
 from biascare.interfaces import Prediction, Prompts
+from biascare.models.biascarevl import build_model
+from biascare.models.decoder import RowMaskDecoder
 from biascare.models.vision import (
     PIXEL_MEAN,
     PIXEL_STD,
     VISION_ARCHITECTURES,
-    RowMaskDecoder,
     VisionPathway,
 )
 from tests.tiny import IMAGE_SIZE, wake
@@ -285,7 +286,8 @@ def test_a_bf16_pathway_decodes_to_nearly_the_same_mask_in_fp32_logits(images: T
         ("tiny", 96, None),
         ("sam_vit_b", 256, 93.7e6),
         ("sam_vit_h", 256, 641.1e6),
-        ("imis_b", 768, 119e6),  # with a text branch and semantic tokens that are not built here
+        ("imis_b", 768, 119e6),  # with two heads that are not built here
+        ("litemedsam", 256, None),
     ],
 )
 def test_prompts_have_the_dimension_of_their_backbone(
@@ -297,6 +299,7 @@ def test_prompts_have_the_dimension_of_their_backbone(
     assert pathway.prompt_encoder.point_embeddings[0].weight.shape == (1, prompt_dim)
     assert pathway.mask_decoder.mask_tokens.weight.shape == (4, prompt_dim)
     assert pathway.image_encoder.neck[0].weight.shape[0] == prompt_dim
+    assert pathway.dtype == torch.float32
     counted = sum(p.numel() for p in pathway.parameters())
     print(f"{name}: {counted / 1e6:.1f} M parameters")
     if published:
@@ -336,6 +339,79 @@ def test_clicks_box_corners_and_text_receive_gradients(images: Tensor) -> None:
     unused = {id(p) for p in pathway.unused_parameters()}
     named = {n for n, p in pathway.named_parameters() if id(p) in unused}
     assert set(idle) == named | {"prompt_encoder.no_mask_embed.weight"}  # a mask was prompted
+
+
+@pytest.fixture
+def imis_like(monkeypatch: pytest.MonkeyPatch) -> VisionPathway:
+    """Tiny, with IMIS-Net's semantic tokens and a text branch that has learned something."""
+    sizes = VISION_ARCHITECTURES["tiny"]._replace(num_semantic_tokens=4, text_branch=True)
+    monkeypatch.setitem(VISION_ARCHITECTURES, "tiny", sizes)
+    pathway = small_pathway()
+    torch.nn.init.normal_(pathway.mask_decoder.text_output.weight, std=0.3)
+    return pathway
+
+
+def test_with_semantic_tokens_and_text_a_rows_mask_is_its_own(imis_like: VisionPathway) -> None:
+    embedding = torch.randn(2, 96, GRID, GRID, generator=torch.Generator().manual_seed(5))
+    text = torch.randn(3, 2, 96, generator=torch.Generator().manual_seed(6))
+    rows, which = (POINTS, BOX, [(1.0, 1.0, -1)]), torch.tensor([0, 1, 1])
+    with torch.no_grad():
+        together = imis_like.decode(embedding, which, prompts(*rows), text)
+        for r, row in enumerate(rows):
+            one = slice(r, r + 1)
+            alone = imis_like.decode(embedding, which[one], prompts(row), text[one])
+            assert torch.allclose(together.mask_logits[r], alone.mask_logits[0], atol=1e-5)
+
+
+def test_semantic_tokens_act_like_prompts_of_every_row(
+    imis_like: VisionPathway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same tokens, given as text to a decoder that has none of its own."""
+    state = imis_like.state_dict()
+    tokens = state.pop("mask_decoder.semantic_tokens.weight")
+    plain_sizes = VISION_ARCHITECTURES["tiny"]._replace(num_semantic_tokens=0, text_branch=False)
+    monkeypatch.setitem(VISION_ARCHITECTURES, "tiny", plain_sizes)
+    plain = VisionPathway("tiny", IMAGE_SIZE).eval()
+    plain.load_state_dict({k: v for k, v in state.items() if "text_output" not in k})
+    embedding = torch.randn(1, 96, GRID, GRID, generator=torch.Generator().manual_seed(5))
+    one = torch.tensor([0])
+    with torch.no_grad():
+        ours = imis_like.decode(embedding, one, prompts(POINTS))
+        theirs = plain.decode(embedding, one, prompts(POINTS), tokens[None])
+    assert torch.allclose(ours.mask_logits, theirs.mask_logits, atol=1e-5)
+
+
+def test_a_new_text_branch_changes_no_mask_and_learns_from_the_first_step(
+    imis_like: VisionPathway, images: Tensor
+) -> None:
+    branch = imis_like.mask_decoder.text_output
+    torch.nn.init.zeros_(branch.weight)
+    table, rows, text = prompts(POINTS, BOX), torch.tensor([0, 1]), torch.randn(2, 1, 96)
+
+    def decoded() -> Prediction:
+        return imis_like.decode(imis_like.encode_images(images), rows, table, text)
+
+    born = decoded()
+    imis_like.mask_decoder.text_output = None
+    without = decoded()
+    imis_like.mask_decoder.text_output = branch
+    assert torch.equal(born.mask_logits, without.mask_logits)
+    born.mask_logits.square().sum().backward()
+    assert branch.weight.grad.abs().max() > 0 and branch.bias.grad.abs().max() > 0
+    with torch.no_grad():
+        branch.weight -= 0.1 * branch.weight.grad.sign()
+        assert not torch.allclose(decoded().mask_logits, without.mask_logits, atol=1e-3)
+
+
+def test_the_text_branch_is_not_trained_where_no_text_reaches_it(
+    imis_like: VisionPathway,
+) -> None:
+    branch = {id(p) for p in imis_like.mask_decoder.text_output.parameters()}
+    assert not branch & {id(p) for p in imis_like.unused_parameters()}
+    imis_like.reads_text = False
+    assert branch <= {id(p) for p in imis_like.unused_parameters()}
+    build = build_model(vision="tiny", image_size=IMAGE_SIZE)
+    assert not build.vision.reads_text
 
 
 def test_recomputed_activations_give_the_same_gradients(images: Tensor) -> None:

@@ -282,8 +282,11 @@ def _spread(counts: Sequence[int]) -> NDArray[np.uint16]:
 def _interleave(first: NDArray[np.uint16], second: NDArray[np.uint16]) -> NDArray[np.uint16]:
     """Both runs in their own order, evenly mixed; integer arithmetic, so equal everywhere."""
     total = len(first) + len(second)
-    taken = (2 * len(first) * np.arange(total + 1, dtype=np.int64) + total) // (2 * total)
-    is_first = np.diff(taken) > 0
+    taken = np.arange(total + 1, dtype=np.int64)
+    taken *= 2 * len(first)  # in place: what a schedule needs while it is made counts as memory
+    taken += total
+    taken //= 2 * total
+    is_first = taken[1:] > taken[:-1]
     mixed = np.empty(total, np.uint16)
     mixed[is_first], mixed[~is_first] = first, second
     return mixed

@@ -1,14 +1,18 @@
 """Prevalence groups: which targets are head, medium and tail, from training counts alone.
 
     groups = prevalence_groups({"liver": 900, "spleen": 90, "insulinoma": 3}, 0.5, 0.1)
+    save_prevalence("prevalence.json", counts, 0.5, 0.1, folders=["prepared/btcv/train"])
+    groups = load_prevalence("prevalence.json")
 
 Held-out counts never enter: a group says how much there was to learn from.
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 PREVALENCE_GROUPS = ("head", "medium", "tail", "unseen")
 """From most to least frequent; `unseen` is a held-out target without any training mask."""
@@ -46,4 +50,52 @@ def prevalence_groups(
         if held > tail_share * total and name != ordered[-1]:
             break
         groups[name] = "tail"
+    return groups
+
+
+def save_prevalence(
+    path: str | Path,
+    counts: Mapping[str, int],
+    head_share: float,
+    tail_share: float,
+    *,
+    folders: Sequence[str] = (),
+) -> dict[str, str]:
+    """Write the groups with what they follow from: counts, shares and the training folders."""
+    groups = prevalence_groups(counts, head_share, tail_share)
+    about = {
+        "head_share": head_share,
+        "tail_share": tail_share,
+        "folders": list(folders),
+        "targets": {name: {"masks": counts[name], "group": groups[name]} for name in groups},
+    }
+    text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
+    Path(path).write_text(text, encoding="utf-8")
+    return groups
+
+
+def load_prevalence(path: str | Path) -> dict[str, str]:
+    """Groups of a file by `save_prevalence`, decided again from its counts and shares.
+
+    Raises ValueError for another kind of file, and for one whose groups were edited by hand: they
+    would contradict the shares that a reader of the file goes by.
+    """
+    try:
+        about = json.loads(Path(path).read_text(encoding="utf-8"))
+        counts = {name: int(row["masks"]) for name, row in about["targets"].items()}
+        stated = {name: row["group"] for name, row in about["targets"].items()}
+        groups = prevalence_groups(counts, about["head_share"], about["tail_share"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} does not hold prevalence groups ({type(error).__name__}: {error}); "
+            "write it with scripts/data_bias.py"
+        ) from error
+    wrong = [name for name in stated if stated[name] != groups[name]]
+    if wrong:
+        name = wrong[0]
+        raise ValueError(
+            f"{path}: {len(wrong)} groups contradict the file's own counts and shares, such as "
+            f"{name!r}: got {stated[name]!r}, expected {groups[name]!r}; change head_share or "
+            "tail_share and write it again with scripts/data_bias.py"
+        )
     return groups

@@ -1,8 +1,7 @@
 """Decode, resize and augment an image together with its masks, clicks and boxes.
 
-    image = decode_image(record_bytes)                                  # native pixels
-    geometry = draw_geometry(*image.shape[:2], masks, 256, key, augment=True, allow_flip=True)
-    model_image = draw_intensity(apply_image(image, geometry), key)
+    geometry = draw_geometry(height, width, masks, 256, key, augment=True, allow_flip=True)
+    model_image = draw_intensity(read_image(record_bytes, geometry), key)
     model_masks = np.stack([apply_mask(mask, geometry) for mask in masks])
     point_coords, point_labels = draw_prompts(model_masks, key, {"point": 0.5, "box": 0.5})
 
@@ -88,10 +87,28 @@ def decode_image(data: bytes) -> NDArray[np.uint8]:
     Raises:
         ValueError: not an image, truncated, damaged, or more than `MAX_PIXELS`.
     """
+    return np.array(_decode(data).convert("RGB"))
+
+
+def read_image(data: bytes, geometry: Geometry) -> NDArray[np.uint8]:
+    """Encoded bytes -> [S, S, 3] uint8: `apply_image(decode_image(data), geometry)`, only faster.
+
+    The same pixels without copying the native image to an array and back, and grey images stay one
+    channel until they are small.
+
+    Raises:
+        ValueError: see `decode_image` and `apply_image`.
+    """
+    return _resize(_decode(data), geometry)
+
+
+def _decode(data: bytes) -> Image.Image:
+    """A complete image of mode L or RGB; see `decode_image` for rules and errors."""
     try:
         image = Image.open(io.BytesIO(data))
         if image.width * image.height <= MAX_PIXELS:
-            return _to_rgb(image)
+            image.load()
+            return _to_8_bit(image)
     except Exception as error:  # the parsers of PIL raise whatever damaged bytes make them meet
         raise ValueError(
             f"image: got {len(data)} bytes that do not decode ({type(error).__name__}: {error}), "
@@ -103,14 +120,16 @@ def decode_image(data: bytes) -> NDArray[np.uint8]:
     )
 
 
-def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
-    """PIL image of any mode -> [H, W, 3] uint8; see `decode_image` for the rules."""
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """PIL image of any mode -> mode L or RGB; see `decode_image` for the rules."""
     if image.mode.startswith("I") or image.mode == "F":
-        return np.repeat(_stretch(np.asarray(image, np.float64))[..., None], 3, axis=2)
+        return Image.fromarray(_stretch(np.asarray(image, np.float64)))
     if image.has_transparency_data:
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
         image = Image.alpha_composite(black, image.convert("RGBA"))
-    return np.array(image.convert("RGB"))
+    if image.mode in ("L", "RGB"):
+        return image  # `convert` would copy it
+    return image.convert("L" if image.mode == "1" else "RGB")
 
 
 def _stretch(grey: NDArray[np.float64]) -> NDArray[np.uint8]:
@@ -127,12 +146,15 @@ def apply_image(image: NDArray[np.uint8], geometry: Geometry) -> NDArray[np.uint
     Raises:
         ValueError: the crop is empty or reaches outside the image.
     """
-    _check_inside(image, geometry)
+    return _resize(Image.fromarray(image), geometry)
+
+
+def _resize(image: Image.Image, geometry: Geometry) -> NDArray[np.uint8]:
+    """PIL image of mode L or RGB -> [S, S, 3]; see `apply_image`."""
+    _check_inside(image.height, image.width, geometry)
     box = (geometry.x0, geometry.y0, geometry.x1, geometry.y1)
-    resized = Image.fromarray(image).resize(
-        (geometry.size, geometry.size), Image.Resampling.BILINEAR, box=box
-    )
-    array = np.array(resized)
+    size = (geometry.size, geometry.size)
+    array = np.array(image.resize(size, Image.Resampling.BILINEAR, box=box).convert("RGB"))
     return np.ascontiguousarray(array[:, ::-1]) if geometry.flip else array
 
 
@@ -149,7 +171,7 @@ def apply_mask(mask: Array, geometry: Geometry) -> NDArray[np.uint8]:
         ValueError: the crop is empty or reaches outside the mask.
     """
     mask = np.asarray(mask) != 0
-    _check_inside(mask, geometry)
+    _check_inside(mask.shape[0], mask.shape[1], geometry)
     side = geometry.size
     if mask.shape == (side, side) and geometry[:4] == Geometry.full(side, side, side)[:4]:
         resized = mask.astype(np.uint8)
@@ -158,9 +180,8 @@ def apply_mask(mask: Array, geometry: Geometry) -> NDArray[np.uint8]:
     return np.ascontiguousarray(resized[:, ::-1]) if geometry.flip else resized
 
 
-def _check_inside(array: Array, geometry: Geometry) -> None:
-    """ValueError unless the crop lies in an [H, W, ...] array."""
-    height, width = array.shape[:2]
+def _check_inside(height: int, width: int, geometry: Geometry) -> None:
+    """ValueError unless the crop lies in an array [height, width, ...]."""
     crop = geometry[:4]
     if not (0 <= crop[0] < crop[2] <= width and 0 <= crop[1] < crop[3] <= height):
         raise ValueError(
@@ -181,11 +202,25 @@ class _Axis(NamedTuple):
         best = self.weights.argmax(axis=1)[:, None]
         return np.take_along_axis(self.pixels, best, axis=1)[:, 0]
 
-    def average(self, values: Array) -> NDArray[np.float64]:
-        """[n, m] -> [S, m] mean of the values over each cell: the matrix product."""
-        averaged = np.zeros((len(self.pixels), values.shape[1]))
+    def touching(self, stretch: slice) -> NDArray[np.intp]:
+        """The cells whose windows reach into a stretch of pixels, ascending."""
+        first, last = self.pixels[:, 0], self.pixels[:, -1]
+        return np.flatnonzero((first < stretch.stop) & (last >= stretch.start))
+
+    def average(
+        self, values: Array, cells: NDArray[np.intp], start: int = 0
+    ) -> NDArray[np.float64]:
+        """[n, m] -> [len(cells), m] mean of the values over some cells: the matrix product.
+
+        `values` are of the pixels from `start` on; all others are 0.
+        """
+        stop = start + len(values)
+        averaged = np.zeros((len(cells), values.shape[1]))
         for band in range(self.pixels.shape[1]):
-            averaged += self.weights[:, band, None] * values[self.pixels[:, band]]
+            pixels = self.pixels[cells, band]
+            there = (pixels >= start) & (pixels < stop)
+            weights = np.where(there, self.weights[cells, band], 0.0)[:, None]
+            averaged += weights * values[np.clip(pixels, start, stop - 1) - start]
         return averaged
 
 
@@ -218,10 +253,16 @@ def _resize_components(mask: NDArray[np.bool_], geometry: Geometry) -> NDArray[n
     """
     left, top = math.floor(geometry.x0), math.floor(geometry.y0)
     inside = mask[top : math.ceil(geometry.y1), left : math.ceil(geometry.x1)]
-    labels, _ = ndimage.label(inside, _EIGHT_CONNECTED)
+    labels = np.zeros(inside.shape, np.int32)
     rows = _axis(geometry.y0 - top, geometry.y1 - top, geometry.size, inside.shape[0])
     columns = _axis(geometry.x0 - left, geometry.x1 - left, geometry.size, inside.shape[1])
-    covered = columns.average(rows.average(labels > 0).T).T
+    covered = np.zeros((geometry.size, geometry.size))
+    if inside.any():
+        box = ndimage.find_objects(inside.view(np.uint8))[0]  # most targets fill a small part
+        ndimage.label(inside[box], _EIGHT_CONNECTED, output=labels[box])
+        near = np.ix_(rows.touching(box[0]), columns.touching(box[1]))
+        across = rows.average(inside[:, box[1]], near[0][:, 0])
+        covered[near] = columns.average(across.T, near[1][0], box[1].start).T
     full = covered > 1 - _NEGLIGIBLE
     # Adjacent pixels share a component, so the component of a full cell is that of any pixel in it.
     full_component = np.where(full, labels[np.ix_(rows.densest, columns.densest)], 0)
@@ -391,8 +432,10 @@ def draw_intensity(image: NDArray[np.uint8], key: int) -> NDArray[np.uint8]:
     sigma = generator.uniform(0.0, 0.02)
     curve = (np.linspace(0, 1, 256) ** gamma - 0.5) * contrast + 0.5 + brightness
     noise = generator.standard_normal((*image.shape[:2], 1), np.float32) * np.float32(sigma * 255)
-    shifted = (curve * 255).astype(np.float32)[image] + noise
-    return np.rint(np.clip(shifted, 0, 255)).astype(np.uint8)
+    shifted = np.take((curve * 255).astype(np.float32), image)
+    shifted += noise  # in place from here: the array is large and this runs for every sample
+    np.clip(shifted, 0, 255, out=shifted)
+    return np.rint(shifted, out=shifted).astype(np.uint8)
 
 
 def names_side(text: str) -> bool:

@@ -1,7 +1,8 @@
-"""Pictures of predictions.
+"""Pictures of predictions and of data.
 
 panels = mask_panels(model, images, indices, settings)
 contact_sheet(panels, "contact_sheet.png")
+overlay_sheet([Overlay(title="btcv/17", image=image, masks=[("liver", mask)])], "data.png")
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ from biascare.interfaces import POINT_POSITIVE, DualPathModel, Prediction, Promp
 
 TRUTH_COLOR, PREDICTION_COLOR = "#00d084", "#ffb000"
 CLICK_COLORS = {1: "#00e5ff", 0: "#ff3b6b"}
+BOX_COLOR = "#ffe14d"
+MASK_COLORS = (  # Tol's bright and vibrant palettes: told apart on grey with any colour vision
+    *("#66CCEE", "#EE6677", "#CCBB44", "#228833", "#AA3377", "#EE7733", "#4477AA", "#009988"),
+    *("#EE3377", "#BBBBBB"),
+)
 
 
 class MaskPanel(NamedTuple):
@@ -135,3 +141,104 @@ def _draw_case(axes: Any, panel: MaskPanel) -> None:
         for x, y, label in panel.clicks[:num_clicks]:
             marker = "+" if label == POINT_POSITIVE else "x"
             axis.plot(x, y, marker, color=CLICK_COLORS[label], markersize=6, markeredgewidth=1.6)
+
+
+class Overlay(NamedTuple):
+    """An image with what is known about it, in pixels of that image."""
+
+    title: str  # may have several lines
+    image: np.ndarray  # [H, W, 3] uint8
+    masks: Sequence[tuple[str, np.ndarray]] = ()  # name, [H, W] of {0, 1}
+    clicks: Sequence[tuple[float, float, int]] = ()  # x, y, label
+    boxes: Sequence[tuple[float, float, float, float]] = ()  # XYXY
+
+
+def overlay_sheet(
+    overlays: Sequence[Overlay], path: str | Path, *, title: str = "", columns: int = 4
+) -> None:
+    """Write a PNG: images with filled and outlined masks, their names below in their colours,
+    clicks (+ inside, x outside the target) and boxes. Tiny masks are ringed, to be found."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = max(1, min(columns, len(overlays)))
+    lines = -(-len(overlays) // columns)
+    cells = [overlays[line * columns : (line + 1) * columns] for line in range(lines)]
+    above = [_LINE * max(cell.title.count("\n") + 1 for cell in line) for line in cells]
+    below = [
+        _LINE * max(-(-len(c.masks) // _NAMES_PER_LINE) for c in line) + 0.15 for line in cells
+    ]
+    whole = sum(above) + sum(below) + lines * _CELL + _TITLE
+    figure = plt.figure(figsize=(columns * (_CELL + 0.1), whole))
+    figure.text(0.01, 1 - 0.08 / whole, title, fontsize=9, va="top", weight="bold")
+    top = whole - _TITLE
+    for line, over, under in zip(cells, above, below, strict=True):
+        place = (top - over - _CELL) / whole
+        for column, cell in enumerate(line):
+            left, width = (column + 0.03) / columns, 0.94 / columns
+            _draw_overlay(figure.add_axes((left, place, width, _CELL / whole)), cell)
+        top -= over + _CELL + under
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+_CELL, _LINE, _TITLE = 2.25, 0.14, 0.35  # inches: an image, a line of text, the title
+_NAMES_PER_LINE = 2
+
+
+def _draw_overlay(axis: Any, cell: Overlay) -> None:
+    height, width = cell.image.shape[:2]
+    axis.imshow(cell.image, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+    axis.set_anchor("N")
+    axis.axis("off")
+    axis.set_title(cell.title, fontsize=6.5, loc="left", pad=2)
+    for i, (name, mask) in enumerate(cell.masks):
+        color = MASK_COLORS[i % len(MASK_COLORS)]
+        _draw_mask(axis, np.asarray(mask) != 0, color)
+        line, place = divmod(i, _NAMES_PER_LINE)
+        axis.annotate(
+            "\u25a0 " + (name if len(name) <= 22 else name[:20] + " \u2026"),
+            (place / _NAMES_PER_LINE, 0),
+            xytext=(0, -2 - 10 * line),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            fontsize=6.5,
+            va="top",
+            color=_dark(color),
+        )
+    for x0, y0, x1, y1 in cell.boxes:
+        xs, ys = [x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0]
+        axis.plot(xs, ys, color="black", linewidth=2.2)
+        axis.plot(xs, ys, color=BOX_COLOR, linewidth=1.2)
+    for x, y, label in cell.clicks:
+        marker = "+" if label == POINT_POSITIVE else "x"
+        axis.plot(x, y, marker, color="black", markersize=9, markeredgewidth=3)
+        axis.plot(x, y, marker, color=CLICK_COLORS[label], markersize=8, markeredgewidth=1.6)
+    axis.set_xlim(-0.5, width - 0.5)
+    axis.set_ylim(height - 0.5, -0.5)
+
+
+def _draw_mask(axis: Any, mask: np.ndarray, color: str) -> None:
+    if not mask.any():
+        return
+    from matplotlib.colors import to_rgb
+
+    fill = np.zeros((*mask.shape, 4))
+    fill[mask] = (*to_rgb(color), 0.25)
+    height, width = mask.shape
+    axis.imshow(fill, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="nearest")
+    # Padded, so that a mask at the image border has a closed outline too.
+    xs, ys = np.arange(-1, width + 1), np.arange(-1, height + 1)
+    axis.contour(xs, ys, np.pad(mask, 1), levels=[0.5], colors=[color], linewidths=1.0)
+    rows, columns = np.nonzero(mask)
+    if max(np.ptp(rows), np.ptp(columns)) < 0.03 * max(mask.shape):
+        axis.plot(columns.mean(), rows.mean(), "o", mfc="none", mec=color, ms=11, mew=1.0)
+
+
+def _dark(color: str) -> tuple[float, ...]:
+    """The colour, dark enough to be read on white."""
+    from matplotlib.colors import to_rgb
+
+    return tuple(0.75 * channel for channel in to_rgb(color))

@@ -12,15 +12,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from biascare.data.heldout import HeldOut, HeldOutImages, HeldOutQuestions, heldout_loader
 from biascare.data.loader import to_device
 from biascare.data.records import decode_mask
-from biascare.data.transforms import restore_mask
+from biascare.data.transforms import Geometry, apply_points, box_from_mask, restore_mask
 from biascare.evaluation.segmentation import (
     DiscBaseline,
     dice_score,
@@ -29,7 +30,16 @@ from biascare.evaluation.segmentation import (
 )
 from biascare.evaluation.text import is_correct, summarise_answers
 from biascare.hitl.clicks import refine_once
-from biascare.interfaces import POINT_PADDING, Batch, DualPathModel, Features, Prediction, Prompts
+from biascare.interfaces import (
+    BOX_BOTTOM_RIGHT,
+    BOX_TOP_LEFT,
+    POINT_PADDING,
+    Batch,
+    DualPathModel,
+    Features,
+    Prediction,
+    Prompts,
+)
 from biascare.losses import joint_uncertainty, mask_weighted_embedding, semantic_uncertainty
 
 
@@ -44,6 +54,7 @@ class RunnerSettings(NamedTuple):
     max_new_tokens: int = 32
     beta_vl: float = 0.5
     synced_generation: bool = False  # ZeRO-3: all ranks generate equally long
+    prompt: Literal["point", "box"] = "point"  # of the first prediction
 
 
 def _batches(model: DualPathModel, items: HeldOut, settings: RunnerSettings) -> Iterator[Batch]:
@@ -65,8 +76,11 @@ def segmentation_rows(
     settings: RunnerSettings,
     discs: DiscBaseline | None = None,
 ) -> list[dict[str, Any]]:
-    """One row per (image, target): Dice at native size from the first click, from text alone (with
+    """One row per (image, target): Dice at native size from the first prompt, from text alone (with
     an MLLM), and after each simulated correction, with the uncertainties of the first prediction.
+
+    The first prompt is the deterministic click, or the tight box of the true mask, as benchmarks of
+    promptable models have it.
 
     `discs`: trivial answers to the first click; adds `dice_disc` (one size for all) and
     `dice_disc_by_target` (the mean size of the named target).
@@ -74,6 +88,8 @@ def segmentation_rows(
     model.eval()
     rows = []
     for batch in _batches(model, images, settings):
+        if settings.prompt == "box":
+            batch = _with_boxes(batch, images.image_size)
         features = model.encode(batch)
         predictions = dict(_predict(model, features, batch, settings.num_clicks))
         uncertainty = _uncertainties(features, predictions["dice"], batch, settings.beta_vl)
@@ -83,6 +99,25 @@ def segmentation_rows(
                 values = {name: float(v[r]) for name, v in uncertainty.items()}
                 rows.append(_mask_row(meta, logits, values, discs))
     return rows
+
+
+def _with_boxes(batch: Batch, image_size: int) -> Batch:
+    """The batch with tight boxes instead of clicks; `meta["box"]` are their native pixels, XYXY."""
+    assert batch.prompts is not None
+    corners = []
+    for meta in batch.meta:
+        height, width = meta["height"], meta["width"]
+        box = box_from_mask(decode_mask(meta["rle"], height, width))
+        meta["box"] = box.tolist()
+        corners.append(apply_points(box.reshape(2, 2), Geometry.full(height, width, image_size)))
+    old = batch.prompts
+    kinds = old.point_labels.new_tensor([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT])
+    return batch._replace(
+        prompts=Prompts(
+            point_coords=torch.as_tensor(np.stack(corners)).to(old.point_coords),
+            point_labels=kinds.expand(len(corners), -1).clone(),
+        )
+    )
 
 
 def _predict(
@@ -158,7 +193,7 @@ def _mask_row(
         "id": f"{meta['id']}/{meta['target']}",
         "target": meta["target"],
         "group": meta["group"],
-        "prompt": {"point": meta["point"]},
+        "prompt": {"box": meta["box"]} if "box" in meta else {"point": meta["point"]},
         "pixels": int(truth.sum()),
         "mask_metrics": scores,
         "uncertainty": uncertainty,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,21 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from biascare.interfaces import Batch, Features, Prediction, Prompts
+from biascare.models.checkpoints import LoadReport, load_vision_checkpoint
+from biascare.models.merge import FOLDED, fold_adapter, save_plain
 from biascare.models.mllm import LoraSettings, MLLMPathway
 from biascare.models.vision import VisionPathway
+from biascare.models.weight_files import SUFFIXES
+
+LOGGER = logging.getLogger("biascare")
 
 MODEL_TYPE = "biascare_vl"
 FORMAT_VERSION = 1
 VISION_FILE = "vision_pathway.safetensors"
 QUERY_FILE = "query_attention.safetensors"
+MERGED_FOLDER = "mllm"
+"""Inside a merged export: base model and adapter in one."""
+
 TRAINABLE_PARTS = (
     "lora",
     "vision_encoder",
@@ -196,12 +205,28 @@ class BiasCareVL(nn.Module):
             for parameter in self.part_parameters(part):
                 parameter.requires_grad_(trainable)
 
-    def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        state: dict[str, Tensor] | None = None,
+        *,
+        merge: bool = False,
+        max_shard_size: str = "4GB",
+    ) -> None:
         """Write a portable folder: config.json, LoRA adapter (PEFT), safetensors per part.
 
         `state`: full (gathered) state dict where parameters are partitioned over ranks. The base
-        MLLM is not copied; config.json says where it is.
+        MLLM is not copied; config.json says where it is. `merge` folds the adapter into the base,
+        in this model too, and writes both to `MERGED_FOLDER` inside, as a plain Hugging Face folder
+        in files up to `max_shard_size`; the model must be whole.
         """
+        if merge and (state is not None or self.mllm is None):
+            raise ValueError(
+                "merge folds an adapter into its base: it needs a model that has an MLLM pathway "
+                "and holds its weights itself"
+            )
+        if not merge and self.mllm is not None and self.mllm.path == FOLDED:
+            raise ValueError("this model's adapter is folded into its base; save with merge=True")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = {k: v.detach().cpu() for k, v in (state or self.state_dict()).items()}
@@ -221,7 +246,12 @@ class BiasCareVL(nn.Module):
                 "num_heads": self.query_attention.num_heads,
             }
             config["mllm"] = {"path": self.mllm.path}
-            self.mllm.save(folder, _under(state, "mllm."))
+            if merge:
+                config["mllm"] = {"path": MERGED_FOLDER, "merged": True}
+                fold_adapter(self.mllm)
+                save_plain(self.mllm, folder / MERGED_FOLDER, max_shard_size=max_shard_size)
+            else:
+                self.mllm.save(folder, _under(state, "mllm."))
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
@@ -235,7 +265,8 @@ class BiasCareVL(nn.Module):
     ) -> BiasCareVL:
         """Restore an exported folder.
 
-        `mllm`: where the base image-text model lies now, if not where it lay in training.
+        `mllm`: where the base image-text model lies now, if not where it lay in training; a merged
+        export holds its own.
         """
         folder = Path(folder)
         config = read_export_config(folder)
@@ -244,7 +275,8 @@ class BiasCareVL(nn.Module):
         vision.to(dtype)
         if "mllm" not in config:
             return cls(vision).eval()
-        pathway = _restore_mllm(folder, mllm or config["mllm"]["path"], dtype, attention)
+        base = _base_path(folder, config["mllm"], mllm)
+        pathway = _restore_mllm(folder, base, dtype, attention)
         query_attention = CrossModalQueryAttention(
             pathway.hidden_size, vision.prompt_dim, **config["query_attention"]
         )
@@ -279,6 +311,18 @@ def read_export_config(folder: Path) -> dict[str, Any]:
     return found
 
 
+def _base_path(folder: Path, config: dict[str, Any], mllm: str | None) -> str:
+    """Where the base model of an export lies: inside it, where the user says, or where it lay."""
+    if not config.get("merged"):
+        return mllm or str(config["path"])
+    if mllm is not None:
+        raise ValueError(
+            f"{folder} holds its own language model with the adapter folded in; leave out "
+            f"mllm={mllm!r}, which lacks it"
+        )
+    return str(folder / config["path"])
+
+
 def _restore_mllm(folder: Path, path: str, dtype: torch.dtype, attention: str) -> MLLMPathway:
     try:
         return MLLMPathway.restore(folder, path, dtype=dtype, attention=attention)
@@ -311,8 +355,10 @@ def build_model(
 ) -> BiasCareVL:
     """A model to train: pathways with their initial weights, joined if there is an MLLM."""
     pathway = VisionPathway(vision, image_size, activation_checkpointing)
+    pathway.reads_text = mllm is not None
     if vision_weights is not None:
-        load_vision_weights(pathway, Path(vision_weights))
+        report = load_vision_weights(pathway, Path(vision_weights))
+        LOGGER.info("model.vision_weights %s\n%s", vision_weights, report)
     pathway.to(dtype)
     if mllm is None:
         return BiasCareVL(pathway)
@@ -329,8 +375,11 @@ def build_model(
     return BiasCareVL(pathway, language, query_attention.to(dtype))
 
 
-def load_vision_weights(pathway: VisionPathway, path: Path) -> None:
-    """Start the vision pathway from an exported folder (stage 1's) of the same architecture."""
+def load_vision_weights(pathway: VisionPathway, path: Path) -> LoadReport:
+    """Start the vision pathway from an exported folder (stage 1's) of the same architecture, or
+    from a file or folder of foreign weights (`checkpoints.LAYOUTS`)."""
+    if not _is_export(path):
+        return load_vision_checkpoint(pathway, path)
     config = read_export_config(path)["vision"]
     wanted = {"architecture": pathway.architecture, "image_size": pathway.image_size}
     if config != wanted:
@@ -339,3 +388,20 @@ def load_vision_weights(pathway: VisionPathway, path: Path) -> None:
             "set model.vision and model.image_size to what the weights were trained with"
         )
     _load_part(pathway, path / VISION_FILE)
+    return LoadReport(
+        layout="biascare",
+        matched=len(pathway.state_dict()),
+        converted={},
+        missing=[],
+        unexpected=[],
+        dropped={},
+    )
+
+
+def _is_export(path: Path) -> bool:
+    """Whether a folder is, or tries to be, one of our exports."""
+    return path.is_dir() and ((path / VISION_FILE).exists() or not _holds_weights(path))
+
+
+def _holds_weights(folder: Path) -> bool:
+    return any(file.name.endswith(SUFFIXES) for file in folder.iterdir())

@@ -11,6 +11,8 @@ goes through the LLM's vision tower once, however many instructions of the micro
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +21,18 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.import_utils import is_flash_attn_2_available
+
+from biascare.models.checkpoints import LoadReport
+from biascare.models.llava_checkpoints import (
+    is_original_llava,
+    load_original_llava,
+    load_original_llava_processor,
+    read_config,
+)
+from biascare.models.packing import enable_packing, pack, unpack
 
 LORA_TARGETS = r".*language_model.*\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 """Attention and MLP projections of the language model. Anchored: a bare suffix list would also
@@ -28,6 +40,9 @@ adapt the vision tower, whose projections have the same names."""
 
 MLLM_FAMILIES = ("qwen2_5_vl", "llava")
 """`model_type` of the families whose image features and positions are tested here."""
+
+
+LOGGER = logging.getLogger("biascare")
 
 
 class LoraSettings(NamedTuple):
@@ -41,9 +56,13 @@ class LoraSettings(NamedTuple):
 def load_processor(path: str) -> Any:
     """The checkpoint's own processor: tokenizer, image processor and chat template.
 
+    For a checkpoint in LLaVA's original layout it is put together from the parts that are there.
     Raises ValueError when it cannot be opened or has no chat template.
     """
-    processor = _opened(path, AutoProcessor)
+    if is_original_llava(_opened(path, read_config)):
+        processor: Any = load_original_llava_processor(path)
+    else:
+        processor = _opened(path, AutoProcessor.from_pretrained)
     if getattr(processor, "chat_template", None) is None:
         raise ValueError(
             f"the processor in {path!r} has no chat template; add chat_template.jinja to that "
@@ -54,10 +73,10 @@ def load_processor(path: str) -> Any:
     return processor
 
 
-def _opened(path: str, auto_class: Any, **keywords: Any) -> Any:
-    """`auto_class.from_pretrained`, with one kind of error that says what could not be opened."""
+def _opened(path: str, opener: Callable[..., Any], **keywords: Any) -> Any:
+    """`opener(path, ...)`, with one kind of error that says what could not be opened."""
     try:
-        return auto_class.from_pretrained(path, **keywords)
+        return opener(path, **keywords)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
@@ -66,9 +85,19 @@ def _opened(path: str, auto_class: Any, **keywords: Any) -> Any:
         ) from error
 
 
-def _check_family(path: str) -> None:
-    """Read config.json alone: a model of the wrong kind is refused before its weights are read."""
-    family = _opened(path, AutoConfig).model_type
+def _check_attention(attention: str) -> None:
+    """Refuse a kernel that is not installed before gigabytes are read."""
+    if attention == "flash_attention_2" and not is_flash_attn_2_available():
+        raise ValueError(
+            "model.attention: got 'flash_attention_2', but the package flash-attn (2.x, for CUDA "
+            "GPUs) cannot be used here; install it (pip install flash-attn --no-build-isolation) "
+            "or set model.attention=sdpa"
+        )
+
+
+def _check_family(path: str, config: dict[str, Any]) -> None:
+    """A model of the wrong kind is refused by its config.json, before its weights are read."""
+    family = config.get("model_type")
     if family not in MLLM_FAMILIES:
         raise ValueError(
             f"the model at {path!r} is of type {family!r}, expected an image-text model of type "
@@ -76,11 +105,16 @@ def _check_family(path: str) -> None:
         )
 
 
-def _open_base(path: str, dtype: torch.dtype, attention: str) -> Any:
+def _open_base(path: str, dtype: torch.dtype, attention: str) -> tuple[Any, LoadReport | None]:
     """The image-text model at `path`; weights missing from its files are an error."""
+    _check_attention(attention)
+    config = _opened(path, read_config)
+    if is_original_llava(config):
+        return load_original_llava(path, dtype=dtype, attention=attention)
+    _check_family(path, config)
     model, report = _opened(
         path,
-        AutoModelForImageTextToText,
+        AutoModelForImageTextToText.from_pretrained,
         dtype=dtype,
         attn_implementation=attention,
         output_loading_info=True,
@@ -91,7 +125,7 @@ def _open_base(path: str, dtype: torch.dtype, attention: str) -> Any:
             f"the weights in {path!r} lack {len(missing)} of the model's tensors, such as "
             f"{missing[0]!r}; convert the checkpoint to the names of transformers, or copy it again"
         )
-    return model
+    return model, None
 
 
 def _enable_checkpointing(model: Any) -> None:
@@ -104,11 +138,15 @@ def _enable_checkpointing(model: Any) -> None:
 class MLLMPathway(nn.Module):
     """A multimodal LLM, its adapter, and the three ways the project uses it."""
 
-    def __init__(self, model: nn.Module, path: str):
-        """`model`: a `PeftModel` or a bare image-text model; `path`: where its base came from."""
+    def __init__(self, model: nn.Module, path: str, report: LoadReport | None = None):
+        """`model`: a `PeftModel` or a bare image-text model; `path`: where its base came from;
+        `report`: what a conversion from a foreign layout did, if there was one."""
         super().__init__()
         self.model = model
         self.path = path
+        self.packing = True  # see `biascare.models.packing`; generation is always padded
+        enable_packing(self.base.model.language_model)
+        self.report = report
 
     @classmethod
     def load(
@@ -123,11 +161,13 @@ class MLLMPathway(nn.Module):
     ) -> MLLMPathway:
         """Load a base model with a fresh adapter (`lora`), a saved one (`adapter`), or none.
 
-        Everything but the adapter is frozen. Raises ValueError when `path` cannot be opened or is
-        not of `MLLM_FAMILIES`.
+        Everything but the adapter is frozen. A checkpoint in LLaVA's original layout is converted
+        on the way. Raises ValueError when `path` cannot be opened, is not of `MLLM_FAMILIES`, or
+        when the attention kernel is not installed.
         """
-        _check_family(path)
-        base = _open_base(path, dtype, attention)
+        base, report = _open_base(path, dtype, attention)
+        if report is not None:
+            LOGGER.info("model.mllm %s\n%s", path, report)
         base.requires_grad_(False)
         if activation_checkpointing:
             _enable_checkpointing(base)
@@ -144,7 +184,7 @@ class MLLMPathway(nn.Module):
                     target_modules=LORA_TARGETS,
                 ),
             )
-        return cls(model, path)
+        return cls(model, path, report)
 
     @property
     def base(self) -> Any:
@@ -181,14 +221,18 @@ class MLLMPathway(nn.Module):
         return placed | self._image_features(inputs, image_slots)
 
     def hidden_states(self, inputs: dict[str, Tensor], image_slots: list[int]) -> Tensor:
-        """Last hidden state after the final norm, [B, L, d].
+        """Last hidden state after the final norm, [B, L, d]; what stands on padding is arbitrary.
 
         `inputs` come from the collator: `input_ids`, `attention_mask` [B, L] and whatever the
         processor adds (`pixel_values` of the distinct images, `image_grid_thw`,
         `mm_token_type_ids`). `image_slots`: see `Batch`.
         """
         placed = self._with_image_features(inputs, image_slots)
-        return self.base.model(**placed, use_cache=False).last_hidden_state
+        mask = inputs["attention_mask"]
+        if not self.packing or bool(mask.all()):
+            return self.base.model(**placed, use_cache=False).last_hidden_state
+        packed = pack(self.base.model, placed)
+        return unpack(self.base.model(**packed, use_cache=False).last_hidden_state, mask)
 
     def answer_logits(self, hidden_states: Tensor, answer_positions: Tensor) -> Tensor:
         """Next-token logits [T, V] at the flat positions [T] that precede an answer token."""

@@ -4,32 +4,27 @@
     embedding = vision.encode_images(images)                     # once per image
     prediction = vision.decode(embedding, row_image, prompts)    # once per row and round
 
-The modules are segment_anything's own, so SAM, MedSAM and IMIS-Net weights carry the same names.
-Three things differ from `Sam`: gradients flow; R rows share S image embeddings; and rows may have
-different numbers of prompts, because padding is masked in every attention. A row's mask is
-therefore the same alone and in any batch, which SAM's own padding tokens do not give.
+The modules are segment_anything's own, so SAM, MedSAM and IMIS-Net weights carry the same names
+(`checkpoints.py` loads them). IMIS-Net adds semantic tokens and a text branch to the decoder;
+LiteMedSAM has another image encoder. Three things differ from `Sam`: gradients flow; R rows share S
+image embeddings; and rows may have different numbers of prompts, because padding is masked in every
+attention. A row's mask is therefore the same alone and in any batch, which SAM's own padding tokens
+do not give.
 """
 
 from __future__ import annotations
 
 import difflib
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
-from segment_anything.modeling.transformer import Attention, TwoWayAttentionBlock
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, pad, scaled_dot_product_attention
+from torch.nn.functional import interpolate, pad
 
-from biascare.interfaces import (
-    BOX_BOTTOM_RIGHT,
-    BOX_TOP_LEFT,
-    POINT_PADDING,
-    Prediction,
-    Prompts,
-)
-from biascare.models.encoder import CheckpointedEncoder
+from biascare.interfaces import Prediction, Prompts
+from biascare.models.decoder import MaskedTwoWayTransformer, RowMaskDecoder, RowPromptEncoder
+from biascare.models.encoder import ImageEncoder
+from biascare.models.tiny_vit import TinyViT
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
@@ -48,13 +43,28 @@ class VisionArchitecture(NamedTuple):
     window_size: int = 14
     decoder_mlp_dim: int = 2048
     decoder_heads: int = 8
+    num_semantic_tokens: int = 0  # learned prompts that stand before the user's
+    text_branch: bool = False  # the text also adds to the mask itself
+    encoder: Literal["vit", "tiny_vit"] = "vit"  # heads and windows of a TinyViT are its own
+    pixels: Literal["imagenet", "min_max"] = "imagenet"  # what the encoder was trained to see
 
 
 VISION_ARCHITECTURES = {
     "sam_vit_b": VisionArchitecture(768, 12, 12, (2, 5, 8, 11)),
     "sam_vit_l": VisionArchitecture(1024, 24, 16, (5, 11, 17, 23)),
     "sam_vit_h": VisionArchitecture(1280, 32, 16, (7, 15, 23, 31)),
-    "imis_b": VisionArchitecture(768, 12, 12, (2, 5, 8, 11), prompt_dim=768),
+    "imis_b": VisionArchitecture(
+        768,
+        12,
+        12,
+        (2, 5, 8, 11),
+        prompt_dim=768,
+        num_semantic_tokens=4,
+        text_branch=True,
+    ),
+    "litemedsam": VisionArchitecture(
+        320, 12, 10, (), patch_size=4, encoder="tiny_vit", pixels="min_max"
+    ),
     "tiny": VisionArchitecture(
         96,
         3,
@@ -69,179 +79,34 @@ VISION_ARCHITECTURES = {
 }
 
 
-class MaskedAttention(Attention):
-    """segment_anything's attention with fused kernels and an optional key mask."""
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """`q` [R, Nq, C], `k` and `v` [R, Nk, C], `key_mask` [R, Nk] bool, True to attend."""
-        q, k, v = (
-            self._separate_heads(projection(x), self.num_heads)
-            for projection, x in ((self.q_proj, q), (self.k_proj, k), (self.v_proj, v))
-        )
-        mask = None if key_mask is None else key_mask[:, None, None, :]
-        return self.out_proj(
-            self._recombine_heads(scaled_dot_product_attention(q, k, v, attn_mask=mask))
-        )
-
-
-class MaskedTwoWayBlock(TwoWayAttentionBlock):
-    """Two-way block whose prompt tokens may be padding."""
-
-    def __init__(self, embedding_dim: int, num_heads: int, mlp_dim: int, skip_first_layer_pe: bool):
-        super().__init__(embedding_dim, num_heads, mlp_dim, skip_first_layer_pe=skip_first_layer_pe)
-        self.self_attn = MaskedAttention(embedding_dim, num_heads)
-        self.cross_attn_token_to_image = MaskedAttention(embedding_dim, num_heads, 2)
-        self.cross_attn_image_to_token = MaskedAttention(embedding_dim, num_heads, 2)
-
-    def forward(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        query_pe: Tensor,
-        key_pe: Tensor,
-        token_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """`queries` [R, N, C] prompt tokens, `keys` [R, h*w, C] image, `token_mask` [R, N] bool."""
-        if self.skip_first_layer_pe:
-            queries = self.self_attn(queries, queries, queries, token_mask)
-        else:
-            q = queries + query_pe
-            queries = queries + self.self_attn(q, q, queries, token_mask)
-        queries = self.norm1(queries)
-        attended = self.cross_attn_token_to_image(queries + query_pe, keys + key_pe, keys)
-        queries = self.norm2(queries + attended)
-        queries = self.norm3(queries + self.mlp(queries))
-        attended = self.cross_attn_image_to_token(
-            keys + key_pe, queries + query_pe, queries, token_mask
-        )
-        return queries, self.norm4(keys + attended)
-
-
-class MaskedTwoWayTransformer(TwoWayTransformer):
-    """SAM's decoder transformer with a mask over prompt tokens; same parameter names."""
-
-    def __init__(self, depth: int, embedding_dim: int, num_heads: int, mlp_dim: int):
-        super().__init__(depth, embedding_dim, num_heads, mlp_dim)
-        self.layers = nn.ModuleList(
-            MaskedTwoWayBlock(embedding_dim, num_heads, mlp_dim, skip_first_layer_pe=i == 0)
-            for i in range(depth)
-        )
-        self.final_attn_token_to_image = MaskedAttention(embedding_dim, num_heads, 2)
-
-    def forward(
-        self,
-        image_embedding: Tensor,
-        image_pe: Tensor,
-        point_embedding: Tensor,
-        token_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """`image_embedding` [R, C, h, w], `point_embedding` [R, N, C] -> tokens, [R, h*w, C]."""
-        keys = image_embedding.flatten(2).transpose(1, 2)
-        key_pe = image_pe.flatten(2).transpose(1, 2)
-        queries = point_embedding
-        for layer in self.layers:
-            queries, keys = layer(queries, keys, point_embedding, key_pe, token_mask)
-        attended = self.final_attn_token_to_image(queries + point_embedding, keys + key_pe, keys)
-        return self.norm_final_attn(queries + attended), keys
-
-
-class RowPromptEncoder(PromptEncoder):
-    """SAM's prompt encoder for rows with different numbers and kinds of prompts."""
-
-    def _apply(self, fn: Any, recurse: bool = True) -> RowPromptEncoder:
-        """Keep the Fourier frequencies in fp32: bf16 would move a click by up to a pixel."""
-        frequencies = self.pe_layer.positional_encoding_gaussian_matrix
-        super()._apply(fn, recurse)
-        moved = self.pe_layer.positional_encoding_gaussian_matrix
-        if frequencies.is_meta or moved.is_meta:  # no values to keep
-            self.pe_layer.positional_encoding_gaussian_matrix = moved.float()
-        else:
-            self.pe_layer.positional_encoding_gaussian_matrix = frequencies.to(moved.device)
-        return self
-
-    @staticmethod
-    def _weight(embedding: nn.Embedding) -> Tensor:
-        """[1, C] by the module's own forward, which is what ZeRO-3 gathers parameters for."""
-        return embedding(torch.zeros(1, dtype=torch.long, device=embedding.weight.device))
-
-    def dense_pe(self, dtype: torch.dtype) -> Tensor:
-        """[1, C, h, w] position of every cell of the image embedding."""
-        return self.pe_layer(self.image_embedding_size).unsqueeze(0).to(dtype)
-
-    def forward(
-        self, prompts: Prompts, mask_prompt: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Embed prompts.
-
-        `mask_prompt` [R, 4h, 4w] are the previous round's low-resolution logits.
-        Returns sparse [R, N + 1, C], its mask [R, N + 1] (True on real tokens), dense [R, C, h, w].
-        As in SAM, a row with clicks and no box carries one extra "not a point" token; padding
-        clicks carry none.
-        """
-        labels = pad(prompts.point_labels, (0, 1), value=POINT_PADDING)
-        coords = pad(prompts.point_coords.float() + 0.5, (0, 0, 0, 1))
-        is_point = (labels == 0) | (labels == 1)
-        is_box = (labels == BOX_TOP_LEFT) | (labels == BOX_BOTTOM_RIGHT)
-        token_mask = is_point | is_box
-        token_mask[:, -1] = is_point.any(1) & ~is_box.any(1)
-
-        position = self.pe_layer.forward_with_coords(coords, self.input_image_size)
-        tables = [self._weight(e) for e in (*self.point_embeddings, self.not_a_point_embed)]
-        kind = torch.cat(tables)[torch.where(labels < 0, len(tables) - 1, labels)]
-        sparse = kind + (position * (labels >= 0)[..., None]).to(kind.dtype)
-        return sparse, token_mask, self._dense(labels.shape[0], mask_prompt)
-
-    def _dense(self, num_rows: int, mask_prompt: Tensor | None) -> Tensor:
-        absent = self._weight(self.no_mask_embed)
-        if mask_prompt is None:
-            return absent.reshape(1, -1, 1, 1).expand(num_rows, -1, *self.image_embedding_size)
-        return self._embed_masks(mask_prompt.unsqueeze(1).to(absent.dtype))
-
-
-class RowMaskDecoder(MaskDecoder):
-    """SAM's mask decoder: one mask per row, rows share image embeddings."""
-
-    def forward(
-        self,
-        image_embedding: Tensor,
-        row_image: Tensor,
-        image_pe: Tensor,
-        sparse: Tensor,
-        token_mask: Tensor,
-        dense: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """`image_embedding` [S, C, h, w], `row_image` [R], `sparse` [R, N, C], `token_mask` [R, N].
-
-        Returns low-resolution logits [R, 4h, 4w] and the quality estimate [R].
-        """
-        num_rows = sparse.shape[0]
-        index = torch.arange(self.num_mask_tokens, device=sparse.device)
-        output_tokens = torch.cat([self.iou_token(index[:1]), self.mask_tokens(index)])
-        tokens = torch.cat([output_tokens.expand(num_rows, -1, -1), sparse], 1)
-        token_mask = pad(token_mask, (len(output_tokens), 0), value=True)
-        source = image_embedding[row_image] + dense
-        tokens, keys = self.transformer(source, image_pe, tokens, token_mask)
-        upscaled = self.output_upscaling(keys.transpose(1, 2).reshape(source.shape))
-        kernel = self.output_hypernetworks_mlps[0](tokens[:, 1])
-        low_res_logits = torch.einsum("rc,rchw->rhw", kernel, upscaled)
-        return low_res_logits, self.iou_prediction_head(tokens[:, 0])[:, 0]
-
-
-def build_encoder(architecture: VisionArchitecture, image_size: int) -> CheckpointedEncoder:
-    """SAM's ViT for square inputs of `image_size` pixels."""
-    return CheckpointedEncoder(
+def build_encoder(architecture: VisionArchitecture, image_size: int) -> ImageEncoder | TinyViT:
+    """Image encoder for square inputs of `image_size` pixels."""
+    if architecture.encoder == "tiny_vit":
+        return TinyViT(out_dim=architecture.prompt_dim)
+    return ImageEncoder(
         img_size=image_size,
         patch_size=architecture.patch_size,
         embed_dim=architecture.embed_dim,
         depth=architecture.depth,
         num_heads=architecture.num_heads,
-        mlp_ratio=4,
         out_chans=architecture.prompt_dim,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        use_rel_pos=True,
         window_size=architecture.window_size,
         global_attn_indexes=architecture.global_attn_indexes,
     )
+
+
+def normalise(images: Tensor, pixels: Literal["imagenet", "min_max"]) -> Tensor:
+    """`images` [S, 3, H, W] uint8 -> float32 as an encoder was trained to see them.
+
+    "imagenet": by the statistics of SAM's training; "min_max": every image from its own darkest to
+    its own brightest value, 0 to 1 (a constant image is 0).
+    """
+    x = images.float()
+    if pixels == "min_max":
+        low, high = (f(x, dim=(1, 2, 3), keepdim=True) for f in (torch.amin, torch.amax))
+        return (x - low) / (high - low).clamp(min=1)
+    mean, std = (x.new_tensor(v)[:, None, None] for v in (PIXEL_MEAN, PIXEL_STD))
+    return (x - mean) / std
 
 
 def _architecture(name: str) -> VisionArchitecture:
@@ -270,6 +135,8 @@ class VisionPathway(nn.Module):
         self.architecture = architecture
         self.image_size = image_size
         self.prompt_dim = sizes.prompt_dim
+        self.pixels = sizes.pixels
+        self.reads_text = True
         grid = image_size // sizes.patch_size
         self.image_encoder = build_encoder(sizes, image_size)
         self.image_encoder.activation_checkpointing = activation_checkpointing
@@ -282,6 +149,8 @@ class VisionPathway(nn.Module):
             transformer=MaskedTwoWayTransformer(
                 2, sizes.prompt_dim, sizes.decoder_heads, sizes.decoder_mlp_dim
             ),
+            num_semantic_tokens=sizes.num_semantic_tokens,
+            text_branch=sizes.text_branch,
         )
 
     @torch.no_grad()
@@ -297,13 +166,11 @@ class VisionPathway(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.image_encoder.patch_embed.proj.weight.dtype
+        return self.prompt_encoder.no_mask_embed.weight.dtype
 
     def encode_images(self, images: Tensor) -> Tensor:
         """`images` [S, 3, H, W] uint8 RGB -> [S, C, h, w]."""
-        mean, std = (images.new_tensor(v, dtype=torch.float32) for v in (PIXEL_MEAN, PIXEL_STD))
-        x = (images.float() - mean[:, None, None]) / std[:, None, None]
-        return self.image_encoder(x.to(self.dtype))
+        return self.image_encoder(normalise(images, self.pixels).to(self.dtype))
 
     def decode(
         self,
@@ -316,11 +183,15 @@ class VisionPathway(nn.Module):
         """Decode R rows.
 
         `image_embedding` [S, C, h, w]; `row_image` [R]; `text_embedding` [R, Q, C] joins the sparse
-        prompts (Eq. 2); `mask_prompt` [R, 4h, 4w] are logits of the round before.
+        prompts (Eq. 2), and its mean over Q is what a text branch reads; `mask_prompt` [R, 4h, 4w]
+        are logits of the round before.
         """
         sparse, token_mask, dense = self.prompt_encoder(prompts, mask_prompt)
+        text = None
         if text_embedding is not None:
-            sparse = torch.cat([sparse, text_embedding.to(sparse.dtype)], 1)
+            text_embedding = text_embedding.to(sparse.dtype)
+            text = text_embedding.mean(1)
+            sparse = torch.cat([sparse, text_embedding], 1)
             token_mask = pad(token_mask, (0, text_embedding.shape[1]), value=True)
         low_res_logits, predicted_dice = self.mask_decoder(
             image_embedding,
@@ -329,6 +200,7 @@ class VisionPathway(nn.Module):
             sparse,
             token_mask,
             dense,
+            text,
         )
         return Prediction(
             mask_logits=self.resize_logits(low_res_logits, self.image_size),
@@ -343,6 +215,9 @@ class VisionPathway(nn.Module):
         return resized[:, 0]
 
     def unused_parameters(self) -> list[nn.Parameter]:
-        """Heads of SAM's three alternative masks: kept for its checkpoints, never run here."""
-        heads = self.mask_decoder.output_hypernetworks_mlps
-        return [p for head in list(heads)[1:] for p in head.parameters()]
+        """Heads of SAM's three alternative masks, kept for its checkpoints and never run here, and
+        the text branch of a pathway that is trained without text (`reads_text`)."""
+        idle: list[nn.Module] = list(self.mask_decoder.output_hypernetworks_mlps)[1:]
+        if self.mask_decoder.text_output is not None and not self.reads_text:
+            idle.append(self.mask_decoder.text_output)
+        return [p for module in idle for p in module.parameters()]

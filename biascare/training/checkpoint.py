@@ -3,6 +3,7 @@
     store = CheckpointStore(output_dir / "checkpoints", keep=2)
     store.save(engine, step, client_state, fingerprint)
     step, client_state = store.load(engine, store.newest(), fingerprint)
+    weights = trained_weights(store.newest())          # whole, on one process, without an engine
 
 A save writes to a temporary folder, flushes, records size and sha256 of every file in
 manifest.json, and is renamed only then; `latest` moves last and old checkpoints go after that. So
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from torch import Tensor
 
 from biascare.training.distributed import from_rank_zero, gather_objects, world_size
 
@@ -224,6 +226,47 @@ def verify(path: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"manifest.json cannot be read ({error})"
     return None
+
+
+def trained_weights(path: Path) -> dict[str, Tensor]:
+    """Trained parameters and buffers in a checkpoint, by their names in the engine's module.
+
+    At ZeRO 0-2 they stand whole, in training precision, in one file. At ZeRO 3 they are put
+    together from the fp32 partitions of all ranks; rounded to training precision they are what the
+    run computed with. DeepSpeed's own `zero_to_fp32` gives the same but unpickles whatever the
+    files hold; here nothing is read before its hash, nor with foreign classes.
+
+    Raises ValueError when the checkpoint is damaged.
+    """
+    problem = verify(path)
+    if problem is not None:
+        raise ValueError(f"checkpoint {path} is damaged: {problem}")
+    manifest = json.loads((path / "manifest.json").read_text())
+    load, folder = SafeCheckpointEngine().load, path / TAG
+    if manifest["zero_stage"] < 3:
+        whole: dict[str, Tensor] = load(str(folder / "mp_rank_00_model_states.pt"), "cpu")["module"]
+        return whole
+    model = load(str(folder / "zero_pp_rank_0_mp_rank_00_model_states.pt"), "cpu")
+    shapes = {name: shape for group in model["param_shapes"] for name, shape in group.items()}
+    partitions = []
+    for number in range(manifest["world_size"]):
+        (file,) = folder.glob(f"*zero_pp_rank_{number}_mp_rank_00_optim_states.pt")
+        groups = load(str(file), "cpu")["optimizer_state_dict"]["fp32_flat_groups"]
+        partitions.append(torch.cat(groups))
+    buffers = {name: model["module"][name] for name in model["buffer_names"]}
+    return _joined(partitions, shapes) | buffers
+
+
+def _joined(partitions: list[Tensor], shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """Parameters from one flat tensor per rank; each parameter is padded to equal shares."""
+    whole, offset = {}, 0
+    for name, shape in shapes.items():
+        share = -(-shape.numel() // len(partitions))
+        parts = [partition[offset : offset + share] for partition in partitions]
+        whole[name] = torch.cat(parts)[: shape.numel()].view(shape)
+        offset += share
+    assert all(len(partition) == offset for partition in partitions)
+    return whole
 
 
 def _cause(error: BaseException) -> BaseException:

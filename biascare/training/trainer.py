@@ -176,8 +176,8 @@ class LogHook:
     def reset(self) -> None:
         self.terms: list[dict[str, Tensor]] = []  # per micro-batch
         self.seconds = self.data_seconds = 0.0
-        self.num_steps = self.num_skipped = self.samples = self.tokens = 0
-        self.padding = torch.zeros((), device=local_device())
+        self.num_steps = self.num_skipped = self.samples = self.positions = 0
+        self.tokens = torch.zeros((), device=local_device())  # of the positions, not padding
 
     def __call__(self, state: StepState) -> None:
         self.collect(state)
@@ -197,8 +197,8 @@ class LogHook:
             self.samples += len(batch.meta)
             if batch.mllm_inputs:
                 mask = batch.mllm_inputs["attention_mask"]
-                self.tokens += mask.numel()
-                self.padding += mask.numel() - mask.sum()
+                self.positions += mask.numel()
+                self.tokens += mask.sum()
             if state.skipped:  # its NaN would hide the steps around it
                 continue
             self.terms.append({"total": outcome["loss"]} | outcome["terms"])
@@ -206,17 +206,18 @@ class LogHook:
                 self.meter.add(outcome["rows"], batch.meta)
 
     def summarise(self, state: StepState) -> dict[str, Any]:
-        """Collective. Throughput of the interval is over all ranks, waiting and memory rank 0's."""
-        tokens, samples = self.tokens * world_size(), self.samples * world_size()
+        """Collective. Throughput of the interval is over all ranks; what it waited for, its padding
+        and its memory are of rank 0."""
+        tokens, samples = float(self.tokens), self.samples * world_size()
         return {
             "loss": self.mean_terms(),
             "grad_norm": float(self.engine.get_global_grad_norm() or 0.0),
             "lr": state.learning_rates,
             "skipped_steps": self.num_skipped,
             "samples_per_second": samples / self.seconds,
-            "tokens_per_second": tokens / self.seconds,
+            "tokens_per_second": tokens * world_size() / self.seconds,
             "data_wait": self.data_seconds / self.seconds,
-            "pad_share": float(self.padding) / max(1, self.tokens),
+            "pad_share": (self.positions - tokens) / max(1, self.positions),
             "peak_memory_gib": peak_memory_gib(),
             "eta_seconds": self.seconds / self.num_steps * (self.max_steps - state.step),
             "by": self.meter.take(),

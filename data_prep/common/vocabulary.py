@@ -52,16 +52,16 @@ MODALITIES = {
         "mri", "mr", "magnetic resonance imaging", "t1", "t1c", "t1ce", "t1w", "t2", "t2w",
         "flair", "dwi", "adc", "lge", "cine",
     ),
-    "pet": ("pet", "positron emission tomography"),
+    "pet": ("pet", "pt", "positron emission tomography"),
     "xray": ("xray", "x ray", "x-ray", "cr", "dx", "cxr", "radiograph", "radiography"),
     "mammography": ("mammography", "mammogram", "mg"),
     "ultrasound": ("ultrasound", "us", "sonography", "ultrasonography", "echocardiography"),
     "dermoscopy": ("dermoscopy", "dermatoscopy"),
-    "fundus": ("fundus", "fundus photography", "retinal fundus", "cfp"),
+    "fundus": ("fundus", "op", "fundus photography", "retinal fundus", "cfp"),
     "endoscopy": ("endoscopy", "colonoscopy", "laparoscopy", "gastroscopy"),
     "pathology": ("pathology", "histopathology", "histology", "whole slide imaging", "wsi"),
     "microscopy": ("microscopy", "fluorescence microscopy", "electron microscopy", "em"),
-    "oct": ("oct", "optical coherence tomography"),
+    "oct": ("oct", "opt", "optical coherence tomography"),
     "infrared": ("infrared", "infrared reflectance", "ir"),
     "photography": ("photography", "photo", "clinical photograph"),
     "radiology": ("radiology",),  # VQA-RAD mixes CT, MRI and X-ray and does not say which
@@ -101,6 +101,6 @@ def canonical_modality(name: str) -> str:
         hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(
             f"unknown modality {name!r}{hint} Known: {', '.join(MODALITIES)}. "
-            "Add the spelling to MODALITIES in data_prep/vocabulary.py"
+            "Add the spelling to MODALITIES in data_prep/common/vocabulary.py"
         )
     return _MODALITIES[plain]

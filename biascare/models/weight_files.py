@@ -1,0 +1,164 @@
+"""Tensors of files and folders that others wrote, read without running any of their code.
+
+    state = read_state_dict("weights/sam_vit_b_01ec64.pth")
+
+Pickles are opened with `weights_only=True`; one that holds more than tensors is refused with the
+names of what it asks for. The trade-off: a training checkpoint with pickled settings has to be
+saved again as a plain state dict.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
+"""Entries under which programs store a state dict beside other things."""
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+MAX_LISTED = 8
+"""Keys named in one error message."""
+
+
+def listed(keys: list[str]) -> str:
+    """The first keys, and how many more there are."""
+    more = f" and {len(keys) - MAX_LISTED} more" if len(keys) > MAX_LISTED else ""
+    return ", ".join(keys[:MAX_LISTED]) + more
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Tensors of a file (.safetensors, .pth, .pt, .bin, .ckpt) or of a folder, on the CPU.
+
+    A folder holds one such file, or shards with their *.index.json. Tensors of most files are
+    mapped from disk and cost memory when touched. A state dict inside one of `WRAPPERS` is opened.
+
+    Raises:
+        ValueError: nothing there, several candidates, an empty, truncated or foreign file, one with
+            pickled objects (their names are given), or a shard that its index names and lacks.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file or folder; name the weights that were downloaded")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty (0 bytes); download or copy it again")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    return _tensors(_unpickle(path), path)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{path} cannot be read as safetensors ({error}); download or copy it again"
+        ) from error
+
+
+def _read_folder(folder: Path) -> dict[str, Tensor]:
+    indexes = sorted(folder.glob("*.index.json"), key=lambda p: (".safetensors." not in p.name, p))
+    if indexes:
+        return _read_shards(folder, indexes[0])
+    for suffix in SUFFIXES:  # the same weights are often there in a safe and in an older form
+        files = sorted(folder.glob(f"*{suffix}"))
+        if len(files) > 1:
+            names = [file.name for file in files]
+            raise ValueError(f"{folder} holds several files ({listed(names)}); name one of them")
+        if files:
+            return read_state_dict(files[0])
+    raise ValueError(
+        f"{folder} holds no weights: expected a file ending in {', '.join(SUFFIXES)}, or shards "
+        "with their *.index.json"
+    )
+
+
+def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
+    """All shards an index names; its keys must be in them."""
+    try:
+        table: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(table.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{index} is not an index of shards ({type(error).__name__}: {error}); download it "
+            "again"
+        ) from error
+    outside = [shard for shard in shards if Path(shard).name != shard]
+    absent = [shard for shard in shards if not (folder / shard).is_file()]
+    if outside or absent:
+        raise ValueError(
+            f"{index} names {listed(outside or absent)}, expected files that lie beside it; "
+            "download the missing shards"
+        )
+    state: dict[str, Tensor] = {}
+    for shard in shards:
+        state |= read_state_dict(folder / shard)
+    lacking = sorted(set(table) - set(state))
+    if lacking:
+        raise ValueError(f"the shards of {index} lack {listed(lacking)}; download them again")
+    return state
+
+
+def _unpickle(path: Path) -> Any:
+    """What `torch.save` wrote, without running code of the file."""
+    archive = zipfile.is_zipfile(path)  # the format before torch 1.6 cannot be mapped
+    try:
+        with warnings.catch_warnings():
+            # Of an unusual pickle protocol: what it makes unreadable is an error below.
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+    except pickle.UnpicklingError as error:
+        foreign = _foreign_globals(path, archive, str(error))
+        if foreign:
+            raise ValueError(
+                f"{path} holds pickled objects besides tensors: {listed(foreign)}. Opening them "
+                "could run code, so the file is refused; save its plain state_dict and name that"
+            ) from error
+        raise _unreadable(path, error) from error
+    except (RuntimeError, EOFError, ValueError, OSError, KeyError, IndexError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _foreign_globals(path: Path, archive: bool, message: str) -> list[str]:
+    """Dotted names of the classes and functions a pickle asks for; empty if it asks for none."""
+    if archive:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    return sorted(set(re.findall(r"GLOBAL ([\w.]+) was not an allowed global", message)))
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return ValueError(
+        f"{path} ({path.stat().st_size:,} bytes) is not a readable checkpoint ({reason}); it may "
+        "be truncated or of another kind: download it again, or name a file that torch.save or "
+        "safetensors wrote"
+    )
+
+
+def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
+    """The state dict in what a file holds, wrappers opened; numbers and texts beside it left."""
+    while isinstance(content, dict):
+        inner = [content[name] for name in WRAPPERS if isinstance(content.get(name), dict)]
+        if not inner:
+            break
+        content = inner[0]
+    found = content if isinstance(content, dict) else {}
+    state = {str(key): value for key, value in found.items() if isinstance(value, Tensor)}
+    if not state:
+        holds = f"entries {listed([str(k) for k in found])}" if found else type(content).__name__
+        raise ValueError(
+            f"{path} holds no state dict but {holds}; expected named tensors, alone or under "
+            f"{', '.join(WRAPPERS)}"
+        )
+    return state

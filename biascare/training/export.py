@@ -1,0 +1,250 @@
+"""What leaves a run: a portable folder with a card that says where the model comes from.
+
+    run = read_run(Path("outputs/run"), step=1000, config=to_dict(config))
+    write_export(Path("outputs/run/export"), run, model.save_pretrained, processor)
+
+The folder is written under a temporary name, flushed and renamed, so that what has the name is
+whole. `model.save_pretrained` decides what the model's own files are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError
+
+from biascare.training.checkpoint import PARTIAL, REPLACED
+
+NUM_WEAKEST = 5
+"""Targets of lowest Dice that the card names."""
+
+
+class RunFacts(NamedTuple):
+    """What a run's folder knows about the model of one step."""
+
+    name: str
+    step: int
+    config: dict[str, Any]  # resolved
+    config_file: Path  # the same, as the run wrote it
+    about: dict[str, Any]  # run.json
+    evaluation: dict[str, Any] | None  # the newest up to that step, with its "step"
+
+
+def read_run(folder: Path, step: int, config: dict[str, Any]) -> RunFacts:
+    """Collect run.json and the newest evaluation up to `step` from metrics.jsonl.
+
+    Raises ValueError when run.json is missing or damaged.
+    """
+    try:
+        about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder / 'run.json'} cannot be read ({error}); it stands in train.output_dir beside "
+            "checkpoints/, copy it with them"
+        ) from error
+    log = folder / "metrics.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    # A line that a crash cut short is never of an evaluation that had finished.
+    entries = [json.loads(line) for line in lines if line.endswith("}")]
+    done = [entry for entry in entries if entry["event"] == "eval" and entry["step"] <= step]
+    return RunFacts(
+        name=folder.resolve().name,
+        step=step,
+        config=config,
+        config_file=folder / "config.yaml",
+        about=about,
+        evaluation=done[-1] if done else None,
+    )
+
+
+def refuse_existing(folder: Path) -> None:
+    """An export never takes the place of something the user has."""
+    if folder.exists():
+        raise ValueError(f"{folder} exists already; name another folder, or remove it first")
+
+
+def write_export(
+    folder: Path,
+    run: RunFacts,
+    save: Callable[[Path], None],
+    processor: Any = None,
+    *,
+    replace: bool = False,
+) -> None:
+    """Write what `save` writes, the processor, the run's configuration and the card to `folder`.
+
+    With `replace` an earlier export makes room, once the new one is whole; without, it is an error.
+    Raises ValueError when `folder` exists, OSError when it cannot be written; then nothing stays.
+    """
+    if not replace:
+        refuse_existing(folder)
+    partial = folder.with_name(folder.name + PARTIAL)
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)  # of an export that was killed
+        partial.mkdir(parents=True)
+        save(partial)
+        if processor is not None:
+            for place in ("processor", "mllm"):
+                if place == "processor" or (partial / place).is_dir():
+                    processor.save_pretrained(partial / place)
+        shutil.copyfile(run.config_file, partial / "training_config.yaml")
+        (partial / "README.md").write_text(model_card(run, partial), encoding="utf-8")
+        _flush(partial)
+        _put_in_place(partial, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(
+            f"the export could not be written to {folder} ({error}); free space or fix the "
+            "permissions, then run scripts/export.py: checkpoints are untouched"
+        ) from error
+
+
+def _put_in_place(partial: Path, folder: Path) -> None:
+    old = folder.with_name(folder.name + REPLACED)
+    if old.exists():
+        shutil.rmtree(old)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def _flush(folder: Path) -> None:
+    """Make every file durable before the folder gets its name."""
+    for path in (*folder.rglob("*"), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+# ---------------------------------------------------------------- the card
+
+
+def model_card(run: RunFacts, folder: Path) -> str:
+    """README.md of an export: origin, data, results, use, limits. `folder` holds its files."""
+    merged = (folder / "mllm").is_dir()
+    sections = (
+        _front_matter(run),
+        f"# {run.name}, step {run.step}",
+        "BiasCareVL (arXiv 2604.16884), trained with `biascare`, an independent implementation.",
+        _usage(folder.name.removesuffix(PARTIAL), merged),
+        "## Origin",
+        _table(("what", "value"), _origin(run, merged)),
+        "## Training data",
+        _table(_DATA_COLUMNS, _data(run)),
+        "## Results on held-out records",
+        *_results(run.evaluation),
+        "## Intended use and limits",
+        *_limits(run),
+        "The configuration of the run is in `training_config.yaml`.",
+    )
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(run: RunFacts) -> str:
+    lines = ["library_name: biascare", "tags: [medical, segmentation, visual-question-answering]"]
+    base = run.config["model"]["mllm"]
+    # A path on the training machine is no model id.
+    if base and re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).is_dir():
+        lines.append(f"base_model: {base}")
+    return "\n".join(["---", *lines, "---"])
+
+
+def _usage(name: str, merged: bool) -> str:
+    lines = [
+        "```python",
+        "from biascare.models import BiasCareVL",
+        "",
+        f'model = BiasCareVL.from_pretrained("{name}")',
+        "```",
+    ]
+    if merged:
+        lines += [
+            "",
+            "`mllm/` is a plain Hugging Face folder: the language side alone opens with "
+            "`AutoModelForImageTextToText` and `AutoProcessor`.",
+        ]
+    return "\n".join(lines)
+
+
+def _origin(run: RunFacts, merged: bool) -> Iterator[tuple[Any, ...]]:
+    model, train = run.config["model"], run.config["train"]
+    trained = [part for part, on in train["trainable"].items() if on]
+    yield "stage", train["stage"]
+    if model["mllm"]:
+        yield "base MLLM", f"{model['mllm']}{' (adapter folded in)' if merged else ''}"
+        yield "LoRA", f"rank {model['lora_rank']}, alpha {model['lora_alpha']}"
+    yield "vision pathway", f"{model['vision']} at {model['image_size']} px"
+    yield "its initial weights", model["vision_weights"] or "random"
+    yield "trained parts", ", ".join(trained)
+    yield "steps x global batch", f"{run.step} of {train['max_steps']} x {train['global_batch']}"
+    yield "precision, seed", f"{train['precision']}, {train['seed']}"
+    yield "code", f"commit {run.about.get('git_commit', 'unknown')}"
+
+
+_DATA_COLUMNS = ("task", "source", "split", "version", "images", "weight", "licence", "content")
+
+
+def _data(run: RunFacts) -> Iterator[tuple[Any, ...]]:
+    """One row per record folder; its content hash identifies the data exactly."""
+    for source in run.about.get("data", []):
+        yield tuple(source[column] for column in _DATA_COLUMNS)
+
+
+def _results(evaluation: dict[str, Any] | None) -> Iterator[str]:
+    if evaluation is None:
+        yield "This run was not evaluated up to this step."
+        return
+    yield f"At step {evaluation['step']}, on the records the run held out (not its training data)."
+    masks = evaluation.get("segmentation", {})
+    if masks.get("num_masks"):
+        rows = []
+        for metric in (name for name in masks if name.startswith("dice")):
+            scores = masks[metric]
+            rows.append((metric, "all", masks["num_masks"], scores["mean"]))
+            for axis in ("by_group", "by_modality"):
+                for name, cell in scores[axis].items():
+                    rows.append((metric, name, cell["num"], cell["mean"]))
+        yield _table(("metric", "group", "masks", "mean"), iter(rows))
+    answers = evaluation.get("answers", {})
+    if answers:
+        kinds = ((k, c["num"], c["accuracy"], c["best_constant"]) for k, c in answers.items())
+        yield _table(("questions", "n", "accuracy", "best constant answer"), kinds)
+
+
+def _limits(run: RunFacts) -> Iterator[str]:
+    yield (
+        "For research on bias-aware segmentation and question answering. Not a medical device: "
+        "it must not be used for diagnosis or treatment, and it was not validated clinically. "
+        "It knows the modalities, targets and phrasings of the data above and nothing else; its "
+        "errors on other scanners, populations and questions are unknown. Licences of the base "
+        "model and of the data apply to these weights too."
+    )
+    masks = (run.evaluation or {}).get("segmentation", {})
+    targets = masks.get("dice", {}).get("by_target", {})
+    weakest = sorted(targets.items(), key=lambda item: item[1]["mean"])[:NUM_WEAKEST]
+    if weakest:
+        named = ", ".join(f"{name} {c['mean']:.2f} (n = {c['num']})" for name, c in weakest)
+        yield f"Weakest targets by Dice on the held-out records: {named}."
+
+
+def _table(columns: tuple[str, ...], rows: Iterator[tuple[Any, ...]]) -> str:
+    """Markdown; numbers that are no counts to three digits."""
+    cells = [
+        [f"{v:.3f}" if isinstance(v, float) else "-" if v is None else str(v) for v in row]
+        for row in rows
+    ]
+    lines = [columns, ["---"] * len(columns), *cells] if cells else []
+    # A bar inside a name would end its cell.
+    text = ["| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in lines]
+    return "\n".join(text) or "Not recorded."

@@ -1,0 +1,23 @@
+"""What a program does to its own process before torch computes anything."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+
+def prepare_process() -> None:
+    """Divide the cores among the ranks of this machine, unless the user has: oversubscribed threads
+    make CPU ranks dozens of times slower. Then silence what libraries say about themselves."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import torch
+    import transformers
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise it warns that it found none
+    transformers.utils.logging.disable_progress_bar()
+    for message in ("`is_gradient_checkpointing`", "`torch.distributed"):
+        # Of peft's and DeepSpeed's calls; nothing a user could change.
+        warnings.filterwarnings("ignore", category=FutureWarning, message=message)

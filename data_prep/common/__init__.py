@@ -1,0 +1,1 @@
+"""What the converters share: the shard protocol, careful readers, words."""

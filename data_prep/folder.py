@@ -1,0 +1,281 @@
+"""A folder of images and a folder of masks -> record folders.
+
+    python data_prep/folder.py --images img --masks seg --labels '1=liver,2=spleen' \\
+        --name my_ct --modality ct --test-share 0.2 --patient-regex '(p[0-9]+)_' --output prepared
+
+Image and mask are paired by their path without suffix: img/p1/a.jpg and seg/p1/a.png; where masks
+have an ending of their own, `--mask-suffix _mask` pairs a.jpg with a_mask.png. Masks are either
+
+  label maps: one file per image, whose values `--labels` names (numbers, '#ff0000' colours, or
+      'nonzero=lesion'); a value without a name is an error of that image, `--ignore-values` allows
+      some;
+  one folder per target (without --labels): seg/liver/a.png, seg/spleen/a.png; every pixel that is
+      not 0 belongs to the target, targets may overlap, and a file may be missing.
+
+JPEG masks are refused, their values are not exact. Pixels are taken as stored: a photograph whose
+EXIF says that it must be turned is refused, because nothing tells which way its mask lies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+
+from biascare.data.records import MAX_IMAGE_PIXELS, Record, image_size
+from data_prep.common import shards
+from data_prep.common.orientation import TURNS, turn_image, turn_mask
+from data_prep.common.release_files import file_inside, read_image
+from data_prep.common.shards import Release, UnusableItemError
+from data_prep.common.user_options import (
+    Splits,
+    Value,
+    add_source_arguments,
+    add_split_arguments,
+    cut_masks,
+    parse_labels,
+)
+from data_prep.common.vocabulary import canonical_target
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")
+MASK_FORMATS = ("PNG", "TIFF", "BMP", "GIF")
+EXIF_ORIENTATION = 0x0112
+
+
+class Item(NamedTuple):
+    """An image with its mask files, relative to their folders."""
+
+    image: str  # empty: there are masks only
+    masks: tuple[tuple[str, str], ...]  # target (empty for a label map), file
+    stem: str
+    patient: str | None
+
+
+class Source(NamedTuple):
+    """What all items share. Picklable."""
+
+    name: str
+    images: Path
+    masks: Path
+    modality: str
+    anatomy: str
+    labels: tuple[tuple[Value, str], ...]  # empty: one folder per target
+    ignored: tuple[int, ...]
+    turn: str
+    keep_empty: bool
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = _parser().parse_args(arguments)
+    console = Console()
+    source = Source(
+        name=args.name,
+        images=args.images,
+        masks=args.masks,
+        modality=args.modality,
+        anatomy=args.anatomy,
+        labels=tuple(parse_labels(args.labels).items()) if args.labels else (),
+        ignored=tuple(args.ignore_values),
+        turn=args.turn,
+        keep_empty=args.keep_empty,
+    )
+    splits = Splits.from_arguments(args)
+    items = list_items(source, args.mask_suffix, splits)
+    shards.run(args, releases(source, items, splits, args.version, args.licence, console))
+
+
+def releases(
+    source: Source,
+    items: Sequence[Item],
+    splits: Splits,
+    version: str,
+    licence: str,
+    console: Console,
+) -> list[Release]:
+    """One release per split, in order of name."""
+    groups: dict[str | None, list[Item]] = {}
+    for item in items:
+        groups.setdefault(splits.of(item.stem, item.patient), []).append(item)
+    unlisted = groups.pop(None, [])
+    if unlisted:
+        console.print(f"{source.name}: {len(unlisted)} images are in no --split-list, left out")
+    return [
+        Release(
+            source=source.name,
+            split=str(split),
+            version=version,
+            licence=licence,
+            items=chosen,
+            convert=partial(convert, source, str(split)),
+            name_of=name_of,
+        )
+        for split, chosen in sorted(groups.items(), key=lambda group: str(group[0]))
+    ]
+
+
+def list_items(source: Source, mask_suffix: str, splits: Splits) -> list[Item]:
+    """Pairs of images and masks, by path. Raises ValueError for folders that hold none, and for two
+    images of one name."""
+    images = _by_stem(source.images, IMAGE_SUFFIXES)
+    masks: dict[str, list[tuple[str, str]]] = {}
+    for target, folder in _mask_folders(source):
+        for stem, file in _by_stem(folder, MASK_SUFFIXES, mask_suffix).items():
+            relative = (folder / file).relative_to(source.masks).as_posix()
+            masks.setdefault(stem, []).append((target, relative))
+    if not masks:
+        raise ValueError(
+            f"{source.masks} holds no mask *{mask_suffix}{{{','.join(MASK_SUFFIXES)}}}; "
+            "see --mask-suffix, and --labels for label maps"
+        )
+    return [
+        Item(
+            image=images.get(stem, ""),
+            masks=tuple(masks.get(stem, ())),
+            stem=stem,
+            patient=splits.patient_in(images.get(stem, stem)),
+        )
+        for stem in sorted(images.keys() | masks.keys())
+    ]
+
+
+def convert(source: Source, split: str, item: Item) -> Record:
+    """One image with its masks. Raises UnusableItemError with the reason."""
+    if not (item.image and item.masks):
+        raise UnusableItemError("no image for this mask" if item.masks else "no mask")
+    image = read_image(file_inside(source.images, item.image))
+    _check_upright(image.data)
+    size = (image.height, image.width)
+    targets = [target for mask in item.masks for target in _targets(source, mask, size)]
+    if not (targets or source.keep_empty):
+        raise UnusableItemError("no mask has a pixel")
+    data = turn_image(image.data, source.turn)
+    height, width = image_size(data)
+    return Record(
+        id=f"{source.name}/{item.stem}",
+        image=data,
+        height=height,
+        width=width,
+        targets=[(name, turn_mask(mask, source.turn)) for name, mask in targets],
+        task="segmentation",
+        modality=source.modality,
+        anatomy=source.anatomy,
+        source=source.name,
+        split=split,
+        patient_id=item.patient,
+        study_id=None,
+        sex=None,
+        age=None,
+        race=None,
+    )
+
+
+def name_of(item: Item) -> str:
+    return item.image or item.masks[0][1]
+
+
+def read_label_map(data: bytes) -> np.ndarray:
+    """An image file of labels -> integers [H, W], or colours uint8 [H, W, 3].
+
+    A palette PNG gives its indices; grey stored in three equal channels is grey. Raises
+    UnusableItemError for transparency, other modes, too many pixels, and unreadable files.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=MASK_FORMATS) as image:
+            if image.width * image.height > MAX_IMAGE_PIXELS:
+                raise UnusableItemError("mask has too many pixels")
+            values = np.asarray(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UnusableItemError("mask unreadable, or not PNG, TIFF, BMP or GIF") from error
+    if values.ndim == 3 and values.shape[2] in (2, 4):
+        if (values[..., -1] != 255).any():
+            raise UnusableItemError("mask is partly transparent")
+        values = values[..., :-1]
+    if values.ndim == 3 and (values == values[..., :1]).all():
+        values = values[..., 0]
+    if values.dtype == np.bool_:
+        values = values.astype(np.uint8)
+    if values.dtype.kind not in "iu":
+        raise UnusableItemError(f"mask holds {values.dtype} numbers, labels are integers")
+    return values
+
+
+def _targets(
+    source: Source, mask: tuple[str, str], size: tuple[int, int]
+) -> list[tuple[str, np.ndarray]]:
+    target, file = mask
+    values = read_label_map(file_inside(source.masks, file).read_bytes())
+    if values.shape[:2] != size:
+        raise UnusableItemError("image and mask differ in size")
+    labels: dict[Value, str] = dict(source.labels) if source.labels else {None: target}
+    return cut_masks(values, labels, source.ignored)
+
+
+def _check_upright(data: bytes) -> None:
+    with Image.open(io.BytesIO(data)) as image:
+        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+    if orientation not in (0, 1):
+        raise UnusableItemError(f"EXIF orientation {orientation}: turn image and mask first")
+
+
+def _mask_folders(source: Source) -> list[tuple[str, Path]]:
+    """(target, folder): one nameless folder of label maps, or one folder per target."""
+    if source.labels:
+        return [("", source.masks)]
+    folders = sorted(path for path in source.masks.glob("*") if path.is_dir())
+    if not folders:
+        raise ValueError(
+            f"{source.masks} has no folder per target; name the values of label maps with "
+            "--labels '1=liver,2=spleen', or 'nonzero=lesion' for binary masks"
+        )
+    names = Counter(canonical_target(folder.name) for folder in folders)
+    repeated = [name for name, count in names.items() if count > 1]
+    if repeated:
+        raise ValueError(f"several folders of {source.masks} mean {repeated}; join them")
+    return [(canonical_target(folder.name), folder) for folder in folders]
+
+
+def _by_stem(folder: Path, suffixes: Sequence[str], ending: str = "") -> dict[str, str]:
+    """Path without suffix and ending -> path, both relative, of all files below a folder."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    found: dict[str, str] = {}
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if path.suffix.lower() not in suffixes or not path.stem.endswith(ending) or hidden:
+            continue
+        stem = relative.with_suffix("").as_posix().removesuffix(ending)
+        if stem in found:
+            raise ValueError(f"{folder} holds {found[stem]} and {relative}: which one is meant?")
+        found[stem] = relative.as_posix()
+    return found
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", required=True, type=Path, help="folder, searched deeply")
+    parser.add_argument("--masks", required=True, type=Path, help="folder of the same structure")
+    add_source_arguments(parser)
+    parser.add_argument("--labels", help="VALUE=NAME,... ; without it: one folder per target")
+    parser.add_argument("--mask-suffix", default="", help="ending of mask names before .png")
+    parser.add_argument("--ignore-values", type=int, nargs="*", default=[], help="for example 255")
+    parser.add_argument("--turn", choices=TURNS, default="none", help="of images and masks alike")
+    parser.add_argument("--keep-empty", action="store_true", help="also images without a target")
+    add_split_arguments(parser)
+    shards.add_arguments(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    main()

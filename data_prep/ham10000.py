@@ -1,0 +1,160 @@
+"""HAM10000 -> record folders of dermoscopic images with diagnosis, site, age and sex.
+
+    python data_prep/ham10000.py --source HAM10000 --output prepared
+
+Layout of --source:
+
+    HAM10000_metadata.csv            lesion_id, image_id, dx, dx_type, age, sex, localization
+    HAM10000_images_part_{1,2}/*.jpg, or HAM10000_images_part_{1,2}.zip left as they are
+
+There is no official split: all images of a lesion go to the split that the hash of lesion_id
+draws, at --test-share and --val-share. The lesion is the record's study id. Questions: diagnosis
+(lettered options), malignant or not, body site where known. Licence: CC BY-NC 4.0. The images are
+the training images of ISIC 2018 task 3: do not train on one and test on the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from biascare.data.records import Record, Turn
+from data_prep.common import shards
+from data_prep.common.conversations import (
+    DIAGNOSES,
+    DIAGNOSIS_QUESTIONS,
+    LOCALIZATION_QUESTIONS,
+    MALIGNANCY_QUESTIONS,
+    MALIGNANT,
+    choice_turns,
+    draw_for,
+    drawn_split,
+    pair,
+)
+from data_prep.common.release_files import find_file, note_count, number_of, read_image, read_table
+from data_prep.common.shards import Release, UnusableItemError
+from data_prep.common.zip_images import ImageFinder, Place, read_place
+
+METADATA = "HAM10000_metadata.csv"
+COLUMNS = ("lesion_id", "image_id", "dx", "dx_type", "age", "sex", "localization")
+NUM_IMAGES = 10_015
+FOLDERS = ("HAM10000_images_part_1", "HAM10000_images_part_2", "images", "")
+ARCHIVES = "HAM10000_images*.zip"
+SEXES = {"female": "F", "male": "M"}
+TEST_SHARE, VAL_SHARE = 0.15, 0.05
+LICENCE = "HAM10000: CC BY-NC 4.0"
+
+
+class Item(NamedTuple):
+    """One row of the metadata."""
+
+    image: str
+    place: Place | None
+    lesion: str
+    dx: str
+    dx_type: str
+    age: float | None
+    sex: str | None
+    site: str  # empty when unknown
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = _parser().parse_args(arguments)
+    shards.run(args, plan(args.source, {"test": args.test_share, "val": args.val_share}))
+
+
+def plan(source: Path, shares: dict[str, float]) -> list[Release]:
+    """Train, val and test, by lesion."""
+    finder = ImageFinder(source, FOLDERS, ARCHIVES)
+    items: dict[str, list[Item]] = {"train": [], "val": [], "test": []}
+    for row in read_table(find_file(source, METADATA, "HAM10000_metadata"), COLUMNS):
+        split = drawn_split(row["lesion_id"], shares)
+        items[split].append(_item(row, finder.place(f"{row['image_id']}.jpg")))
+    note_count("HAM10000 images", sum(map(len, items.values())), NUM_IMAGES)
+    return [
+        Release(
+            source="ham10000",
+            split=split,
+            version="HAM10000",
+            licence=LICENCE,
+            items=found,
+            convert=partial(convert, source, split),
+            name_of=_name,
+        )
+        for split, found in items.items()
+        if found
+    ]
+
+
+def _item(row: dict[str, str], place: Place | None) -> Item:
+    site = row["localization"].strip().lower()
+    return Item(
+        image=row["image_id"],
+        place=place,
+        lesion=row["lesion_id"],
+        dx=row["dx"].strip().lower(),
+        dx_type=row["dx_type"],
+        age=number_of(row["age"], f"{METADATA}, age") if row["age"] else None,
+        sex=SEXES.get(row["sex"].strip().lower()),
+        site="" if site == "unknown" else site,
+    )
+
+
+def _name(item: Item) -> str:
+    return item.image
+
+
+def convert(source: Path, split: str, item: Item) -> Record:
+    """One image with its questions. Raises UnusableItemError with the reason."""
+    if item.dx not in DIAGNOSES:
+        raise UnusableItemError(f"unknown diagnosis {item.dx!r}")
+    image = read_image(read_place(source, item.place))
+    name = f"ham10000/{item.image}"
+    return Record(
+        id=name,
+        image=image.data,
+        height=image.height,
+        width=image.width,
+        conversations=turns_for(name, item),
+        task="classification",
+        modality="dermoscopy",
+        anatomy="skin",
+        labels=[DIAGNOSES[item.dx]],
+        source="ham10000",
+        split=split,
+        patient_id=None,
+        study_id=f"ham10000/{item.lesion}",
+        sex=item.sex,
+        age=item.age,
+        race=None,
+        extra={"dx_type": item.dx_type, "localization": item.site},
+    )
+
+
+def turns_for(name: str, item: Item) -> list[Turn]:
+    """Diagnosis, malignancy, and body site where it is known; wordings drawn by the name."""
+    draw = draw_for(name)
+    wording = draw.choice(DIAGNOSIS_QUESTIONS)
+    turns = choice_turns(wording, DIAGNOSES.values(), DIAGNOSES[item.dx], draw)
+    malignant = "yes" if item.dx in MALIGNANT else "no"
+    turns += pair(draw.choice(MALIGNANCY_QUESTIONS), malignant, "closed")
+    if item.site:
+        turns += pair(draw.choice(LOCALIZATION_QUESTIONS), item.site, "open")
+    return turns
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--source", required=True, type=Path, help="the downloaded release")
+    parser.add_argument("--test-share", type=float, default=TEST_SHARE, help="of the lesions")
+    parser.add_argument("--val-share", type=float, default=VAL_SHARE, help="of the lesions")
+    shards.add_arguments(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    main()

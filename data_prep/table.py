@@ -1,0 +1,300 @@
+"""A table of image, question, answer -> record folders.
+
+    python data_prep/table.py --table qa.csv --images img --name my_vqa --modality xray \\
+        --column question=q --column answer=a --output prepared
+
+The table is CSV, TSV (both may be .gz) or JSONL, one question per row, with the columns
+
+    image, question, answer                        always; image is a path below --images
+    kind                                           closed, open, choice or report
+    A, B, C, D, ...                                options; the answer is a letter or a text
+    split, patient_id, study_id, sex, age, race, modality, anatomy
+
+`--column NAME=YOURS` says what a column is called in your table. Without `kind`, rows with options
+are choices, a plain yes or no is closed, everything else is open. Rows of one image become one
+record; they must agree on patient, sex and the other attributes. Empty attributes stay unknown.
+`--images` may also be a zip or tar file, which is read without extracting it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from biascare.data.records import KINDS, MAX_AGE, Record
+from data_prep.common import shards
+from data_prep.common.conversations import (
+    LETTERS,
+    Question,
+    choice_of,
+    one_line,
+    question_of,
+    turns_of,
+)
+from data_prep.common.release_files import file_inside, note_repeated, read_image, read_table
+from data_prep.common.safe_input import open_member
+from data_prep.common.shards import Release, UnusableItemError
+from data_prep.common.user_options import (
+    UNKNOWN,
+    Splits,
+    add_source_arguments,
+    add_split_arguments,
+    sex_of,
+    split_name,
+    stem_of,
+)
+from data_prep.common.vocabulary import canonical_modality
+
+REQUIRED = ("image", "question", "answer")
+ATTRIBUTES = ("patient_id", "study_id", "sex", "age", "race", "modality", "anatomy")
+COLUMNS = (*REQUIRED, "kind", "split", *ATTRIBUTES, *LETTERS[:10])
+
+
+class Item(NamedTuple):
+    """One image with all its questions, or a row that is none."""
+
+    image: str
+    questions: tuple[Question, ...]
+    attributes: tuple[tuple[str, str], ...]  # of ATTRIBUTES, those that are known
+    problem: str  # why it cannot be used; empty
+
+
+class Source(NamedTuple):
+    """What all items share. Picklable."""
+
+    name: str
+    images: Path
+    modality: str
+    anatomy: str
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = _parser().parse_args(arguments)
+    source = Source(args.name, args.images, args.modality, args.anatomy)
+    rows = read_rows(args.table, _columns(args.column))
+    splits = Splits.from_arguments(args)
+    shards.run(args, releases(source, rows, splits, args.version, args.licence))
+
+
+def releases(
+    source: Source, rows: Iterable[dict[str, str]], splits: Splits, version: str, licence: str
+) -> list[Release]:
+    """One release per split, in order of name."""
+    return [
+        Release(
+            source=source.name,
+            split=split,
+            version=version,
+            licence=licence,
+            items=items,
+            convert=partial(convert, source, split),
+            name_of=name_of,
+        )
+        for split, items in sorted(gather_rows(rows, splits).items())
+    ]
+
+
+def read_rows(path: Path, columns: dict[str, str]) -> Iterator[dict[str, str]]:
+    """Rows of the table under our column names, values as text. `columns`: ours -> theirs.
+
+    Raises ValueError with the line for what is not such a table.
+    """
+    required = [columns.get(name, name) for name in (*REQUIRED, *columns)]
+    is_jsonl = path.suffix.lower() in (".jsonl", ".ndjson")
+    rows = _read_jsonl(path, required) if is_jsonl else read_table(path, required)
+    for row in rows:
+        yield {name: row.get(columns.get(name, name), "").strip() for name in COLUMNS}
+
+
+def gather_rows(rows: Iterable[dict[str, str]], splits: Splits) -> dict[str, list[Item]]:
+    """Rows -> {split: one item per image, in order of first appearance}. A row that is no question
+    is an item of its own, so that the ledger counts it."""
+    images: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in rows:
+        row["patient_id"] = row["patient_id"] or splits.patient_in(row["image"]) or ""
+        images.setdefault((_split_of(row, splits), row["image"]), []).append(row)
+    found: dict[str, list[Item]] = {}
+    num_repeated = 0
+    for (split, image), group in images.items():
+        questions, problems = _questions(group)
+        num_repeated += len(group) - len(questions) - len(problems)
+        items = found.setdefault(split, [])
+        items += [Item(image, (), (), problem) for problem in problems]
+        if questions:
+            items.append(_item(image, questions, group))
+    note_repeated("table", num_repeated)
+    return found
+
+
+def question_in(row: dict[str, str]) -> Question:
+    """The question of a row. Raises ValueError when it is incomplete or contradicts itself."""
+    options = [row[letter] for letter in LETTERS[:10] if row[letter]]
+    kind = row["kind"].lower() or ("choice" if options else None)
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"kind {row['kind']!r} is none of {', '.join(KINDS)}")
+    if kind == "choice":
+        return _choice(row, options)
+    if kind == "report":
+        if not (row["question"] and row["answer"]):
+            raise ValueError("question or answer is empty")
+        return Question(text=one_line(row["question"]), answer=row["answer"], kind=kind)
+    return question_of(row["question"], row["answer"], kind)
+
+
+def convert(source: Source, split: str, item: Item) -> Record:
+    """One image with its questions. Raises UnusableItemError with the reason."""
+    if item.problem:
+        raise UnusableItemError(item.problem)
+    known = dict(item.attributes)
+    image = read_image(_image_bytes(source.images, item.image))
+    try:
+        sex, age = sex_of(known.get("sex", "")), _age(known.get("age"))
+        modality = canonical_modality(known.get("modality", source.modality))
+    except ValueError as error:
+        raise UnusableItemError(str(error)) from error
+    return Record(
+        id=f"{source.name}/{item.image}",
+        image=image.data,
+        height=image.height,
+        width=image.width,
+        conversations=turns_of(item.questions),
+        task="report" if {q.kind for q in item.questions} == {"report"} else "vqa",
+        modality=modality,
+        anatomy=known.get("anatomy", source.anatomy),
+        source=source.name,
+        split=split,
+        patient_id=known.get("patient_id"),
+        study_id=known.get("study_id"),
+        sex=sex,
+        age=age,
+        race=one_line(known["race"]).lower() if "race" in known else None,
+    )
+
+
+def name_of(item: Item) -> str:
+    return item.image or "(row without an image)"
+
+
+def _questions(rows: list[dict[str, str]]) -> tuple[tuple[Question, ...], list[str]]:
+    """Distinct questions of one image, and what is wrong with the other rows."""
+    questions: dict[Question, None] = {}
+    problems = []
+    for row in rows:
+        try:
+            questions[question_in(row)] = None
+        except ValueError as error:
+            problems.append(str(error))
+    return tuple(questions), problems
+
+
+def _item(image: str, questions: tuple[Question, ...], rows: list[dict[str, str]]) -> Item:
+    if not image:
+        return Item(image, (), (), "row without an image")
+    try:
+        return Item(image, questions, tuple(_attributes(rows)), "")
+    except ValueError as error:
+        return Item(image, (), (), str(error))
+
+
+def _attributes(rows: list[dict[str, str]]) -> Iterator[tuple[str, str]]:
+    for name in ATTRIBUTES:
+        values = {row[name] for row in rows if row[name].lower() not in UNKNOWN}
+        if len(values) > 1:
+            raise ValueError(f"rows of this image disagree on {name}: {sorted(values)[:3]}")
+        if values:
+            yield name, values.pop()
+
+
+def _choice(row: dict[str, str], options: list[str]) -> Question:
+    """The answer is the letter of an option or its text, and must mean exactly one."""
+    if not row["question"] or len(options) < 2:
+        raise ValueError("a choice needs a question and at least two options")
+    texts = [one_line(option) for option in options]
+    answer = one_line(row["answer"])
+    given = [letter for letter in LETTERS[:10] if row[letter]]
+    if "".join(given) != LETTERS[: len(given)]:
+        raise ValueError(f"options {given} leave out a letter")
+    matches = {k for k, text in enumerate(texts) if text == answer}
+    if not matches and answer.rstrip(".:)").upper() in given:
+        matches = {given.index(answer.rstrip(".:)").upper())}
+    if len(matches) != 1:
+        raise ValueError(f"answer {answer!r} is not exactly one of the options")
+    return choice_of(one_line(row["question"]), texts, matches.pop())
+
+
+def _split_of(row: dict[str, str], splits: Splits) -> str:
+    if row["split"]:
+        return split_name(row["split"])
+    split = splits.of(stem_of(row["image"]), row["patient_id"] or None)
+    if split is None:
+        raise ValueError(f"image {row['image']!r} is in no --split-list")
+    return split
+
+
+def _age(text: str | None) -> float | None:
+    """Years. Raises ValueError for what cannot be an age."""
+    if text is None:
+        return None
+    age = float(text)
+    if not 0 <= age <= MAX_AGE:
+        raise ValueError(f"age {text!r} is not between 0 and {MAX_AGE} years")
+    return age
+
+
+def _image_bytes(images: Path, name: str) -> bytes | Path:
+    return open_member(images, name) if images.is_file() else file_inside(images, name)
+
+
+def _read_jsonl(path: Path, required: Iterable[str]) -> Iterator[dict[str, str]]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number} is not JSON: {error}") from error
+            missing = [name for name in required if name not in row]
+            if missing:
+                raise ValueError(f"{path}:{number} lacks {missing}; it has {list(row)}")
+            yield {name: "" if value is None else _text(value) for name, value in row.items()}
+
+
+def _text(value: Any) -> str:
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
+
+
+def _columns(items: list[str]) -> dict[str, str]:
+    """["question=q", ...] -> {"question": "q"}. Raises ValueError for other names."""
+    columns = {}
+    for item in items:
+        ours, separator, theirs = item.partition("=")
+        if not (separator and theirs) or ours not in COLUMNS:
+            raise ValueError(
+                f"--column takes NAME=YOURS with NAME one of {', '.join(COLUMNS)}; got {item!r}"
+            )
+        columns[ours] = theirs
+    return columns
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--table", required=True, type=Path, help=".csv, .tsv (or .gz), .jsonl")
+    parser.add_argument("--images", required=True, type=Path, help="folder, or a zip or tar file")
+    parser.add_argument(
+        "--column", action="append", default=[], metavar="NAME=YOURS", help="may be repeated"
+    )
+    add_source_arguments(parser)
+    add_split_arguments(parser)
+    shards.add_arguments(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,327 @@
+"""Volumes (NIfTI or DICOM) -> record folders, one record per slice.
+
+    python data_prep/volumes.py --nifti img --masks seg --labels '1=liver,2=spleen' \\
+        --name my_ct --modality ct --window 40,400 --plane axial --output prepared
+    python data_prep/volumes.py --dicom export --pseudonym-key secret.key --name my_mr \\
+        --output prepared
+
+NIfTI: every .nii and .nii.gz below the folder; a label volume has the same path below --masks, with
+`--image-suffix _0000` where image names carry a channel number. DICOM: every series below the
+folder; patients, studies and series get pseudonyms of your key, and only a listed few attributes
+enter records. Slices are turned to the radiological view by the file's own geometry: patient's
+right at image left. Nothing is resampled; millimetres per pixel stand in the record's extra.
+
+Ultrasound, secondary captures and images with burned-in text are quarantined: they stand in the
+ledger by their pseudonym, `--path-map FILE` tells you where they lie, and `--cleared FILE`, one
+pseudonym per line, lets those pass that a person has looked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+
+from biascare.data.records import Record
+from data_prep.common import shards
+from data_prep.common.dicom_series import Facts, list_series, read_key, read_series
+from data_prep.common.nifti_volumes import SUFFIXES, read_label_volume, read_nifti
+from data_prep.common.release_files import file_inside
+from data_prep.common.shards import Release, UnusableItemError
+from data_prep.common.user_options import (
+    Splits,
+    Value,
+    add_source_arguments,
+    add_split_arguments,
+    cut_masks,
+    parse_labels,
+    stem_of,
+)
+from data_prep.common.volume_slices import (
+    PLANES,
+    Range,
+    Volume,
+    check_even,
+    import_medical,
+    oriented,
+    png_of,
+    range_shown,
+    slice_values,
+    spacing_of,
+    to_grey,
+)
+
+VOLUMES_PER_SHARD = 8
+"""A CT holds some hundred slices: a shard of volumes is then about as long as one of images."""
+
+
+class Item(NamedTuple):
+    """One volume: a NIfTI file with its labels, or the files of a DICOM series."""
+
+    key: str  # in record ids and in the ledger; a pseudonym for DICOM
+    files: tuple[str, ...]  # relative to the folder of images
+    labels: str  # NIfTI file relative to the folder of masks; empty
+    patient: str | None
+    study: str | None
+    cleared: bool  # quarantine lifted by a person
+
+
+class Source(NamedTuple):
+    """What all items share. Picklable."""
+
+    name: str
+    images: Path
+    masks: Path | None
+    is_dicom: bool
+    modality: str | None  # None: as DICOM says
+    anatomy: str
+    labels: tuple[tuple[Value, str], ...]
+    ignored: tuple[int, ...]
+    plane: str
+    window: str | Range | None
+    assumed: str | None  # orientation of NIfTI files that state none
+    skip_empty: bool
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = _parser().parse_args(arguments)
+    source = _source(args)
+    import_medical("nibabel")
+    splits = Splits.from_arguments(args)
+    items = list_dicom(args) if source.is_dicom else list_nifti(source, args.image_suffix, splits)
+    if not items:
+        raise ValueError(f"{source.images} holds no {'DICOM' if source.is_dicom else 'NIfTI'} file")
+    shards.run(args, releases(source, items, splits, args.version, args.licence, Console()))
+
+
+def releases(
+    source: Source,
+    items: Sequence[Item],
+    splits: Splits,
+    version: str,
+    licence: str,
+    console: Console,
+) -> list[Release]:
+    """One release per split, in order of name. A volume is never divided."""
+    groups: dict[str | None, list[Item]] = {}
+    for item in items:
+        groups.setdefault(splits.of(item.key, item.patient or item.study), []).append(item)
+    unlisted = groups.pop(None, [])
+    if unlisted:
+        console.print(f"{source.name}: {len(unlisted)} volumes are in no --split-list, left out")
+    return [
+        Release(
+            source=source.name,
+            split=str(split),
+            version=version,
+            licence=licence,
+            items=chosen,
+            convert=partial(convert, source, str(split)),
+            name_of=name_of,
+        )
+        for split, chosen in sorted(groups.items(), key=lambda group: str(group[0]))
+    ]
+
+
+def list_nifti(source: Source, image_suffix: str, splits: Splits) -> list[Item]:
+    """NIfTI files below the folder, with the label file of the same path."""
+    if not source.images.is_dir():
+        raise ValueError(f"{source.images} is not a folder")
+    items = []
+    for path in sorted(path for path in source.images.rglob("*") if path.name.endswith(SUFFIXES)):
+        relative = path.relative_to(source.images).as_posix()
+        stem = stem_of(relative)
+        if not stem.endswith(image_suffix):
+            continue
+        key = stem.removesuffix(image_suffix)
+        labels = [key + suffix for suffix in SUFFIXES]
+        found = [name for name in labels if source.masks and (source.masks / name).is_file()]
+        if len(found) > 1:
+            raise ValueError(f"{source.masks} holds {found}: which one is meant?")
+        patient = splits.patient_in(relative) or key  # slices of a volume are of one patient
+        items.append(Item(key, (relative,), found[0] if found else "", patient, None, False))
+    return items
+
+
+def list_dicom(args: argparse.Namespace) -> list[Item]:
+    """Series below the folder, under their pseudonyms."""
+    if args.pseudonym_key is None:
+        raise ValueError("--dicom needs --pseudonym-key FILE; see --help")
+    if not args.dicom.is_dir():
+        raise ValueError(f"{args.dicom} is not a folder")
+    cleared = set(args.cleared.read_text().split()) if args.cleared else set()
+    series = list_series(args.dicom, read_key(args.pseudonym_key))
+    unknown = sorted(cleared - {one.series for one in series})
+    if unknown:
+        raise ValueError(f"--cleared lists series that are not in the source: {unknown[:3]}")
+    if args.path_map:
+        lines = [json.dumps({"series": one.series, "files": one.files}) for one in series]
+        args.path_map.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return [
+        Item(one.series, one.files, "", one.patient, one.study, one.series in cleared)
+        for one in series
+    ]
+
+
+def convert(source: Source, split: str, item: Item) -> Iterator[Record]:
+    """Slices of one volume as records. Raises UnusableItemError, always before the first one."""
+    volume, facts = _read(source, item)
+    check_even(volume, source.plane)
+    if source.modality and facts.modality != source.modality:
+        raise UnusableItemError(f"modality is {facts.modality}, --modality says {source.modality}")
+    shown = range_shown(volume, facts.modality, source.window)
+    masks = _label_slices(source, item, volume)
+    count = len(oriented(volume.voxels, volume.affine, source.plane))
+    for index, values in enumerate(slice_values(volume, source.plane)):
+        targets = cut_masks(masks[index], dict(source.labels), source.ignored) if len(masks) else []
+        if source.skip_empty and not targets:
+            continue
+        plane = source.plane if volume.affine is not None else "stored"
+        yield Record(
+            id=f"{source.name}/{item.key}/{plane}-{index:04d}",
+            image=png_of(to_grey(values, shown, volume.inverted)),
+            height=values.shape[0],
+            width=values.shape[1],
+            targets=targets,
+            task="segmentation",
+            modality=facts.modality,
+            anatomy=facts.anatomy,
+            source=source.name,
+            split=split,
+            patient_id=item.patient,
+            study_id=item.study,
+            sex=facts.sex,
+            age=facts.age,
+            race=None,
+            extra={
+                "plane": plane,
+                "slice": index,
+                "num_slices": count,
+                "range_shown": list(shown),
+                **_spacing(volume, source.plane),
+            },
+        )
+
+
+def name_of(item: Item) -> str:
+    return item.key
+
+
+def _read(source: Source, item: Item) -> tuple[Volume, Facts]:
+    if source.is_dicom:
+        for name in item.files:
+            file_inside(source.images, name)
+        volume, facts = read_series(source.images, item.files, item.cleared)
+        return volume, facts._replace(anatomy=source.anatomy or facts.anatomy)
+    assert source.modality is not None
+    volume = read_nifti(file_inside(source.images, item.files[0]), source.assumed)
+    return volume, Facts(source.modality, source.anatomy, None, None)
+
+
+def _label_slices(source: Source, item: Item, volume: Volume) -> np.ndarray:
+    """Labels in display order, int32 [slices, H, W]; empty when the user gave none."""
+    if source.masks is None:
+        return np.zeros((0, 0, 0), dtype=np.int32)
+    if not item.labels:
+        raise UnusableItemError("no label volume")
+    labels = read_label_volume(file_inside(source.masks, item.labels), volume, source.assumed)
+    # All values are judged here, so that no slice is written before the volume is known to be good.
+    values = np.unique(labels.voxels).reshape(1, -1)
+    if not cut_masks(values, dict(source.labels), source.ignored) and source.skip_empty:
+        raise UnusableItemError("no mask has a pixel")
+    return oriented(labels.voxels, labels.affine, source.plane)
+
+
+def _spacing(volume: Volume, plane: str) -> dict[str, Any]:
+    if volume.affine is None:
+        return {}
+    between, row, column = spacing_of(volume.affine, plane)
+    return {"mm_per_pixel": [row, column], "mm_between_slices": between}
+
+
+def _source(args: argparse.Namespace) -> Source:
+    """Raises ValueError for options that do not fit together."""
+    if args.nifti and not args.modality:
+        raise ValueError("--nifti needs --modality: the file does not say")
+    if bool(args.masks) != bool(args.labels):
+        raise ValueError("--masks and --labels go together: which value is which target?")
+    if args.dicom and args.masks:
+        raise ValueError("--masks are NIfTI files and go with --nifti; convert the series first")
+    if args.skip_empty and not args.masks:
+        raise ValueError("--skip-empty without --masks would leave out everything")
+    if args.assume_orientation and not _is_orientation(args.assume_orientation):
+        raise ValueError(f"--assume-orientation is like RAS or LPS, got {args.assume_orientation}")
+    return Source(
+        name=args.name,
+        images=args.dicom or args.nifti,
+        masks=args.masks,
+        is_dicom=bool(args.dicom),
+        modality=args.modality,
+        anatomy=args.anatomy,
+        labels=tuple(parse_labels(args.labels).items()) if args.labels else (),
+        ignored=tuple(args.ignore_values),
+        plane=args.plane,
+        window=_window(args.window),
+        assumed=args.assume_orientation,
+        skip_empty=args.skip_empty,
+    )
+
+
+def _is_orientation(codes: str) -> bool:
+    """Three letters, one of each pair."""
+    return len(codes) == 3 and all(len(set(codes) & set(pair)) == 1 for pair in ("RL", "AP", "SI"))
+
+
+def _window(text: str | None) -> str | Range | None:
+    if text in (None, "file", "percentile"):
+        return text
+    match = re.fullmatch(r"(-?[\d.]+),([\d.]+)", str(text))
+    if not match or float(match[2]) <= 0:
+        raise ValueError(
+            f"--window is LEVEL,WIDTH with WIDTH above 0, file or percentile: {text!r}"
+        )
+    return (float(match[1]), float(match[2]))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    images = parser.add_mutually_exclusive_group(required=True)
+    images.add_argument("--nifti", type=Path, metavar="DIR", help="folder of .nii and .nii.gz")
+    images.add_argument("--dicom", type=Path, metavar="DIR", help="folder of DICOM files")
+    add_source_arguments(parser, modality_required=False)
+    parser.add_argument("--masks", type=Path, metavar="DIR", help="label volumes, with --nifti")
+    parser.add_argument("--labels", help="VALUE=NAME,...")
+    parser.add_argument("--ignore-values", type=int, nargs="*", default=[], help="for example 255")
+    parser.add_argument("--image-suffix", default="", help="ending of image names, like _0000")
+    parser.add_argument("--plane", choices=PLANES, default="axial")
+    parser.add_argument(
+        "--window", help="LEVEL,WIDTH, file or percentile; default: file, else 40,400 for CT"
+    )
+    parser.add_argument("--skip-empty", action="store_true", help="leave out slices without target")
+    parser.add_argument(
+        "--assume-orientation", metavar="CODES", help="of NIfTI files without one, like RAS"
+    )
+    privacy = parser.add_argument_group("DICOM privacy")
+    privacy.add_argument("--pseudonym-key", type=Path, metavar="FILE", help="your secret")
+    privacy.add_argument(
+        "--cleared", type=Path, metavar="FILE", help="quarantined series that pass"
+    )
+    privacy.add_argument(
+        "--path-map", type=Path, metavar="FILE", help="gets pseudonym and files; keep it private"
+    )
+    add_split_arguments(parser)
+    shards.add_arguments(parser, items_per_shard=VOLUMES_PER_SHARD)
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""VQA-RAD -> record folders of radiology images with their questions.
+
+    python data_prep/vqa_rad.py --source VQA-RAD --output prepared
+
+Layout of --source, either the original release
+
+    VQA_RAD Dataset Public.json      image_name, question, answer, answer_type, question_type, ...
+    VQA_RAD Image Folder/synpic*.jpg
+
+or the Hugging Face form (the folder `data` may be left out), which lost all but the text:
+
+    data/train-00000-of-00001-*.parquet        image {bytes, path}, question, answer
+    data/test-00000-of-00001-*.parquet
+
+The official split is one of questions, not of images: nearly all test images are training images
+too, and a leak check rightly says so. Questions that occur twice are taken once and questions of
+the test set are removed from train, which gives the 1,793 and 451 that papers report. Licence: CC0;
+the images come from MedPix.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from biascare.data.records import Record
+from data_prep.common import shards
+from data_prep.common.conversations import (
+    Asked,
+    Gathered,
+    ImageQuestions,
+    Question,
+    Refused,
+    asked,
+    gather,
+    questions_of,
+    turns_of,
+)
+from data_prep.common.parquet_vqa import ImagePlace, image_bytes, read_questions, split_files
+from data_prep.common.release_files import (
+    file_inside,
+    note_count,
+    note_repeated,
+    read_image,
+    read_json,
+)
+from data_prep.common.shards import Release, UnusableItemError
+
+JSON_NAME = "VQA_RAD Dataset Public.json"
+IMAGE_FOLDER = "VQA_RAD Image Folder"
+NUM_QUESTIONS = {"train": 1_793, "test": 451}
+"""Of the whole release, without repeated ones."""
+
+TEST_PREFIX = "test_"
+"""The original file marks test questions in phrase_type: "test_freeform", "test_para"."""
+
+ANATOMY = {"head": "head", "chest": "chest", "abd": "abdomen"}
+LICENCE = "VQA-RAD: CC0 1.0; images from MedPix (US National Library of Medicine)"
+MEDPIX_CASE = re.compile(r"[?&]id=([\w-]+)")
+
+
+class Item(NamedTuple):
+    """An image with its questions."""
+
+    name: str
+    place: ImagePlace | Path  # in a parquet file | a file of its own
+    questions: tuple[Question, ...]
+    facts: tuple[dict[str, Any], ...]  # parallel to questions; may be empty dicts
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = _parser().parse_args(arguments)
+    shards.run(args, plan(args.source))
+
+
+def plan(source: Path) -> list[Release]:
+    """The two official splits of either form of the release."""
+    places: dict[str, ImagePlace] = {}
+    rows = _original(source) if (source / JSON_NAME).is_file() else _parquet(source, places)
+    test = gather(rows["test"])
+    gathered = {"train": gather(rows["train"], questions_of(test)), "test": test}
+    for split, found in gathered.items():
+        note_repeated(f"VQA-RAD {split}", found.num_repeated)
+        note_count(f"VQA-RAD {split} questions", found.num_questions, NUM_QUESTIONS[split])
+    return [
+        Release(
+            source="vqa_rad",
+            split=split,
+            version="VQA-RAD, Hugging Face form" if places else "VQA-RAD, original form",
+            licence=LICENCE,
+            items=_items(found, source, places),
+            convert=partial(convert, source, split),
+            name_of=_name,
+        )
+        for split, found in gathered.items()
+    ]
+
+
+def _original(source: Path) -> dict[str, list[Asked]]:
+    rows: dict[str, list[Asked]] = {"train": [], "test": []}
+    for number, entry in enumerate(read_json(source / JSON_NAME, list)):
+        phrase = str(entry.get("phrase_type", "")).strip().lower()
+        rows["test" if phrase.startswith(TEST_PREFIX) else "train"].append(_row(number, entry))
+    return rows
+
+
+def _row(number: int, entry: dict[str, Any]) -> Asked:
+    """One entry of the original file; numbers and booleans occur as answers."""
+    case = MEDPIX_CASE.search(str(entry.get("image_case_url", "")))
+    return asked(
+        str(entry.get("image_name", "")),
+        f"{JSON_NAME}:{entry.get('qid', number)}",
+        str(entry.get("question", "")),
+        str(entry.get("answer", "")),
+        str(entry.get("answer_type") or "") or None,
+        qid=entry.get("qid"),
+        question_type=entry.get("question_type"),
+        phrase_type=entry.get("phrase_type"),
+        organ=entry.get("image_organ"),
+        case=case[1] if case else None,
+    )
+
+
+def _parquet(source: Path, places: dict[str, ImagePlace]) -> dict[str, Iterator[Asked]]:
+    return {
+        split: read_questions(split_files(source, split), places) for split in ("train", "test")
+    }
+
+
+def _items(gathered: Gathered, source: Path, places: dict[str, ImagePlace]) -> list[Item | Refused]:
+    items: list[Item | Refused] = []
+    for item in gathered.items:
+        if isinstance(item, ImageQuestions):
+            place = places.get(item.image, Path(IMAGE_FOLDER) / item.image)
+            name = item.image[:16] if item.image in places else Path(item.image).stem
+            items.append(Item(name, place, item.questions, item.facts))
+        else:
+            items.append(item)
+    return items
+
+
+def _name(item: Item | Refused) -> str:
+    return item.name
+
+
+def convert(source: Path, split: str, item: Item | Refused) -> Record:
+    """One image with its questions. Raises UnusableItemError with the reason."""
+    if isinstance(item, Refused):
+        raise UnusableItemError(item.reason)
+    if isinstance(item.place, Path):
+        image = read_image(file_inside(source, str(item.place)))
+    else:
+        image = read_image(image_bytes(item.place))
+    facts = item.facts[0]  # what is said of the image is said with each question
+    case = facts.get("case")
+    return Record(
+        id=f"vqa_rad/{item.name}",
+        image=image.data,
+        height=image.height,
+        width=image.width,
+        conversations=turns_of(item.questions),
+        task="vqa",
+        modality="radiology",
+        anatomy=ANATOMY.get(str(facts.get("organ", "")).lower(), ""),
+        source="vqa_rad",
+        split=split,
+        patient_id=None,
+        study_id=f"medpix/{case}" if case else None,
+        sex=None,
+        age=None,
+        race=None,
+        extra={"questions": list(item.facts)} if any(item.facts) else {},
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--source", required=True, type=Path, help="the release, either form")
+    shards.add_arguments(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    main()

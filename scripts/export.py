@@ -1,0 +1,163 @@
+"""Make a portable folder of a training checkpoint.
+
+    python scripts/export.py outputs/stage2 --output exports/stage2
+    python scripts/export.py outputs/stage2/checkpoints/step_00001000 --output exports/early --merge
+
+Of a run's folder the newest checkpoint that verifies is taken. The folder holds what was trained,
+the processor and a card; with --merge also the base model, the adapter folded in, in `mllm/`, which
+opens in plain transformers. Where the base model has moved since training, add model.mllm=PLACE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from biascare.config import Config, to_dict
+from biascare.schema import build
+from biascare.strict_yaml import ConfigError, read_tree
+
+if TYPE_CHECKING:
+    import torch
+
+    from biascare.models.biascarevl import BiasCareVL
+
+MOVABLE = ("model.mllm", "model.vision_weights")
+"""Keys that say where files lie; all others are part of what was trained."""
+
+PRECISIONS = {"bf16": "bfloat16", "fp32": "float32"}
+
+
+def shard_size(text: str) -> str:
+    if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", text):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a size such as 500MB or 4GB")
+    return text
+
+
+def override(text: str) -> str:
+    if text.partition("=")[0] not in MOVABLE or not text.partition("=")[2]:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected {' or '.join(f'{key}=PLACE' for key in MOVABLE)}; "
+            "nothing else of a finished run can be changed"
+        )
+    return text
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", help="folder of a run, or one of its checkpoints")
+    parser.add_argument(
+        "overrides", nargs="*", type=override, metavar="key=PLACE", help="|".join(MOVABLE)
+    )
+    parser.add_argument("--output", required=True, help="folder to write; must not exist")
+    parser.add_argument("--merge", action="store_true", help="fold the adapter into the base")
+    parser.add_argument(
+        "--max-shard-size", type=shard_size, default="4GB", help="of merged weights (default 4GB)"
+    )
+    parser.add_argument("--dtype", choices=PRECISIONS, help="default: the precision of the run")
+    return parser.parse_intermixed_args(arguments)
+
+
+def locate(source: Path) -> tuple[Path, Path]:
+    """(folder of the run, checkpoint) for either of the two."""
+    from biascare.training.checkpoint import CheckpointStore
+
+    if (source / "manifest.json").is_file():
+        return source.resolve().parents[1], source
+    if not (source / "checkpoints").is_dir():
+        raise ValueError(
+            f"{source} is neither a run (it has no checkpoints/) nor a checkpoint (it has no "
+            "manifest.json); name train.output_dir, or a step_ folder inside its checkpoints/"
+        )
+    newest = CheckpointStore(source / "checkpoints", keep=1).newest()
+    if newest is None:
+        raise ValueError(f"{source / 'checkpoints'} holds no checkpoint")
+    return source, newest
+
+
+def read_config(run: Path, overrides: list[str]) -> Config:
+    """The run's resolved configuration. Its data need not be on this machine."""
+    tree = read_tree(run / "config.yaml", overrides)
+    result = build(Config, tree)
+    problems = [*tree.problems, *result.problems]
+    if problems or result.value is None:
+        raise ConfigError(problems)
+    return result.value
+
+
+def load_trained(model: BiasCareVL, checkpoint: Path) -> None:
+    """Fill a model with what a checkpoint holds: everything that was trained."""
+    import torch
+
+    from biascare.training.checkpoint import trained_weights
+
+    prefix = "model."  # of the model inside the training step
+    weights = {k.removeprefix(prefix): v for k, v in trained_weights(checkpoint).items()}
+    wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    differing = sorted(wanted - weights.keys()) + sorted(weights.keys() - model.state_dict().keys())
+    if differing:
+        raise ValueError(
+            f"{checkpoint} does not fit the configuration beside it: they differ in "
+            f"{len(differing)} tensors, such as {differing[0]!r}; export it with the config.yaml "
+            "of its own run"
+        )
+    with torch.no_grad():
+        model.load_state_dict(weights, strict=False)
+
+
+def cast(model: BiasCareVL, dtype: torch.dtype) -> None:
+    """Weights to `dtype`; buffers are positions and stay as they are."""
+    from biascare.training.distributed import fp32_buffers
+
+    with fp32_buffers(model):
+        model.to(dtype)
+
+
+def export(options: argparse.Namespace) -> Path:
+    import torch
+    from train import build_chat, build_model
+
+    from biascare.training.export import read_run, refuse_existing, write_export
+
+    output = Path(options.output)
+    refuse_existing(output)
+    folder, checkpoint = locate(Path(options.source))
+    config = read_config(folder, options.overrides)
+    if options.merge and config.train.stage == "vision":
+        raise ValueError("--merge: the vision stage has no language model; leave it out")
+    step = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["step"]
+    facts = read_run(folder, step, to_dict(config))
+    try:
+        model, chat = build_model(config), build_chat(config)
+    except ValueError as error:
+        moved = " or ".join(f"{key}=PLACE" for key in MOVABLE)
+        raise ValueError(f"{error}. Where files have moved since training, add {moved}") from error
+    load_trained(model, checkpoint)
+    cast(model, getattr(torch, PRECISIONS[options.dtype or config.train.precision]))
+
+    def save(partial: Path) -> None:
+        model.save_pretrained(partial, merge=options.merge, max_shard_size=options.max_shard_size)
+
+    write_export(output, facts, save, None if chat is None else chat.processor)
+    return output
+
+
+def main() -> None:
+    options = parse(sys.argv[1:])
+    from train import prepare_process
+
+    prepare_process()
+    try:
+        print(f"exported to {export(options)}")
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

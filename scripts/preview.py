@@ -1,0 +1,213 @@
+"""Look at training samples exactly as the model gets them.
+
+    python scripts/preview.py --config configs/demo_stage2.yaml --samples 8 [section.key=value ...]
+
+The samples come from the loader that scripts/train.py builds from the same configuration: the same
+stream position gives the same tensors. The PNG shows images after augmentation with masks, clicks
+(+) and boxes; the terminal shows conversations, with what the language model is trained to say in
+green between guillemets and what it only reads in grey. Needs the processor of the MLLM, none of
+its weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from biascare.config import Config, load_config
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from rich.text import Text
+
+    from biascare.data.chat import ChatBuilder
+    from biascare.data.loader import TrainingStream
+    from biascare.evaluation.figures import Overlay
+    from biascare.interfaces import Sample
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--samples", type=int, default=8, help="stream positions shown")
+    parser.add_argument("--start", type=int, default=0, help="first stream position")
+    parser.add_argument("--output", default="preview.png", help="PNG to write")
+    options = parser.parse_intermixed_args(arguments)
+    if options.samples < 1 or options.start < 0:
+        parser.error("--samples must be at least 1 and --start at least 0")
+    return options
+
+
+def build_stream(config: Config) -> tuple[TrainingStream, ChatBuilder | None]:
+    """The stream inside the loader of a run's first rank."""
+    import train  # the program beside this one
+
+    from biascare.data.prevalence import prevalence_groups, total_counts
+
+    segmentation = train.open_sources(config.data.segmentation)
+    language = train.open_sources(config.data.language)
+    counts = total_counts(source.target_counts for source in segmentation)
+    groups = prevalence_groups(counts, config.eval.head_share, config.eval.tail_share)
+    chat = train.build_chat(config)
+    loader = train.build_loader(config, segmentation, language, chat, groups, 0)
+    stream: TrainingStream = loader.dataset
+    return stream, chat
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def overlays_of(stream: TrainingStream, position: int, sample: Sample) -> list[Overlay]:
+    """One picture per (image, target); a language sample has none in the vision pathway."""
+    from biascare.evaluation.figures import Overlay
+
+    if sample.image is None or sample.masks is None:
+        return []
+    assert sample.point_coords is not None and sample.point_labels is not None
+    image = sample.image.permute(1, 2, 0).numpy()
+    overlays = []
+    for row, meta in enumerate(sample.meta):
+        clicks, boxes = prompts_of(sample.point_coords[row], sample.point_labels[row])
+        kind = " and ".join(["point"] * bool(clicks) + ["box"] * bool(boxes)) or "text only"
+        title = (
+            f"position {position}  {meta['source']}  {meta['modality']}\n"
+            f"{meta['target']} ({meta['group']}), {kind}"
+        )
+        masks = [(meta["target"], sample.masks[row].numpy())]
+        overlays.append(Overlay(title=title, image=image, masks=masks, clicks=clicks, boxes=boxes))
+    return overlays
+
+
+def prompts_of(
+    coords: torch.Tensor, labels: torch.Tensor
+) -> tuple[list[tuple[float, float, int]], list[tuple[float, float, float, float]]]:
+    """Clicks (x, y, label) and boxes XYXY of one row: coords [N, 2], labels [N]."""
+    from biascare.interfaces import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, POINT_NEGATIVE, POINT_POSITIVE
+
+    points = [(x, y, label) for (x, y), label in zip(coords.tolist(), labels.tolist(), strict=True)]
+    clicks = [point for point in points if point[2] in (POINT_NEGATIVE, POINT_POSITIVE)]
+    corners = zip(
+        (p for p in points if p[2] == BOX_TOP_LEFT),
+        (p for p in points if p[2] == BOX_BOTTOM_RIGHT),
+        strict=True,
+    )
+    return clicks, [(a[0], a[1], b[0], b[1]) for a, b in corners]
+
+
+def watch_images(chat: ChatBuilder) -> list[np.ndarray]:
+    """A list that receives every image [S, S, 3] uint8 handed to the MLLM's processor from now on:
+    afterwards it is patches or normalised pixels, and no picture any more."""
+    seen: list[np.ndarray] = []
+    process = chat.image_inputs
+
+    def image_inputs(image: np.ndarray) -> dict[str, torch.Tensor]:
+        seen.append(image)
+        return process(image)
+
+    vars(chat)["image_inputs"] = image_inputs
+    return seen
+
+
+def question_overlay(position: int, sample: Sample, image: np.ndarray) -> Overlay:
+    from biascare.evaluation.figures import Overlay
+
+    meta = sample.meta[0]
+    title = f"position {position}  {meta['source']}  {meta['modality']}\n{meta['target']} question"
+    return Overlay(title=title, image=image)
+
+
+# ---------------------------------------------------------------- conversations
+
+
+def conversation(sequence: dict[str, Any], chat: ChatBuilder) -> Text:
+    """Tokens of one sequence as text: trained ones green, read ones grey, image tokens as one."""
+    from rich.text import Text
+
+    from biascare.interfaces import IGNORE_INDEX
+
+    ids = sequence["input_ids"].tolist()
+    trained = (sequence["labels"] != IGNORE_INDEX).tolist()
+    text = Text()
+    pieces = zip(ids, trained, strict=True)
+    for (is_image, is_answer), run in groupby(
+        pieces, key=lambda piece: (piece[0] == chat.image_token_id, piece[1])
+    ):
+        tokens = [token for token, _ in run]
+        if is_image:
+            text.append(f"[{len(tokens)} image tokens]", style="cyan")
+        else:
+            words = chat.tokenizer.decode(tokens, skip_special_tokens=False)
+            # Guillemets too: colours are lost in a pipe.
+            text.append(f"«{words}»" if is_answer else words, _STYLES[is_answer])
+    return text
+
+
+_STYLES = {True: "bold green", False: "bright_black"}
+
+
+def print_sample(console: Any, position: int, sample: Sample, chat: ChatBuilder | None) -> None:
+    for number, meta in enumerate(sample.meta):
+        about = [f"position {position}", meta["task"], str(meta["target"]), meta["source"]]
+        about += [meta["modality"], *([meta["group"]] if meta["group"] else [])]
+        known = [
+            f"{name} {meta[name]}" for name in ("sex", "age", "race") if meta[name] is not None
+        ]
+        console.rule(", ".join([*about, *known]), align="left", style="dim")
+        for reason in meta.get("replaced", []) if number == 0 else []:
+            console.print(f"replaces an unreadable sample: {reason}", style="red", markup=False)
+        if chat is not None:
+            sequence = sample.sequences[number]
+            console.print(conversation(sequence, chat), soft_wrap=True)
+            console.print(token_counts(sequence, chat), style="dim")
+
+
+def token_counts(sequence: dict[str, Any], chat: ChatBuilder) -> str:
+    from biascare.interfaces import IGNORE_INDEX
+
+    ids = sequence["input_ids"]
+    num_image = int((ids == chat.image_token_id).sum())
+    num_trained = int((sequence["labels"] != IGNORE_INDEX).sum())
+    return f"{len(ids)} tokens: {num_image} of the image, {num_trained} trained"
+
+
+def run(options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.overrides)  # before anything heavy
+    import train
+    from rich.console import Console
+
+    from biascare.evaluation.figures import overlay_sheet
+
+    train.prepare_process()
+    stream, chat = build_stream(config)
+    seen = watch_images(chat) if chat else []
+    console = Console(highlight=False)
+    overlays: list[Overlay] = []
+    for position in range(options.start, options.start + options.samples):
+        sample = stream[position]
+        found = overlays_of(stream, position, sample)
+        overlays += found or [question_overlay(position, sample, seen[-1])]
+        print_sample(console, position, sample, chat)
+    if overlays:
+        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+        title = f"{options.config}, positions {options.start} to {position}"
+        overlay_sheet(overlays, options.output, title=title)
+        console.print(f"{len(overlays)} pictures are in {options.output}")
+
+
+def main() -> None:
+    options = parse(sys.argv[1:])
+    try:
+        run(options)
+    except ValueError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
