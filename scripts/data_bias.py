@@ -196,7 +196,7 @@ def run(options: argparse.Namespace) -> None:
         shares.tail_share,
         folders=[str(records.folder) for records in counted],
     )
-    title = options.title or str(options.config or f"{len(counted)} record folders")
+    title = options.title or str(options.config or ", ".join(options.items[:3]))
     picture, _ = figure_files(profile, groups, folder, title)
     write_page(folder / "bias.html", profile, groups, sources, picture, title)
     text = json.dumps(as_json(profile, sources), indent=2, ensure_ascii=False)

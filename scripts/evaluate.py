@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,7 +142,9 @@ def main() -> None:
     options = parse(sys.argv[1:])
     if not (options.segmentation or options.language):
         sys.exit("nothing to evaluate: name folders after --segmentation or --language")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from biascare.training.process import prepare_process
+
+    prepare_process()
     from rich.console import Console
 
     from biascare.training.progress import evaluation_table

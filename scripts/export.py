@@ -150,7 +150,7 @@ def export(options: argparse.Namespace) -> Path:
 
 def main() -> None:
     options = parse(sys.argv[1:])
-    from train import prepare_process
+    from biascare.training.process import prepare_process
 
     prepare_process()
     try:

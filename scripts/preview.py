@@ -179,12 +179,12 @@ def token_counts(sequence: dict[str, Any], chat: ChatBuilder) -> str:
 
 def run(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)  # before anything heavy
-    import train
     from rich.console import Console
 
     from biascare.evaluation.figures import overlay_sheet
+    from biascare.training.process import prepare_process
 
-    train.prepare_process()
+    prepare_process()
     stream, chat = build_stream(config)
     seen = watch_images(chat) if chat else []
     console = Console(highlight=False)

@@ -17,7 +17,6 @@ import os
 import subprocess
 import sys
 import traceback
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -31,6 +30,7 @@ from biascare.config import (
 )
 from biascare.schema import UNSET
 from biascare.strict_yaml import read_tree
+from biascare.training.process import prepare_process
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -100,23 +100,6 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
     plan.add_argument("--prompt-tokens", type=int, default=64, help="text of a question (64)")
     plan.add_argument("--answer-tokens", type=int, default=64, help="of an answer (64)")
     return parser.parse_intermixed_args(arguments)
-
-
-def prepare_process() -> None:
-    """Divide the cores among the ranks of this machine, unless the user has: oversubscribed threads
-    make CPU ranks dozens of times slower. Then silence what libraries say about themselves."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import torch
-    import transformers
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise it warns that it found none
-    transformers.utils.logging.disable_progress_bar()
-    for message in ("`is_gradient_checkpointing`", "`torch.distributed"):
-        # Of peft's and DeepSpeed's calls; nothing a user could change.
-        warnings.filterwarnings("ignore", category=FutureWarning, message=message)
 
 
 def fail(error: Exception, folder: str | None = None) -> NoReturn:

@@ -373,7 +373,7 @@ def test_the_program_says_what_it_did_and_what_went_wrong(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("train.prepare_process", lambda: None)  # it is about a process of its own
+    monkeypatch.setattr("biascare.training.process.prepare_process", lambda: None)
     arguments = [str(runs["zero2"].folder), "--output", str(tmp_path / "made")]
     monkeypatch.setattr(sys, "argv", ["export.py", *arguments])
     export.main()

@@ -172,7 +172,7 @@ from biascare.data.records import Records
 sources = json.load(open(sys.argv[1]))
 def private_mib():
     lines = open("/proc/self/smaps_rollup").read().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty")) / 1024
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous")) / 1024
 gc.collect()
 before = private_mib()
 began, began_cpu = time.perf_counter(), time.process_time()
@@ -207,8 +207,8 @@ sys.stdin.readline()
 
 def measure(index: Path) -> list[dict[str, Any]]:
     """Open the whole mixture in two processes at once, as ranks and workers do, find and read rows.
-    Memory is what no other process can share: clean pages of the mapped files belong to the page
-    cache, however many processes map them."""
+    Memory is what no other process can share, Linux's "Anonymous": pages of mapped files belong to
+    the page cache, however many processes map them."""
     command = [sys.executable, "-c", OPEN, str(index)]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     both = [subprocess.Popen(command, cwd=ROOT, **pipes) for _ in range(2)]
@@ -334,6 +334,7 @@ def test_the_stream_is_the_same_for_any_number_of_ranks_and_workers(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes:UserWarning")
 @pytest.mark.parametrize(("world_size", "num_workers"), [(1, 4), (2, 4), (4, 2), (4, 4)])
 def test_the_stream_is_the_same_for_many_ranks_with_many_workers(
     tiny_records: Path, one_process: list[str], world_size: int, num_workers: int

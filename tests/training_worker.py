@@ -25,6 +25,7 @@ from torch import Tensor
 from biascare.config import load_config
 from biascare.data.loader import collate
 from biascare.training import distributed, trainer
+from biascare.training.process import prepare_process
 from biascare.training.step import TrainStep
 from scripts import train
 from tests.tiny import language_sample, pad_token_id, segmentation_sample
@@ -195,7 +196,7 @@ def run_job(job: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    train.prepare_process()
+    prepare_process()
     torch.set_num_threads(1)
     # The world outlives its runs here; the last one leaves it.
     with mock.patch.object(distributed, "leave_process_group"):

@@ -202,25 +202,18 @@ class _Axis(NamedTuple):
         best = self.weights.argmax(axis=1)[:, None]
         return np.take_along_axis(self.pixels, best, axis=1)[:, 0]
 
-    def touching(self, stretch: slice) -> NDArray[np.intp]:
-        """The cells whose windows reach into a stretch of pixels, ascending."""
-        first, last = self.pixels[:, 0], self.pixels[:, -1]
-        return np.flatnonzero((first < stretch.stop) & (last >= stretch.start))
+    def within(self, stretch: slice) -> _Axis:
+        """The same cells over a stretch of the pixels, numbered from its start; the pixels outside
+        it weigh nothing."""
+        there = (self.pixels >= stretch.start) & (self.pixels < stretch.stop)
+        pixels = np.clip(self.pixels, stretch.start, stretch.stop - 1) - stretch.start
+        return _Axis(pixels=pixels, weights=np.where(there, self.weights, 0.0))
 
-    def average(
-        self, values: Array, cells: NDArray[np.intp], start: int = 0
-    ) -> NDArray[np.float64]:
-        """[n, m] -> [len(cells), m] mean of the values over some cells: the matrix product.
-
-        `values` are of the pixels from `start` on; all others are 0.
-        """
-        stop = start + len(values)
-        averaged = np.zeros((len(cells), values.shape[1]))
+    def average(self, values: Array) -> NDArray[np.float64]:
+        """[n, m] -> [S, m] mean of the values over each cell: the matrix product."""
+        averaged = np.zeros((len(self.pixels), values.shape[1]))
         for band in range(self.pixels.shape[1]):
-            pixels = self.pixels[cells, band]
-            there = (pixels >= start) & (pixels < stop)
-            weights = np.where(there, self.weights[cells, band], 0.0)[:, None]
-            averaged += weights * values[np.clip(pixels, start, stop - 1) - start]
+            averaged += self.weights[:, band, None] * values[self.pixels[:, band]]
         return averaged
 
 
@@ -246,6 +239,13 @@ def _axis(start: float, stop: float, size: int, num_pixels: int) -> _Axis:
     return _Axis(pixels=pixels, weights=overlap.clip(0) / np.diff(edges)[:, None])
 
 
+def _extent(filled: NDArray[np.bool_]) -> slice:
+    """From the first to the last True of [n]; of none, one place: most targets fill a small part of
+    their image, and only that part needs work."""
+    places = np.flatnonzero(filled)
+    return slice(int(places[0]), int(places[-1]) + 1) if len(places) else slice(0, 1)
+
+
 def _resize_components(mask: NDArray[np.bool_], geometry: Geometry) -> NDArray[np.uint8]:
     """[H, W] -> [S, S] before mirroring: cells full of mask, and of the others the densest.
 
@@ -253,16 +253,12 @@ def _resize_components(mask: NDArray[np.bool_], geometry: Geometry) -> NDArray[n
     """
     left, top = math.floor(geometry.x0), math.floor(geometry.y0)
     inside = mask[top : math.ceil(geometry.y1), left : math.ceil(geometry.x1)]
-    labels = np.zeros(inside.shape, np.int32)
     rows = _axis(geometry.y0 - top, geometry.y1 - top, geometry.size, inside.shape[0])
     columns = _axis(geometry.x0 - left, geometry.x1 - left, geometry.size, inside.shape[1])
-    covered = np.zeros((geometry.size, geometry.size))
-    if inside.any():
-        box = ndimage.find_objects(inside.view(np.uint8))[0]  # most targets fill a small part
-        ndimage.label(inside[box], _EIGHT_CONNECTED, output=labels[box])
-        near = np.ix_(rows.touching(box[0]), columns.touching(box[1]))
-        across = rows.average(inside[:, box[1]], near[0][:, 0])
-        covered[near] = columns.average(across.T, near[1][0], box[1].start).T
+    filled_rows, filled_columns = _extent(inside.any(axis=1)), _extent(inside.any(axis=0))
+    rows, columns = rows.within(filled_rows), columns.within(filled_columns)
+    labels, _ = ndimage.label(inside[filled_rows, filled_columns], _EIGHT_CONNECTED)
+    covered = columns.average(rows.average(labels > 0).T).T
     full = covered > 1 - _NEGLIGIBLE
     # Adjacent pixels share a component, so the component of a full cell is that of any pixel in it.
     full_component = np.where(full, labels[np.ix_(rows.densest, columns.densest)], 0)

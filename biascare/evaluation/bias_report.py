@@ -195,7 +195,8 @@ def _draw_legend(
         for group, color in GROUP_COLORS.items()
         if group in groups.values()
     ]
-    handles.append(Patch(color=MISSING_COLOR, label="unknown"))
+    if any(MISSING in distribution.raw for distribution in profile.values()):
+        handles.append(Patch(color=MISSING_COLOR, label="unknown"))
     if any(distribution.stream for distribution in profile.values()):
         style: dict[str, Any] = {"mfc": "white", "mec": STREAM_COLOR, "ls": "", "ms": 4}
         handles.append(Line2D([], [], marker="D", label="share of what the run draws", **style))
@@ -203,7 +204,7 @@ def _draw_legend(
         handles=handles,
         loc="upper right",
         bbox_to_anchor=(0.995, 1.0),
-        ncols=len(handles),
+        ncols=max(len(handles), 1),
         fontsize=7,
         frameon=False,
         handlelength=1.2,

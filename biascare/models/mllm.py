@@ -169,8 +169,6 @@ class MLLMPathway(nn.Module):
         if report is not None:
             LOGGER.info("model.mllm %s\n%s", path, report)
         base.requires_grad_(False)
-        if activation_checkpointing:
-            _enable_checkpointing(base)
         model: nn.Module = base
         if adapter is not None:
             model = PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
@@ -184,6 +182,10 @@ class MLLMPathway(nn.Module):
                     target_modules=LORA_TARGETS,
                 ),
             )
+        if activation_checkpointing:
+            # After the adapter: peft would otherwise make the frozen vision tower's input require a
+            # gradient, and the tower would be kept, recomputed and differentiated for nothing.
+            _enable_checkpointing(base)
         return cls(model, path, report)
 
     @property

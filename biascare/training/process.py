@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 import warnings
 
 
 def prepare_process() -> None:
     """Divide the cores among the ranks of this machine, unless the user has: oversubscribed threads
-    make CPU ranks dozens of times slower. Then silence what libraries say about themselves."""
+    make CPU ranks dozens of times slower. Then silence what libraries say about themselves, and let
+    rank 0 print what this package logs (what was loaded from foreign weights)."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -21,3 +24,7 @@ def prepare_process() -> None:
     for message in ("`is_gradient_checkpointing`", "`torch.distributed"):
         # Of peft's and DeepSpeed's calls; nothing a user could change.
         warnings.filterwarnings("ignore", category=FutureWarning, message=message)
+    log = logging.getLogger("biascare")
+    if os.environ.get("RANK", "0") == "0" and not log.handlers:
+        log.addHandler(logging.StreamHandler(sys.stdout))
+        log.setLevel(logging.INFO)
