@@ -25,7 +25,14 @@ from biascare.data.loader import (
 from biascare.data.mixture import GlobalBatchSampler
 from biascare.data.prevalence import prevalence_groups, total_counts
 from biascare.data.records import Records, decode_mask
-from biascare.data.transforms import Geometry, apply_image, decode_image, first_point, names_side
+from biascare.data.transforms import (
+    Geometry,
+    apply_image,
+    decode_image,
+    first_point,
+    names_side,
+    read_image,
+)
 from biascare.interfaces import Batch
 from tests.tiny import (
     HEIGHT,
@@ -179,11 +186,11 @@ def geometries(stream: TrainingStream, monkeypatch: pytest.MonkeyPatch) -> list[
     """Grows by the geometry of each image the stream makes."""
     used: list[Geometry] = []
 
-    def spy(image: Any, geometry: Geometry) -> Any:
+    def spy(data: bytes, geometry: Geometry) -> Any:
         used.append(geometry)
-        return apply_image(image, geometry)
+        return read_image(data, geometry)
 
-    monkeypatch.setattr(module, "apply_image", spy)
+    monkeypatch.setattr(module, "read_image", spy)
     return used
 
 
@@ -331,7 +338,7 @@ def test_a_defect_of_the_program_is_not_taken_for_a_bad_sample(
     def broken(*_: Any) -> None:
         raise TypeError("a defect")
 
-    monkeypatch.setattr(module, "apply_image", broken)
+    monkeypatch.setattr(module, "read_image", broken)
     with pytest.raises(TypeError, match="a defect"):
         tiny_stream(tiny_records, None)[0]
 

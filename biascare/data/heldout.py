@@ -23,11 +23,10 @@ from biascare.data.loader import collate, first, row_meta
 from biascare.data.records import Records, Turn, decode_mask
 from biascare.data.transforms import (
     Geometry,
-    apply_image,
     apply_mask,
     apply_points,
-    decode_image,
     first_point,
+    read_image,
 )
 from biascare.interfaces import POINT_POSITIVE, Batch, Sample
 
@@ -84,7 +83,7 @@ class HeldOut(Dataset, ABC):
 
     def _image(self, row: dict[str, Any]) -> tuple[np.ndarray, Geometry]:
         geometry = Geometry.full(row["height"], row["width"], self.image_size)
-        return apply_image(decode_image(row["image"]), geometry), geometry
+        return read_image(row["image"], geometry), geometry
 
 
 class HeldOutImages(HeldOut):

@@ -27,13 +27,12 @@ from biascare.data.prevalence import total_counts
 from biascare.data.records import Records, Turn, decode_mask
 from biascare.data.transforms import (
     Geometry,
-    apply_image,
     apply_mask,
-    decode_image,
     draw_geometry,
     draw_intensity,
     draw_prompts,
     names_side,
+    read_image,
 )
 from biascare.interfaces import IGNORE_INDEX, Batch, Prompts, Sample
 
@@ -195,7 +194,7 @@ class TrainingStream(Dataset):
         )
 
     def _image(self, row: dict[str, Any], geometry: Geometry, key: int) -> np.ndarray:
-        image = apply_image(decode_image(row["image"]), geometry)
+        image = read_image(row["image"], geometry)
         if self.settings.augment:
             image = draw_intensity(image, sample_key(key, "intensity"))
         return image

@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 
@@ -84,13 +83,12 @@ class Records:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).absolute()
         self.manifest = _read_manifest(self.folder)
-        self._dataset = _open(self.folder, self.manifest)
-        table = self._dataset.data.table
-        self._columns = dict(zip(table.column_names, table.columns, strict=True))
+        self._batches = _open(self.folder, self.manifest)
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
         self._segmentation_units, self._language_units = self._load_units()
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Row `index` as python values: image bytes, targets [{name, rle}], conversations
@@ -100,10 +98,17 @@ class Records:
         return row
 
     def _stored_row(self, index: int) -> dict[str, Any]:
-        """Row `index` as it was digested. Straight from the Arrow columns: the formatting layers of
-        `datasets` cost several times the row itself."""
+        """Row `index` as it was digested."""
         number = range(len(self))[index]
-        return {name: column[number].as_py() for name, column in self._columns.items()}
+        batch = int(np.searchsorted(self._starts, number, side="right")) - 1
+        place = number - int(self._starts[batch])
+        row: dict[str, Any] = self._batches[batch].slice(place, 1).to_pylist()[0]
+        return row
+
+    @property
+    def table(self) -> pa.Table:
+        """All rows as columns, memory-mapped: only pages of the columns that are used are read."""
+        return pa.Table.from_batches(self._batches, schema=_SCHEMA)
 
     def __reduce__(self) -> tuple[type[Records], tuple[str]]:
         return (Records, (str(self.folder),))
@@ -123,7 +128,7 @@ class Records:
 
     def question_kinds(self) -> list[str]:
         """[U] kind of each language unit, in their order; image pages stay untouched."""
-        chunks = self._dataset.data.table["conversations"].chunks
+        chunks = self.table["conversations"].chunks
         return [
             str(kind)
             for chunk in chunks  # one at a time: joining them would copy the texts
@@ -149,7 +154,7 @@ class Records:
     def _load_units(self) -> tuple[np.ndarray, np.ndarray]:
         paths = [self.folder / SEGMENTATION_UNITS, self.folder / LANGUAGE_UNITS]
         if not all(path.is_file() for path in paths):  # `datasets` copies shards without them
-            return stream_units(self._dataset.data.table)
+            return stream_units(self.table)
         segmentation, language = (
             np.load(path, mmap_mode="r", allow_pickle=False) for path in paths
         )
@@ -185,17 +190,35 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _open(folder: Path, manifest: Mapping[str, Any]) -> datasets.Dataset:
-    """Map the shards. Raises ValueError when they are not what the manifest describes."""
+_SCHEMA = FEATURES.arrow_schema
+
+
+def _open(folder: Path, manifest: Mapping[str, Any]) -> list[pa.RecordBatch]:
+    """Map the files. Raises ValueError when they are not what the manifest describes.
+
+    Read by Arrow itself: `datasets` spends a millisecond and 40 kB on every file, which is too much
+    for the thousands of files of millions of images.
+    """
     try:
-        dataset = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        names = [Path(entry["filename"]).name for entry in state["_data_files"]]
+        batches = [batch for name in names for batch in _read_file(folder / name)]
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise ValueError(f"{folder} is damaged ({error}); prepare it again") from error
-    if not isinstance(dataset, datasets.Dataset) or dataset.features != FEATURES:
-        raise ValueError(f"{folder} does not have the columns of {FORMAT}; prepare it again")
-    if len(dataset) != manifest["num_rows"]:
+    num_rows = sum(batch.num_rows for batch in batches)
+    if num_rows != manifest["num_rows"]:
         raise ValueError(
-            f"{folder} has {len(dataset)} rows, its {MANIFEST} says {manifest['num_rows']}; "
+            f"{folder} has {num_rows} rows, its {MANIFEST} says {manifest['num_rows']}; "
             "a shard is missing or foreign, prepare it again"
         )
-    return dataset
+    return batches
+
+
+def _read_file(path: Path) -> Iterator[pa.RecordBatch]:
+    """Memory-mapped batches of an Arrow stream. All share one schema: a file's own copy of it would
+    cost as much memory as its arrays."""
+    messages = pa.ipc.MessageReader.open_stream(pa.memory_map(str(path)))
+    if not pa.ipc.read_schema(messages.read_next_message()).equals(_SCHEMA):
+        raise ValueError(f"{path.name} does not have the columns of {FORMAT}")
+    for message in messages:
+        yield pa.ipc.read_record_batch(message, _SCHEMA)

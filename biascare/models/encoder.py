@@ -120,22 +120,40 @@ def position_views(products: Tensor, window: Window, row: int) -> tuple[Tensor, 
     return by_row, by_col
 
 
+def padding_rectangles(window: Window) -> list[tuple[slice, slice]]:
+    """(rows, cols) that are padding: below the real tokens, and beside them; no empty ones."""
+    below = (slice(window.rows, window.span), slice(0, window.span))
+    beside = (slice(0, window.rows), slice(window.cols, window.span))
+    sides = ((below, window.rows), (beside, window.cols))
+    return [rectangle for rectangle, size in sides if size < window.span]
+
+
 def padding_logit(by_row: Tensor, by_col: Tensor, window: Window) -> Tensor:
     """[..., 1]: position logit that makes one padded key weigh as much as all of the window's.
 
-    `by_row` and `by_col` [..., span]. The padding is the rows below the real tokens and the columns
-    right of them; in either rectangle the sum over (row, col) of exp(by_row + by_col) is a product
-    of two sums. The content of padded keys is one and the same and stays in the ordinary product.
+    `by_row` and `by_col` [..., span]. In a rectangle of padding, the sum over (row, col) of
+    exp(by_row + by_col) is a product of two sums. The content of padded keys is one and the same
+    and stays in the ordinary product.
     """
-    by_row, by_col = by_row.float(), by_col.float()
-    rectangles = []
-    if window.rows < window.span:
-        below = by_row[..., window.rows :].logsumexp(-1, keepdim=True)
-        rectangles.append(below + by_col.logsumexp(-1, keepdim=True))
-    if window.cols < window.span:
-        beside = by_row[..., : window.rows].logsumexp(-1, keepdim=True)
-        rectangles.append(beside + by_col[..., window.cols :].logsumexp(-1, keepdim=True))
-    return rectangles[0] if len(rectangles) == 1 else torch.logaddexp(*rectangles)
+    masses = [
+        by_row[..., rows].logsumexp(-1, keepdim=True)
+        + by_col[..., cols].logsumexp(-1, keepdim=True)
+        for rows, cols in padding_rectangles(window)
+    ]
+    return masses[0] if len(masses) == 1 else torch.logaddexp(*masses)
+
+
+def add_padding_gradients(
+    grad: tuple[Tensor, Tensor], views: tuple[Tensor, Tensor], scale: Tensor, window: Window
+) -> None:
+    """Add to `grad` what `padding_logit(*views, window)` with gradient `scale` [..., 1] gives."""
+    total = padding_logit(*views, window)
+    for rectangle in padding_rectangles(window):
+        by_row, by_col = (x[..., part] for x, part in zip(views, rectangle, strict=True))
+        beside_row = by_col.logsumexp(-1, keepdim=True) - total
+        beside_col = by_row.logsumexp(-1, keepdim=True) - total
+        grad[0][..., rectangle[0]] += (by_row + beside_row).exp_().mul_(scale)
+        grad[1][..., rectangle[1]] += (by_col + beside_col).exp_().mul_(scale)
 
 
 def position_logits(q: Tensor, table: Tensor, window: Window, row: int) -> Tensor:
@@ -149,7 +167,7 @@ def position_logits(q: Tensor, table: Tensor, window: Window, row: int) -> Tenso
     logits = real_row.expand(*real_row.shape[:-1], window.cols).contiguous().add_(real_col)
     logits = logits.flatten(-2)
     if window.padded:
-        padding = padding_logit(by_row, by_col, window)
+        padding = padding_logit(by_row.float(), by_col.float(), window)
         logits = torch.cat([logits, padding.to(logits.dtype)], -1)
     return logits.flatten(-3, -2)
 
@@ -165,14 +183,9 @@ def position_gradients(
     torch.sum(real, -1, out=grad_row[..., : window.rows])
     torch.sum(real, -2, out=grad_col[..., : window.cols])
     if window.padded:
-        with torch.enable_grad():
-            views = position_views(q @ table.t(), window, row)
-            by_row, by_col = (x.detach().requires_grad_() for x in views)
-            padding = padding_logit(by_row, by_col, window)
-        grad_padding = grad_logits[..., -1:].to(padding.dtype)
-        more_row, more_col = torch.autograd.grad(padding, (by_row, by_col), grad_padding)
-        grad_row += more_row
-        grad_col += more_col
+        by_row, by_col = position_views(q @ table.t(), window, row)
+        views, scale = (by_row.float(), by_col.float()), grad_logits[..., -1:].float()
+        add_padding_gradients((grad_row, grad_col), views, scale, window)
     return grad
 
 
