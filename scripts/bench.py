@@ -5,6 +5,8 @@
 encoder     the image encoder (ViT-B, 256 pixels, batch 1 and 4, fp32) against segment_anything's
             and transformers' with the same weights: time and peak memory, forward and backward
 joint_step  a joint training step against the sum of its two bare backbones
+packing     the adapted LLM on padded sequences against the same in one packed row
+loader      segmentation samples a second against a bare Pillow decode and resize
 
 Runs alternate between the sides and medians are compared, because machines are noisy; absolute
 times are printed for orientation only. On one thread unless OMP_NUM_THREADS says otherwise.
@@ -258,7 +260,119 @@ def joint_step(repeats: int) -> None:
         )
 
 
-BENCHMARKS: dict[str, Callable[[int], None]] = {"encoder": encoder, "joint_step": joint_step}
+LENGTHS = {
+    "short answers": (95, 90, 98, 92, 110, 130, 160, 120),
+    "with reports": (95, 90, 98, 92, 400, 120, 350, 130),
+}
+"""Tokens of a micro-batch's sequences: four instructions of segmentation, four questions."""
+
+
+def packing(repeats: int) -> None:
+    """Forward and backward of the adapted LLM, padded against packed, on the same tokens."""
+    import torch
+
+    from biascare.models.mllm import LoraSettings, MLLMPathway
+    from biascare.models.tiny import build_tiny_mllm
+
+    for hidden_size, num_layers in ((128, 4), (512, 12)):
+        with tempfile.TemporaryDirectory() as folder:
+            build_tiny_mllm(folder, TEXTS, hidden_size=hidden_size, num_layers=num_layers)
+            mllm = MLLMPathway.load(folder, lora=LoraSettings()).train()
+        for name, lengths in LENGTHS.items():
+            mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+            inputs = {
+                "input_ids": 20 * mask,
+                "attention_mask": mask,
+                "mm_token_type_ids": torch.zeros_like(mask),
+            }
+
+            def run(
+                packed: bool, mllm: MLLMPathway = mllm, inputs: dict[str, Tensor] = inputs
+            ) -> None:
+                mllm.packing = packed
+                mllm.hidden_states(inputs, []).mean().backward()
+
+            padded, packed, ratio = compare(partial(run, False), partial(run, True), repeats)
+            print(
+                f"packing, LLM of {hidden_size} x {num_layers}, {name}: {ratio:.2f} x faster, "
+                f"{1 - float(mask.float().mean()):.0%} padding "
+                f"({packed * 1e3:.0f} ms against {padded * 1e3:.0f} ms)"
+            )
+
+
+def write_photographs(folder: str, side: int, num_images: int) -> None:
+    """JPEG images of `side` pixels with one square target each."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    from biascare.data.records import Record, RecordWriter
+
+    rng = np.random.default_rng(0)
+    mask = np.zeros((side, side), np.bool_)
+    mask[side // 4 : side // 2, side // 4 : side // 2] = True
+    about: dict[str, Any] = {"task": "segmentation", "modality": "ct", "source": "bench"}
+    nobody: dict[str, Any] = dict.fromkeys(("patient_id", "study_id", "sex", "age", "race"))
+    with RecordWriter(folder, source="bench", split="train", version="1", licence="-") as writer:
+        for number in range(num_images):
+            coarse = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+            buffer = io.BytesIO()
+            coarse.resize((side, side), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+            writer.write(
+                Record(
+                    id=str(number),
+                    image=buffer.getvalue(),
+                    height=side,
+                    width=side,
+                    targets=[("liver", mask)],
+                    split="train",
+                    **about,
+                    **nobody,
+                )
+            )
+
+
+def loader(repeats: int) -> None:
+    """The loader's segmentation samples against decoding and resizing the same images alone."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    from biascare.data.loader import StreamSettings, TrainingStream
+    from biascare.data.mixture import Mixture
+    from biascare.data.records import Records
+
+    for side in (512, 1024, 2048):
+        with tempfile.TemporaryDirectory() as folder:
+            write_photographs(f"{folder}/train", side, 16)
+            records = Records(f"{folder}/train")
+            settings = StreamSettings(256, 1, 0.5, {"point": 1.0}, True, 0)
+            mixture = Mixture([(len(records), None)], [], (1, 0), seed=0)
+            stream = TrainingStream([records], [], mixture, None, {}, settings)
+
+            def bare(records: Records = records) -> None:
+                for number in range(len(records)):
+                    image = Image.open(io.BytesIO(records[number]["image"])).convert("RGB")
+                    np.array(image.resize((256, 256), Image.Resampling.BILINEAR))
+
+            def ours(stream: TrainingStream = stream, num_images: int = len(records)) -> None:
+                stream.__getitems__(list(range(num_images)))
+
+            plain, made, ratio = compare(bare, ours, repeats)
+            print(
+                f"loader, JPEG of {side} pixels: {ratio:.2f} of a bare decode and resize "
+                f"({made * 1e3 / 16:.1f} ms against {plain * 1e3 / 16:.1f} ms per image)"
+            )
+
+
+BENCHMARKS: dict[str, Callable[[int], None]] = {
+    "encoder": encoder,
+    "joint_step": joint_step,
+    "packing": packing,
+    "loader": loader,
+}
 
 
 def main() -> None:

@@ -15,18 +15,16 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from biascare.config import load_config
-from biascare.models import encoder as encoder_module
-from biascare.models.encoder import (
+from biascare.models import relative_attention as attention_module
+from biascare.models.encoder import ImageEncoder, token_layout, window_groups
+from biascare.models.mllm import LoraSettings, MLLMPathway
+from biascare.models.relative_attention import (
     CpuAttention,
-    ImageEncoder,
     Window,
     attend,
     padding_logit,
     position_views,
-    token_layout,
-    window_groups,
 )
-from biascare.models.mllm import LoraSettings, MLLMPathway
 from biascare.models.vision import VisionPathway
 from tests.test_mllm import mixed_batch
 from tests.tiny import wake
@@ -112,7 +110,7 @@ def test_attention_in_chunks_of_queries_gives_the_same_numbers_and_gradients(
 ) -> None:
     ours, theirs = both(96, 8, 8)  # 12 x 12 tokens
     x = images(ours)
-    monkeypatch.setattr(encoder_module, "MAX_QUERIES", num_queries)
+    monkeypatch.setattr(attention_module, "MAX_QUERIES", num_queries)
     with torch.no_grad():
         assert float((ours(x) - theirs(x)).abs().max()) <= 1e-5
     assert largest_relative_difference(gradients(ours, x), gradients(theirs, x)) <= 1e-5

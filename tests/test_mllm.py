@@ -321,6 +321,13 @@ def test_weights_that_lack_a_tensor_are_refused_instead_of_drawn_at_random(
         MLLMPathway.load(str(folder))
 
 
+def test_a_processor_opens_from_a_folder_of_its_own(tiny_mllm: Path, tmp_path: Path) -> None:
+    """As in exports, which keep it beside the weights."""
+    load_processor(str(tiny_mllm)).save_pretrained(tmp_path)
+    assert not (tmp_path / "config.json").exists()
+    assert load_processor(str(tmp_path)).tokenizer.get_vocab()
+
+
 def test_a_processor_without_a_chat_template_is_refused(tiny_mllm: Path, tmp_path: Path) -> None:
     folder = tmp_path / "base"
     shutil.copytree(tiny_mllm, folder)

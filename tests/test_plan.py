@@ -37,6 +37,7 @@ from biascare.models.blank import (
     weights_left_out,
 )
 from biascare.models.mllm import LoraSettings
+from biascare.models.relative_attention import attend
 from biascare.training.distributed import OptimizerSettings, parameter_groups
 from biascare.training.dry_run import dry_run
 from biascare.training.plan import (
@@ -121,7 +122,7 @@ CPU_ATTENTION = {
 @pytest.fixture
 def encoder_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """The encoder has a way of its own for CPUs, with other products; a plan is of the other."""
-    monkeypatch.setattr(encoder.RelativeAttention, "_attend", staticmethod(encoder.attend))
+    monkeypatch.setattr(encoder, "relative_attention", attend)
 
 
 class Measured:

@@ -59,7 +59,8 @@ def load_processor(path: str) -> Any:
     For a checkpoint in LLaVA's original layout it is put together from the parts that are there.
     Raises ValueError when it cannot be opened or has no chat template.
     """
-    if is_original_llava(_opened(path, read_config)):
+    alone = Path(path).is_dir() and not (Path(path) / "config.json").exists()  # as exports keep it
+    if not alone and is_original_llava(_opened(path, read_config)):
         processor: Any = load_original_llava_processor(path)
     else:
         processor = _opened(path, AutoProcessor.from_pretrained)
