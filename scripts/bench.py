@@ -383,6 +383,9 @@ def main() -> None:
     parser.add_argument("--only", choices=sorted(BENCHMARKS), help="one benchmark")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from biascare.training.process import prepare_process
+
+    prepare_process()
     for name, benchmark in BENCHMARKS.items():
         if options.only in (None, name):
             benchmark(options.repeats)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, linear
 from torch.utils.checkpoint import checkpoint
 
-from biascare.models.relative_attention import Window, distance_table, relative_attention
+from biascare.models.relative_attention import Window, distance_table, join, relative_attention
 
 
 class WindowGroup(NamedTuple):
@@ -107,34 +107,27 @@ class RelativeAttention(nn.Module):
 
     def forward(self, x: Tensor, layout: TokenLayout) -> Tensor:
         """`x` [T, C] in window order -> [T, C]."""
+        if self.window:
+            return self.proj(self._attend(x, window_groups(layout.grid, self.window), layout))
+        raster = x.index_select(0, layout.inverse)
+        whole = window_groups(layout.grid, max(layout.grid))
+        return self.proj(self._attend(raster, whole, layout)).index_select(0, layout.order)
+
+    def _attend(self, x: Tensor, groups: list[WindowGroup], layout: TokenLayout) -> Tensor:
+        """`x` [T, C], group after group -> [T, C]."""
         qkv, bias = self.qkv(x)
         head_dim = self.rel_pos_h.shape[1]
         qkv = qkv.unflatten(1, (3, self.num_heads, head_dim))
         padding = bias.to(qkv.dtype).view(3, self.num_heads, head_dim)[1:]
         table = distance_table(self.rel_pos_h, self.rel_pos_w, head_dim**-0.5).to(qkv.dtype)
-        run = self._in_windows if self.window else self._over_grid
-        return self.proj(run(qkv, padding, table, layout))
-
-    def _over_grid(
-        self, qkv: Tensor, padding: Tensor, table: Tensor, layout: TokenLayout
-    ) -> Tensor:
-        rows, cols = layout.grid
-        raster = qkv.index_select(0, layout.inverse).unflatten(0, (-1, rows * cols))
-        attended = relative_attention(raster, padding, table, Window(rows, rows, cols))
-        return attended.flatten(0, 1).index_select(0, layout.order)
-
-    def _in_windows(
-        self, qkv: Tensor, padding: Tensor, table: Tensor, layout: TokenLayout
-    ) -> Tensor:
-        num_images = len(qkv) // (layout.grid[0] * layout.grid[1])
-        groups = window_groups(layout.grid, self.window)
+        num_images = len(x) // (layout.grid[0] * layout.grid[1])
         slices = qkv.split([num_images * group.num_tokens for group in groups])
         attended = []
         for part, group in zip(slices, groups, strict=True):
             windows = part.unflatten(0, (-1, group.rows * group.cols))
-            window = Window(self.window, group.rows, group.cols)
+            window = Window(self.window or layout.grid[0], group.rows, group.cols)
             attended.append(relative_attention(windows, padding, table, window).flatten(0, 1))
-        return torch.cat(attended)
+        return join(attended)
 
 
 class MLP(nn.Module):

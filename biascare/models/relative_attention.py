@@ -155,7 +155,7 @@ def split_heads(qkv: Tensor, padding: Tensor, window: Window) -> tuple[Tensor, T
 
 
 def join(parts: list[Tensor]) -> Tensor:
-    """Chunks of queries in one tensor, without a copy where there is one."""
+    """Parts of the tokens [..., tokens, d] in one tensor, without a copy where there is one."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 
 
