@@ -58,7 +58,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--max-questions", type=int, default=0, help="of an image in one conversation; 0: all"
     )
-    parser.add_argument("--steps", type=int, default=500, help="optimizer steps; 0: random")
+    parser.add_argument("--steps", type=int, default=650, help="optimizer steps; 0: random")
     parser.add_argument("--batch-size", type=int, default=16, help="images per step")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
@@ -195,7 +195,6 @@ def train(options: argparse.Namespace, sources: list[Records]) -> MLLMPathway:
     chat = ChatBuilder(processor, image_size=options.image_size, max_tokens=4096)
     mllm = MLLMPathway.load(options.output).train()
     around_given = options.language_model is not None
-    mllm.packing = around_given  # the demo's recorded results were computed on padded sequences
     trained = list(mllm.parameters())
     if around_given:
         trained = mllm.part_parameters("mllm_vision_tower")
