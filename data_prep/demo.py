@@ -18,7 +18,9 @@ import difflib
 import io
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -193,9 +195,12 @@ def generate(
     bias: str = "none",
     image_size: int = 128,
     overwrite: bool = False,
+    num_workers: int = 0,
     progress: bool = False,
 ) -> None:
     """Write the three record folders and planted_bias.json, with a progress bar if asked.
+
+    The bytes do not depend on the number of worker processes.
 
     Raises ValueError for an unknown size or bias, a negative seed, an image size outside
     MIN_IMAGE_SIZE..MAX_IMAGE_SIZE, or when a folder exists and `overwrite` is off.
@@ -221,10 +226,21 @@ def generate(
             overwrite=overwrite,
         )
         with writer:
-            for case in track(members, f"{split:5}", disable=not progress):
-                writer.write(make_record(case, seed, bias, image_size))
+            make = partial(make_record, seed=seed, bias=bias, image_size=image_size)
+            made = _map(make, members, num_workers)
+            for record in track(made, f"{split:5}", total=len(members), disable=not progress):
+                writer.write(record)
     text = json.dumps(planted_bias(cases, seed, bias), indent=2)
     (output / "planted_bias.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _map(make: Callable[[Case], Record], cases: list[Case], num_workers: int) -> Iterator[Record]:
+    """Records of the cases in their order."""
+    if not num_workers:
+        yield from map(make, cases)
+        return
+    with ProcessPoolExecutor(num_workers) as pool:
+        yield from pool.map(make, cases, chunksize=16)
 
 
 def _check(name: str, value: str, known: Sequence[str]) -> None:
@@ -645,6 +661,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes")
     parser.add_argument("--bias", default="none", help=f"one of {', '.join(BIASES)}")
     parser.add_argument("--image-size", type=int, default=128, help="side of the images, pixels")
+    parser.add_argument("--num-workers", type=int, default=0, help="processes; 0: this one only")
     parser.add_argument("--overwrite", action="store_true", help="replace existing folders")
     options = vars(parser.parse_args(arguments))
     try:

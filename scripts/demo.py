@@ -131,7 +131,9 @@ def _dice(summary: dict[str, Any], metric: str, group: str | None) -> str:
 def embedded(folder: Path) -> dict[str, Path]:
     """Both stages on the embedded data. Returns the models to compare, by title."""
     data, base, random_base = folder / "data", folder / "base", folder / "random_base"
-    run("python", *f"data_prep/demo.py --output {data} --size small --seed 0 --bias both".split())
+    workers = len(os.sched_getaffinity(0))
+    make_data = f"data_prep/demo.py --output {data} --size small --seed 0 --bias both"
+    run("python", *f"{make_data} --num-workers {workers}".split())
     make_base = f"scripts/make_base_mllm.py --records {data}/train --output"
     run("python", *f"{make_base} {base}".split())
     run("python", *f"{make_base} {random_base} --steps 0".split())

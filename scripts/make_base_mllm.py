@@ -58,7 +58,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--max-questions", type=int, default=0, help="of an image in one conversation; 0: all"
     )
-    parser.add_argument("--steps", type=int, default=650, help="optimizer steps; 0: random")
+    parser.add_argument("--steps", type=int, default=600, help="optimizer steps; 0: random")
     parser.add_argument("--batch-size", type=int, default=16, help="images per step")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
@@ -152,14 +152,14 @@ def build_batch(
     items: list[Lesson], settings: Settings, chat: ChatBuilder, rng: np.random.Generator
 ) -> Batch:
     from biascare.data.loader import collate
-    from biascare.data.transforms import Geometry, apply_image, decode_image
+    from biascare.data.transforms import Geometry, read_image
     from biascare.interfaces import Sample
 
     samples = []
     for lesson in items:
         row = lesson.records[lesson.row]
         geometry = Geometry.full(row["height"], row["width"], settings.image_size)
-        pixels = chat.image_inputs(apply_image(decode_image(row["image"]), geometry))
+        pixels = chat.image_inputs(read_image(row["image"], geometry))
         sequence = chat.sequence(shuffled_turns(lesson, row, settings, rng)) | {"image": pixels}
         samples.append(Sample([sequence], None, None, None, None, meta=[{"id": row["id"]}]))
     return collate(samples, seed=0, pad_token_id=chat.tokenizer.pad_token_id)

@@ -25,6 +25,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+def test_worker_processes_write_the_same_records(folder: Path, tmp_path: Path) -> None:
+    demo.generate(tmp_path, size="tiny", seed=3, bias="both", num_workers=2)
+
+    for split in ("train", "val", "test"):
+        expected = Records(folder / split).manifest["content_hash"]
+        assert Records(tmp_path / split).manifest["content_hash"] == expected
+
+
 def _rows(folder: Path, split: str) -> list[dict]:
     records = Records(folder / split)
     return [records[index] for index in range(len(records))]
