@@ -186,9 +186,9 @@ def geometries(stream: TrainingStream, monkeypatch: pytest.MonkeyPatch) -> list[
     """Grows by the geometry of each image the stream makes."""
     used: list[Geometry] = []
 
-    def spy(data: bytes, geometry: Geometry) -> Any:
+    def spy(data: bytes, geometry: Geometry, **options: Any) -> Any:
         used.append(geometry)
-        return read_image(data, geometry)
+        return read_image(data, geometry, **options)
 
     monkeypatch.setattr(module, "read_image", spy)
     return used
@@ -335,7 +335,7 @@ def test_a_source_of_unreadable_samples_stops_the_run_with_the_last_reason(
 def test_a_defect_of_the_program_is_not_taken_for_a_bad_sample(
     tiny_records: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: Any) -> None:
+    def broken(*_: Any, **__: Any) -> None:
         raise TypeError("a defect")
 
     monkeypatch.setattr(module, "read_image", broken)

@@ -24,11 +24,18 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from biascare.data import transforms
 from biascare.data.loader import first
 from biascare.data.mixture import GlobalBatchSampler, Mixture, apportion
 from biascare.data.records import FEATURES, Records
 from biascare.data.statistics import SourceUse, profile_sources
-from biascare.data.transforms import Geometry, apply_image, decode_image, read_image
+from biascare.data.transforms import (
+    Geometry,
+    apply_image,
+    decode_image,
+    draw_intensity,
+    read_image,
+)
 from tests.tiny import tiny_record_folder, tiny_stream
 
 ROOT = Path(__file__).parents[1]
@@ -386,4 +393,38 @@ def test_reading_straight_to_the_model_size_gives_the_very_same_pixels(
     expected = apply_image(decode_image(buffer.getvalue()), geometry)
     found = read_image(buffer.getvalue(), geometry)
     assert found.shape == (24, 24, 3) and found.dtype == np.uint8 and found.flags.writeable
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(("side", "reduction"), [(300, 1), (704, 2), (1601, 4), (3001, 8)])
+def test_a_large_jpeg_is_reduced_while_it_is_decoded_and_stays_in_place(
+    side: int, reduction: int
+) -> None:
+    rng = np.random.default_rng(side)
+    pixels = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8))
+    large = np.array(pixels.resize((side, side), Image.Resampling.BICUBIC))
+    lesion = side // 3, side // 100 + 1
+    large[lesion[0] : sum(lesion), lesion[0] : sum(lesion)] = 255
+    buffer = io.BytesIO()
+    Image.fromarray(large).save(buffer, "JPEG", quality=95)
+    geometry = Geometry(x0=20, y0=11, x1=side, y1=side - 7, flip=True, size=256)
+
+    _, used = transforms._decode(buffer.getvalue(), geometry)
+    found = read_image(buffer.getvalue(), geometry).astype(float)
+
+    expected = apply_image(decode_image(buffer.getvalue()), geometry).astype(float)
+    assert used == reduction
+    assert np.abs(found - expected).mean() < 1
+    assert np.abs(found - expected).max() < 40 if reduction > 1 else (found == expected).all()
+
+
+def test_a_grey_image_is_augmented_in_one_channel_as_in_three() -> None:
+    grey = np.random.default_rng(0).integers(0, 256, (40, 50), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(grey).save(buffer, "PNG")
+    geometry = Geometry.full(40, 50, 32)
+
+    found = read_image(buffer.getvalue(), geometry, intensity_key=5)
+
+    expected = draw_intensity(apply_image(decode_image(buffer.getvalue()), geometry), 5)
     np.testing.assert_array_equal(found, expected)

@@ -29,7 +29,6 @@ from biascare.data.transforms import (
     Geometry,
     apply_mask,
     draw_geometry,
-    draw_intensity,
     draw_prompts,
     names_side,
     read_image,
@@ -130,13 +129,13 @@ class TrainingStream(Dataset):
         settings = self.settings
         chosen = self._draw_targets([t["name"] for t in row["targets"]], key)
         targets = [row["targets"][i] for i in chosen]
+        size = row["height"], row["width"]
         native = {
-            i: decode_mask(row["targets"][i]["rle"], row["height"], row["width"])
+            i: decode_mask(row["targets"][i]["rle"], *size, by_rows=False).view(np.bool_)
             for i in set(chosen)
         }
         geometry = draw_geometry(
-            row["height"],
-            row["width"],
+            *size,
             list(native.values()),
             settings.image_size,
             sample_key(key, "geometry"),
@@ -194,10 +193,8 @@ class TrainingStream(Dataset):
         )
 
     def _image(self, row: dict[str, Any], geometry: Geometry, key: int) -> np.ndarray:
-        image = read_image(row["image"], geometry)
-        if self.settings.augment:
-            image = draw_intensity(image, sample_key(key, "intensity"))
-        return image
+        intensity = sample_key(key, "intensity") if self.settings.augment else None
+        return read_image(row["image"], geometry, intensity_key=intensity)
 
 
 def row_meta(row: dict[str, Any], task: str, target: str, groups: dict[str, str]) -> dict[str, Any]:

@@ -111,8 +111,11 @@ def encode_mask(mask: np.ndarray) -> bytes:
     return bytes(coco.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"])
 
 
-def decode_mask(rle: bytes, height: int, width: int) -> np.ndarray:
+def decode_mask(rle: bytes, height: int, width: int, *, by_rows: bool = True) -> np.ndarray:
     """Inverse of `encode_mask`: bytes -> uint8 [height, width] in {0, 1}.
+
+    The code runs along columns, and so does the memory of the result without `by_rows`, which
+    saves the turn where only a part of the mask is looked at.
 
     Raises ValueError when the code does not describe a mask of this size.
     """
@@ -124,7 +127,9 @@ def decode_mask(rle: bytes, height: int, width: int) -> np.ndarray:
     # A code that is too short leaves pycocotools' buffer uninitialised instead of failing.
     if mask.max(initial=0) > 1:
         raise ValueError(wrong)
-    # To rows first; Pillow transposes in blocks, twice as fast as numpy on large masks.
+    if not by_rows:
+        return mask
+    # Pillow transposes in blocks, twice as fast as numpy on large masks.
     return np.array(Image.fromarray(mask.T).transpose(Image.Transpose.TRANSPOSE))
 
 
