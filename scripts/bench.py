@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 Run = Callable[[], Any]
 
 SIZES: dict[str, dict[str, Any]] = {
-    "small": {"vision": "tiny", "image_size": 128, "hidden_size": 128, "num_layers": 4},
+    "of the demo": {"vision": "tiny", "image_size": 128, "hidden_size": 128, "num_layers": 4},
+    "small": {"vision": "tiny", "image_size": 256, "hidden_size": 256, "num_layers": 8},
     "ViT-B": {"vision": "sam_vit_b", "image_size": 256, "hidden_size": 512, "num_layers": 12},
 }
 TEXTS = ["Segment the liver in this image. Is there a lesion? yes no"] * 8
