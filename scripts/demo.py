@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED, REAL = Path("outputs/demo"), Path("outputs/demo_real")
-LIMITS = {EMBEDDED: "", REAL: "--limit 24 --batch-size 1"}
+LIMITS = {EMBEDDED: "", REAL: "--limit 16 --batch-size 1"}
 """Evaluation of the real slices: each holds about thirty structures."""
 
 CARRIED = {

@@ -97,16 +97,24 @@ class HeldOutImages(HeldOut):
         source, row = self.items[index]
         return self.records[source][row]["id"]
 
-    def _sample(self, source: Records, unit: int) -> Sample:
+    def one_target(self, index: int, target: str) -> Batch:
+        """Item `index` with the mask of one target alone: nothing else is computed for it."""
+        source, row = self.items[index]
+        sample = self._sample(self.records[source], row, only=target)
+        pad = self.chat.tokenizer.pad_token_id if self.chat else 0
+        return collate([sample], seed=0, pad_token_id=pad, padding_side=self.padding_side)
+
+    def _sample(self, source: Records, unit: int, only: str | None = None) -> Sample:
         row = source[unit]
+        targets = [t for t in row["targets"] if only in (None, t["name"])]
         image, geometry = self._image(row)
-        native = [decode_mask(t["rle"], row["height"], row["width"]) for t in row["targets"]]
+        native = [decode_mask(t["rle"], row["height"], row["width"]) for t in targets]
         points = np.array([[first_point(mask)] for mask in native], np.float32)
         coords = apply_points(points, geometry).astype(np.float32)
         sequences = []
         if self.chat is not None:
             pixels = self.chat.image_inputs(image)
-            for target in row["targets"]:
+            for target in targets:
                 text = segmentation_instruction(target["name"], row["modality"])
                 turns = [Turn("user", text, "segmentation")]
                 sequences.append(self.chat.sequence(turns) | {"image": pixels})
@@ -121,7 +129,7 @@ class HeldOutImages(HeldOut):
                 row_meta(row, "segmentation", target["name"], self.groups)
                 | {"rle": target["rle"], "point": point[0].tolist()}
                 | size
-                for target, point in zip(row["targets"], points, strict=True)
+                for target, point in zip(targets, points, strict=True)
             ],
         )
 

@@ -66,24 +66,21 @@ def mask_panels(
 def _panel(
     model: DualPathModel, images: HeldOutImages, index: int, row: dict[str, Any]
 ) -> MaskPanel:
-    batch = to_device(images.__getitems__([index])[0], model.device)
+    batch = to_device(images.one_target(index, row["target"]), model.device)
     assert batch.prompts is not None and batch.row_image is not None and batch.masks is not None
     assert batch.images is not None
     row_image = batch.row_image
     features = model.encode(batch)
-    r = [meta["target"] for meta in batch.meta].index(row["target"])
-    rows = torch.tensor([r], device=row_image.device)
 
     def decode(prompts: Prompts, mask_prompt: torch.Tensor | None) -> Prediction:
-        return model.decode_masks(features, prompts, row_image, rows=rows, mask_prompt=mask_prompt)
+        return model.decode_masks(features, prompts, row_image, mask_prompt=mask_prompt)
 
-    prompts = Prompts(*(field[rows] for field in batch.prompts))
-    first = decode(prompts, None)
+    first = decode(batch.prompts, None)
     prompts, refined = refine_once(
         decode,
-        prompts,
+        batch.prompts,
         first,
-        batch.masks[rows],
+        batch.masks,
         policy="center",
         num_clicks=1,
         generator=None,
@@ -93,7 +90,7 @@ def _panel(
     return MaskPanel(
         title=f"{row['modality']}: {row['target']} ({row['group']})",
         image=batch.images[0].permute(1, 2, 0).cpu().numpy(),
-        truth=batch.masks[r].bool().cpu().numpy(),
+        truth=batch.masks[0].bool().cpu().numpy(),
         predictions=[(p.mask_logits[0] > 0).cpu().numpy() for p in (first, refined)],
         clicks=[(x, y, label) for (x, y), label in points if label >= 0],
     )
