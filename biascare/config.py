@@ -213,6 +213,11 @@ class EvalConfig(_Section):
     batch_size: int = _key("items per forward in evaluation", 8, ge=1)
     num_clicks: int = _key("simulated corrective clicks after the first prediction", 1, ge=0)
     max_new_tokens: int = _key("longest generated answer", 32, ge=1)
+    prevalence: str | None = _key(
+        "prevalence.json of scripts/data_bias.py or of an earlier run; unset: head, medium and "
+        "tail follow from the training sources and the shares below",
+        None,
+    )
     head_share: float = _key(
         "most frequent targets that together hold this share of masks are head", 0.5, gt=0, le=1
     )
@@ -379,6 +384,8 @@ def _paths(config: Config) -> Iterator[_Finding]:
             yield ("model.mllm",), f"{_absent('folder', mllm)}, and no Hub id (owner/name) either"
     if weights is not None and not Path(weights).exists():
         yield ("model.vision_weights",), _absent("file or folder", weights)
+    if config.eval.prevalence is not None and not Path(config.eval.prevalence).is_file():
+        yield ("eval.prevalence",), _absent("file", config.eval.prevalence)
     if resume not in ("auto", "never") and not Path(resume).is_dir():
         near = did_you_mean(resume, ("auto", "never"))
         yield (

@@ -107,6 +107,14 @@ class _Dumper(yaml.SafeDumper):
 
     yaml_implicit_resolvers: dict[str | None, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
 
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        """Escaped where it holds a line break of Unicode, which a plain scalar would fold."""
+        style = '"' if re.search("[\x85\u2028\u2029]", data) else None
+        return self.represent_scalar(_TAG + "str", data, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
 
 for _name, _pattern in _SCALARS:
     _Loader.add_implicit_resolver(_TAG + _name, re.compile(_pattern), None)

@@ -48,6 +48,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         default=[],
         help="training folders: give prevalence groups and the disc baseline",
     )
+    parser.add_argument(
+        "--prevalence", help="prevalence.json of a run or of data_bias.py, instead of --train's"
+    )
     parser.add_argument("--output", required=True, help="folder to write to")
     parser.add_argument("--mllm", help="where the base image-text model lies, if it has moved")
     parser.add_argument(
@@ -90,7 +93,7 @@ def open_model(options: argparse.Namespace) -> BiasCareVL:
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     from biascare.data.chat import ChatBuilder
     from biascare.data.heldout import HeldOutImages, HeldOutQuestions
-    from biascare.data.prevalence import prevalence_groups, total_counts
+    from biascare.data.prevalence import load_prevalence, prevalence_groups, total_counts
     from biascare.data.records import Records
     from biascare.evaluation.figures import contact_sheet, mask_panels, representative_targets
     from biascare.evaluation.runner import (
@@ -104,9 +107,12 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     from biascare.models.mllm import load_processor
 
     train = [Records(path) for path in options.train]
-    shares = EvalConfig()
-    counts = total_counts(records.target_counts for records in train)
-    groups = prevalence_groups(counts, shares.head_share, shares.tail_share)
+    if options.prevalence is not None:
+        groups = load_prevalence(options.prevalence)
+    else:
+        shares = EvalConfig()
+        counts = total_counts(records.target_counts for records in train)
+        groups = prevalence_groups(counts, shares.head_share, shares.tail_share)
     model = open_model(options)
     size = model.vision.image_size
     chat = None

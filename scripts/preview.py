@@ -49,12 +49,9 @@ def build_stream(config: Config) -> tuple[TrainingStream, ChatBuilder | None]:
     """The stream inside the loader of a run's first rank."""
     import train  # the program beside this one
 
-    from biascare.data.prevalence import prevalence_groups, total_counts
-
     segmentation = train.open_sources(config.data.segmentation)
     language = train.open_sources(config.data.language)
-    counts = total_counts(source.target_counts for source in segmentation)
-    groups = prevalence_groups(counts, config.eval.head_share, config.eval.tail_share)
+    groups = train.prevalence(config, segmentation)
     chat = train.build_chat(config)
     loader = train.build_loader(config, segmentation, language, chat, groups, 0)
     stream: TrainingStream = loader.dataset

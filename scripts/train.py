@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import traceback
@@ -119,6 +120,16 @@ def open_sources(sources: tuple[Any, ...]) -> list[Records]:
     from biascare.data.records import Records
 
     return [Records(source.path) for source in sources]
+
+
+def prevalence(config: Config, segmentation: list[Records]) -> dict[str, str]:
+    """Group of each target: of the file that is named, or from the training sources."""
+    from biascare.data.prevalence import load_prevalence, prevalence_groups, total_counts
+
+    if config.eval.prevalence is not None:
+        return load_prevalence(config.eval.prevalence)
+    counts = total_counts(source.target_counts for source in segmentation)
+    return prevalence_groups(counts, config.eval.head_share, config.eval.tail_share)
 
 
 def build_mixture(config: Config, segmentation: list[Records], language: list[Records]) -> Mixture:
@@ -392,6 +403,7 @@ def save_run_files(
     folder = Path(config.train.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     dump_config(config, folder / "config.yaml")
+    save_prevalence_file(config, folder / "prevalence.json", segmentation)
     weights = [source.weight for source in config.data.segmentation + config.data.language]
     tasks = ["segmentation"] * len(segmentation) + ["language"] * len(language)
     about = {
@@ -403,6 +415,20 @@ def save_run_files(
         ],
     }
     (folder / "run.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def save_prevalence_file(config: Config, path: Path, segmentation: list[Records]) -> None:
+    """The groups of this run, for `scripts/evaluate.py --prevalence` and for later runs."""
+    from biascare.data.prevalence import save_prevalence, total_counts
+
+    given = config.eval.prevalence
+    if given is None:
+        counts = total_counts(source.target_counts for source in segmentation)
+        folders = [str(source.folder) for source in segmentation]
+        shares = config.eval.head_share, config.eval.tail_share
+        save_prevalence(path, counts, *shares, folders=folders)
+    elif Path(given).resolve() != path.resolve():
+        shutil.copyfile(given, path)
 
 
 def about_source(task: str, records: Records, weight: float | None) -> dict[str, Any]:
@@ -441,7 +467,6 @@ def export(config: Config, engine: Any, chat: ChatBuilder | None) -> None:
 
 def run(config: Config) -> None:
     from biascare.data.loader import to_device
-    from biascare.data.prevalence import prevalence_groups, total_counts
     from biascare.training.checkpoint import CheckpointStore
     from biascare.training.distributed import (
         from_rank_zero,
@@ -463,8 +488,7 @@ def run(config: Config) -> None:
     deepspeed_config = deepspeed_settings(config)
     segmentation = open_sources(config.data.segmentation)
     language = open_sources(config.data.language)
-    counts = total_counts(source.target_counts for source in segmentation)
-    groups = prevalence_groups(counts, config.eval.head_share, config.eval.tail_share)
+    groups = prevalence(config, segmentation)
     from_rank_zero(lambda: save_run_files(config, groups, segmentation, language))
     chat = build_chat(config)
     log = RunLog(folder)
@@ -544,6 +568,8 @@ def load_planned(path: str, overrides: list[str]) -> Planned:
         found.append("model.mllm=.")
     if isinstance(model.get("vision_weights"), str):
         found.append("model.vision_weights=null")
+    if isinstance(values.get("eval"), dict) and values["eval"].get("prevalence") is not None:
+        found.append("eval.prevalence=null")
     if isinstance(train.get("resume"), str):
         found.append("train.resume=never")
     config = load_config(path, [*overrides, *found])

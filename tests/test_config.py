@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from biascare.config import (
@@ -379,6 +379,7 @@ def test_a_combination_that_cannot_run_is_named_with_its_repair(
         ("model.mllm=./mlm", "no folder './mlm'"),
         ("model.mllm=one/two/three", "no Hub id (owner/name) either"),
         ("model.vision_weights=w.pth", "model.vision_weights: no file or folder 'w.pth'"),
+        ("eval.prevalence=p.json", "eval.prevalence: no file 'p.json'"),
         ("train.deepspeed=nothere.json", "train.deepspeed: no file 'nothere.json'"),
         ("train.deepspeed=run.yaml", "run.yaml is not JSON"),
         ("train.resume=Auto", "allowed: auto | never | a checkpoint folder; did you mean 'auto'?"),
@@ -437,6 +438,7 @@ def test_a_dumped_run_reads_back_equal_and_holds_every_key(folder: Path) -> None
 
 
 @settings(deadline=None, max_examples=40)
+@example({"\x85": "a\u2028b"})
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from biascare.config import describe_config, load_config
+from biascare.data.prevalence import load_prevalence, prevalence_groups, save_prevalence
+from biascare.data.records import Records
 from biascare.interfaces import Batch
 from biascare.training import progress, trainer
 from biascare.training.progress import GroupMeter, RunLog, progress_line
@@ -116,13 +118,31 @@ def test_the_launchers_own_argument_is_swallowed() -> None:
 def test_a_run_ends_well_and_leaves_its_files(alone: Any) -> None:
     done, run = alone
     assert done.returncode == 0, done.stderr[-2000:]
-    for name in ("config.yaml", "run.json", "metrics.jsonl", "export/config.json", "tensorboard"):
+    written = ("config.yaml", "run.json", "prevalence.json", "metrics.jsonl", "tensorboard")
+    for name in (*written, "export/config.json"):
         assert (run.folder / name).exists(), name
     assert sorted(p.name for p in (run.folder / "predictions").iterdir()) == [
         "step_00000000.jsonl",
         "step_00000003.jsonl",
     ]
     assert load_config(run.folder / "config.yaml").train.max_steps == 3
+
+
+def test_a_prevalence_file_decides_the_groups_of_a_run(
+    alone: Any, world: World, tmp_path: Path
+) -> None:
+    _, run = alone
+    path, counts = world.config(Job("alone"), 1), Records(world.records).target_counts
+    sources = [Records(world.records)]
+    own = train.prevalence(load_config(path), sources)
+    given = load_config(path, [f"eval.prevalence={run.folder / 'prevalence.json'}"])
+    assert train.prevalence(given, sources) == own == prevalence_groups(counts, 0.5, 0.1)
+
+    everything_head = save_prevalence(tmp_path / "all.json", counts, 1.0, 0.0)
+    config = load_config(path, [f"eval.prevalence={tmp_path / 'all.json'}"])
+    assert train.prevalence(config, sources) == everything_head != own
+    train.save_prevalence_file(config, tmp_path / "copy.json", sources)
+    assert load_prevalence(tmp_path / "copy.json") == everything_head
 
 
 def test_the_terminal_shows_the_run_and_not_its_libraries(alone: Any) -> None:
