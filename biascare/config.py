@@ -109,8 +109,8 @@ class ModelConfig(_Section):
         "architecture of the vision pathway", "imis_b"
     )
     vision_weights: str | None = _key(
-        "to start from: stage 1's export, or a file of SAM, MedSAM, IMIS-Net or LiteMedSAM; "
-        "unset: random",
+        "to start from: stage 1's export, or stage 2's with its query attention; or a file of "
+        "SAM, MedSAM, IMIS-Net or LiteMedSAM; unset: random",
         None,
     )
     image_size: int = _key("pixels, both pathways", 256, ge=32)

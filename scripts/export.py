@@ -1,11 +1,14 @@
-"""Make a portable folder of a training checkpoint.
+"""Make a portable folder of a training checkpoint, or of the one BiasCareVL's authors released.
 
     python scripts/export.py outputs/stage2 --output exports/stage2
     python scripts/export.py outputs/stage2/checkpoints/step_00001000 --output exports/early --merge
+    python scripts/export.py weights/pytorch_model.bin --output exports/released \\
+        --mllm weights/HuatuoGPT-Vision-7B-Qwen2.5VL
 
 Of a run's folder the newest checkpoint that verifies is taken. The folder holds what was trained,
 the processor and a card; with --merge also the base model, the adapter folded in, in `mllm/`, which
 opens in plain transformers. Where the base model has moved since training, add model.mllm=PLACE.
+A released file is always merged: it holds both pathways, and --mllm only says how they are built.
 """
 
 from __future__ import annotations
@@ -51,7 +54,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", help="folder of a run, or one of its checkpoints")
+    parser.add_argument(
+        "source", help="folder of a run, one of its checkpoints, or a released file"
+    )
     parser.add_argument(
         "overrides", nargs="*", type=override, metavar="key=PLACE", help="|".join(MOVABLE)
     )
@@ -61,7 +66,18 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--max-shard-size", type=shard_size, default="4GB", help="of merged weights (default 4GB)"
     )
     parser.add_argument("--dtype", choices=PRECISIONS, help="default: the precision of the run")
-    return parser.parse_intermixed_args(arguments)
+    released = parser.add_argument_group("of a released file")
+    released.add_argument("--mllm", help="folder or Hub id of the image-text model it adapts")
+    released.add_argument("--vision", default="imis_b", help="architecture (default imis_b)")
+    released.add_argument("--image-size", type=int, default=256, help="pixels (default 256)")
+    released.add_argument("--query-heads", type=int, default=8, help="of Eq. 1 (default 8)")
+    options = parser.parse_intermixed_args(arguments)
+    if Path(options.source).is_file() != (options.mllm is not None):
+        parser.error(
+            "--mllm goes with a released file, and a released file with --mllm; of a run give the "
+            "folder, and where its base model has moved, model.mllm=PLACE"
+        )
+    return options
 
 
 def locate(source: Path) -> tuple[Path, Path]:
@@ -119,6 +135,37 @@ def cast(model: BiasCareVL, dtype: torch.dtype) -> None:
         model.to(dtype)
 
 
+def export_released(options: argparse.Namespace) -> Path:
+    """The authors' file as a merged export."""
+    from functools import partial
+
+    import torch
+
+    from biascare.models.biascarevl import build_model
+    from biascare.models.mllm import load_processor
+    from biascare.models.released_checkpoint import load_released
+    from biascare.training.export import refuse_existing, released_card, write_export
+
+    output, source = Path(options.output), Path(options.source)
+    refuse_existing(output)
+    model = build_model(
+        vision=options.vision,
+        image_size=options.image_size,
+        mllm=options.mllm,
+        query_heads=options.query_heads,
+        dtype=getattr(torch, PRECISIONS[options.dtype or "bf16"]),
+    )
+    report = str(load_released(model, source))
+    print(report)
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(folder, merge=True, max_shard_size=options.max_shard_size)
+
+    card = partial(released_card, source, report)
+    write_export(output, save, card, load_processor(options.mllm))
+    return output
+
+
 def export(options: argparse.Namespace) -> Path:
     import torch
     from train import build_chat, build_model
@@ -144,7 +191,7 @@ def export(options: argparse.Namespace) -> Path:
     def save(partial: Path) -> None:
         model.save_pretrained(partial, merge=options.merge, max_shard_size=options.max_shard_size)
 
-    write_export(output, facts, save, None if chat is None else chat.processor)
+    write_export(output, save, facts, None if chat is None else chat.processor)
     return output
 
 
@@ -154,7 +201,8 @@ def main() -> None:
 
     prepare_process()
     try:
-        print(f"exported to {export(options)}")
+        make = export if options.mllm is None else export_released
+        print(f"exported to {make(options)}")
     except (ValueError, OSError) as error:
         sys.exit(str(error))
 

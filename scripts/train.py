@@ -458,8 +458,8 @@ def export(config: Config, engine: Any, chat: ChatBuilder | None) -> None:
     folder = Path(config.train.output_dir)
     write_export(
         folder / "export",
-        read_run(folder, config.train.max_steps, to_dict(config)),
         lambda partial: engine.module.model.save_pretrained(partial, state),
+        read_run(folder, config.train.max_steps, to_dict(config)),
         None if chat is None else chat.processor,
         replace=True,
     )

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import copy
 import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from biascare.models.biascarevl import BiasCareVL
+from biascare.models.biascarevl import BiasCareVL, build_model
 from biascare.models.mllm import LoraSettings, MLLMPathway
 from biascare.models.released_checkpoint import load_released, merge_adapter, released_to_ours
 from tests.tiny import tiny_batch, tiny_chat, tiny_model
+
+ROOT = Path(__file__).parents[1]
 
 ALPHA = 4.0
 """Of `tiny_model`'s adapter."""
@@ -201,3 +206,47 @@ def test_an_adapter_of_another_rank_is_refused_with_the_setting(
 def test_a_model_without_language_pathway_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="build the model with an MLLM"):
         load_released(tiny_model(None), tmp_path / "model.pt")
+
+
+def test_the_export_program_makes_a_portable_folder_of_a_released_file(
+    trained: BiasCareVL, tiny_mllm: Path, tiny_records: Path, tmp_path: Path
+) -> None:
+    torch.save(written_by_them(trained, peft=False), tmp_path / "pytorch_model.bin")
+    command = [sys.executable, "scripts/export.py", str(tmp_path / "pytorch_model.bin")]
+    command += ["--output", str(tmp_path / "export"), "--dtype", "fp32"]
+    assert trained.query_attention is not None
+    heads, side = trained.query_attention.num_heads, trained.vision.image_size
+    sizes = f"--vision tiny --image-size {side} --query-heads {heads}".split()
+
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and "--mllm" in refused.stderr
+    done = subprocess.run(
+        [*command, "--mllm", str(tiny_mllm), *sizes],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+    assert "released BiasCareVL" in done.stdout
+    assert "weights of its authors" in (tmp_path / "export" / "README.md").read_text()
+    opened = BiasCareVL.from_pretrained(tmp_path / "export").eval()
+    expected = outputs(copy.deepcopy(trained).eval(), tiny_mllm, tiny_records)
+    for found, wanted in zip(outputs(opened, tiny_mllm, tiny_records), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_a_joint_export_starts_the_query_attention_of_a_new_run_too(
+    trained: BiasCareVL, tiny_mllm: Path, tmp_path: Path
+) -> None:
+    assert trained.query_attention is not None
+    trained.save_pretrained(tmp_path)
+    sizes: dict[str, Any] = {"vision": "tiny", "image_size": trained.vision.image_size}
+    sizes |= {"mllm": str(tiny_mllm), "vision_weights": str(tmp_path)}
+    heads, wanted = trained.query_attention.num_heads, trained.query_attention.queries
+    start = build_model(query_heads=heads, **sizes)
+    other = build_model(query_heads=2 * heads, **sizes)
+    assert start.query_attention is not None and other.query_attention is not None
+    assert torch.equal(start.query_attention.queries, wanted)
+    assert not torch.equal(other.query_attention.queries, wanted)

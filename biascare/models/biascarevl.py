@@ -372,6 +372,10 @@ def build_model(
     query_attention = CrossModalQueryAttention(
         language.hidden_size, pathway.prompt_dim, num_queries, query_heads
     )
+    if vision_weights is not None and (Path(vision_weights) / QUERY_FILE).is_file():
+        fits = load_query_attention(query_attention, Path(vision_weights))
+        did = "loaded too" if fits else "of another size (another MLLM?), left out"
+        LOGGER.info("model.vision_weights %s: query attention %s", vision_weights, did)
     return BiasCareVL(pathway, language, query_attention.to(dtype))
 
 
@@ -396,6 +400,17 @@ def load_vision_weights(pathway: VisionPathway, path: Path) -> LoadReport:
         unexpected=[],
         dropped={},
     )
+
+
+def load_query_attention(query_attention: CrossModalQueryAttention, folder: Path) -> bool:
+    """Start from an export's query attention if it has the same sizes; whether it has."""
+    ours = {"num_queries": query_attention.num_queries, "num_heads": query_attention.num_heads}
+    shapes = {name: tensor.shape for name, tensor in query_attention.state_dict().items()}
+    found = {name: tensor.shape for name, tensor in load_file(folder / QUERY_FILE).items()}
+    if read_export_config(folder)["query_attention"] != ours or found != shapes:
+        return False
+    _load_part(query_attention, folder / QUERY_FILE)
+    return True
 
 
 def _is_export(path: Path) -> bool:

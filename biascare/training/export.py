@@ -1,7 +1,7 @@
 """What leaves a run: a portable folder with a card that says where the model comes from.
 
     run = read_run(Path("outputs/run"), step=1000, config=to_dict(config))
-    write_export(Path("outputs/run/export"), run, model.save_pretrained, processor)
+    write_export(Path("outputs/run/export"), model.save_pretrained, run, processor)
 
 The folder is written under a temporary name, flushed and renamed, so that what has the name is
 whole. `model.save_pretrained` decides what the model's own files are.
@@ -20,6 +20,12 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError
 
 from biascare.training.checkpoint import PARTIAL, REPLACED
+
+RESEARCH_ONLY = (
+    "For research on bias-aware segmentation and question answering. Not a medical device: it must "
+    "not be used for diagnosis or treatment, and it was not validated clinically. Licences of the "
+    "base model and of the data apply to these weights too."
+)
 
 NUM_WEAKEST = 5
 """Targets of lowest Dice that the card names."""
@@ -71,13 +77,15 @@ def refuse_existing(folder: Path) -> None:
 
 def write_export(
     folder: Path,
-    run: RunFacts,
     save: Callable[[Path], None],
+    origin: RunFacts | Callable[[Path], str],
     processor: Any = None,
     *,
     replace: bool = False,
 ) -> None:
-    """Write what `save` writes, the processor, the run's configuration and the card to `folder`.
+    """Write what `save` writes, the processor and the card to `folder`.
+
+    `origin` is the run, whose configuration is copied too, or what else writes a card for a folder.
 
     With `replace` an earlier export makes room, once the new one is whole; without, it is an error.
     Raises ValueError when `folder` exists, OSError when it cannot be written; then nothing stays.
@@ -94,8 +102,12 @@ def write_export(
             for place in ("processor", "mllm"):
                 if place == "processor" or (partial / place).is_dir():
                     processor.save_pretrained(partial / place)
-        shutil.copyfile(run.config_file, partial / "training_config.yaml")
-        (partial / "README.md").write_text(model_card(run, partial), encoding="utf-8")
+        if isinstance(origin, RunFacts):
+            shutil.copyfile(origin.config_file, partial / "training_config.yaml")
+            card = model_card(origin, partial)
+        else:
+            card = origin(partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
         _flush(partial)
         _put_in_place(partial, folder)
     except (OSError, SafetensorError) as error:
@@ -147,6 +159,21 @@ def model_card(run: RunFacts, folder: Path) -> str:
         "## Intended use and limits",
         *_limits(run),
         "The configuration of the run is in `training_config.yaml`.",
+    )
+    return "\n\n".join(sections) + "\n"
+
+
+def released_card(source: Path, report: str, folder: Path) -> str:
+    """README.md of an authors' checkpoint in our format. `report` says what was loaded."""
+    sections = (
+        f"# {source.name}",
+        "BiasCareVL (arXiv 2604.16884): weights of its authors, in the format of `biascare`, an "
+        "independent implementation. Nothing was trained here, and nothing evaluated.",
+        _usage(folder.name.removesuffix(PARTIAL), merged=True),
+        "## Origin",
+        f"```\n{report}\n```",
+        "## Intended use and limits",
+        RESEARCH_ONLY,
     )
     return "\n\n".join(sections) + "\n"
 
@@ -224,11 +251,8 @@ def _results(evaluation: dict[str, Any] | None) -> Iterator[str]:
 
 def _limits(run: RunFacts) -> Iterator[str]:
     yield (
-        "For research on bias-aware segmentation and question answering. Not a medical device: "
-        "it must not be used for diagnosis or treatment, and it was not validated clinically. "
-        "It knows the modalities, targets and phrasings of the data above and nothing else; its "
-        "errors on other scanners, populations and questions are unknown. Licences of the base "
-        "model and of the data apply to these weights too."
+        f"{RESEARCH_ONLY} It knows the modalities, targets and phrasings of the data above and "
+        "nothing else; its errors on other scanners, populations and questions are unknown."
     )
     masks = (run.evaluation or {}).get("segmentation", {})
     targets = masks.get("dice", {}).get("by_target", {})
