@@ -16,6 +16,7 @@ from data_prep import folder
 from data_prep.common.shards import UnusableItemError
 from data_prep.common.user_options import cut_masks, parse_labels, stem_of
 from data_prep.folder import read_label_map
+from tests.raw_releases import assert_lint_passes
 
 HEIGHT, WIDTH = 4, 6
 LABELS = np.array([[0, 1, 1, 2, 0, 0]] * HEIGHT, dtype=np.uint8)
@@ -34,6 +35,7 @@ def run(root: Path, *more: str) -> Path:
     base = ["--images", str(root / "img"), "--masks", str(root / "seg")]
     names = ["--name", "mine", "--modality", "ct", "--output", str(root / "out")]
     folder.main([*base, *names, *more])
+    assert_lint_passes(root / "out")
     return root / "out" / "mine"
 
 

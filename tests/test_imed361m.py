@@ -29,6 +29,7 @@ from data_prep.common.orientation import (
 )
 from data_prep.common.vocabulary import canonical_modality, canonical_target
 from data_prep.imed361m import UnusableItemError, patient_of, read_rows, row_names
+from tests.raw_releases import assert_lint_passes
 
 LABELS = {"0": "background", "1": "liver", "2": "kidney_right", "3": "kidney_left", "4": "postcava"}
 HEIGHT, WIDTH = 8, 12
@@ -76,6 +77,7 @@ class Release:
 
 def run(source: Path, output: Path, *more: str) -> None:
     imed361m.main(["--source", str(source), "--output", str(output), *more])
+    assert_lint_passes(output)
 
 
 def skipped(path: Path) -> list[tuple[str, str]]:

@@ -19,6 +19,7 @@ from data_prep.common import shards
 from data_prep.common.orientation import sides_agree
 from data_prep.common.vocabulary import canonical_target
 from data_prep.sample_pack import build_conversations, question_turns
+from tests.raw_releases import assert_lint_passes
 
 PACK = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_pack = pytest.mark.skipif(
@@ -55,6 +56,7 @@ def make_pack(folder: Path, lines: list[dict[str, Any]]) -> Path:
 
 def run(source: Path, output: Path, *more: str) -> None:
     sample_pack.main(["--source", str(source), "--output", str(output), *more])
+    assert_lint_passes(output)
 
 
 @pytest.mark.parametrize(

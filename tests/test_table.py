@@ -16,6 +16,7 @@ from PIL import Image
 from biascare.data.records import Records
 from data_prep import table
 from data_prep.table import question_in
+from tests.raw_releases import assert_lint_passes
 
 COLUMNS = ("image", "question", "answer")
 
@@ -43,6 +44,7 @@ def write_csv(path: Path, rows: list[tuple[str, ...]], delimiter: str = ",") -> 
 def run(path: Path, images: Path, output: Path, *more: str) -> Path:
     base = ["--table", str(path), "--images", str(images), "--name", "mine", "--modality", "xray"]
     table.main([*base, "--output", str(output), *more])
+    assert_lint_passes(output)
     return output / "mine"
 
 

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from biascare.data.records import Records, decode_mask
+from tests.raw_releases import assert_lint_passes
 
 nibabel = pytest.importorskip("nibabel", reason="the extra [medical] is not installed")
 pydicom = pytest.importorskip("pydicom", reason="the extra [medical] is not installed")
@@ -76,6 +77,7 @@ def save(path: Path, array: np.ndarray, codes: str = "RAS") -> Path:
 
 def run(output: Path, *more: str) -> Path:
     volumes.main(["--name", "mine", "--output", str(output), *more])
+    assert_lint_passes(output)
     return output / "mine"
 
 

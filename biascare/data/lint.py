@@ -36,6 +36,7 @@ from biascare.data.statistics import column_table, profile_folders
 ID_FAMILIES = {
     "mimic": ("mimic", "cxr_lt", "cxr-lt", "cxrlt"),  # CXR-LT labels images of MIMIC-CXR-JPG
     "pmc": ("pmc_vqa", "pmc-vqa", "pubmedvision"),  # figures of PubMed Central
+    "isic": ("isic", "ham10000"),  # HAM10000 is the training set of ISIC 2018 task 3
 }
 """Sources that name the same images and patients: family -> beginnings of source names."""
 

@@ -289,12 +289,16 @@ _EXIF_ORIENTATION = 0x0112
 
 
 @lru_cache(maxsize=4)
-def _opened(folder: str) -> Records:
+def _opened(folder: str, content_hash: str) -> Records:
+    """`content_hash` tells a folder from what was prepared again under its name."""
     return Records(folder)
 
 
-def _scan_chunk(folder: str, number: int, start: int, stop: int, settings: LintSettings) -> _Chunk:
-    records = _opened(folder)
+def _scan_chunk(
+    source: tuple[str, str], number: int, start: int, stop: int, settings: LintSettings
+) -> _Chunk:
+    """`source`: folder and content hash of the manifest."""
+    records = _opened(*source)
     scan = RowScan(records.manifest, settings)
     hashes = [scan.row(records[index]) for index in range(start, stop)]
     return _Chunk(
@@ -327,8 +331,9 @@ def scan_folders(
     scans = [_empty_scan(len(records)) for records in folders]
     issues = [Issues(settings.num_examples) for _ in folders]
     jobs: Iterable[tuple[Any, ...]] = (
-        (_scan_chunk, str(records.folder), number, start, min(start + _CHUNK, len(records)))
+        (_scan_chunk, source, number, start, min(start + _CHUNK, len(records)))
         for number, records in enumerate(folders)
+        for source in [(str(records.folder), records.manifest["content_hash"])]
         for start in range(0, len(records), _CHUNK)
     )
     chunks: Iterable[_Chunk] = _run(((*job, settings) for job in jobs), settings.num_workers)
