@@ -115,10 +115,10 @@ def test_every_split_has_its_size_and_every_modality(size: str) -> None:
 
 
 def test_modality_counts_follow_the_availability_table() -> None:
-    # 1193 images beyond one each: x-ray 1 + 274.39, endoscopy 1 + 47.72 rounded up.
+    # 1193 images beyond one each: xray 1 + 274.39, endoscopy 1 + 47.72 rounded up.
     quota = demo._quota(1200)
     assert quota["ct"] == 359
-    assert quota["x-ray"] == 275
+    assert quota["xray"] == 275
     assert quota["endoscopy"] == 49
     assert list(quota.values()) == sorted(quota.values(), reverse=True)
 
@@ -133,7 +133,7 @@ def test_tables_are_consistent() -> None:
             assert all(names.index(organ) < names.index(name) for organ in target.needs)
 
 
-@pytest.mark.parametrize("modality", ["ct", "mr", "endoscopy"])
+@pytest.mark.parametrize("modality", ["ct", "mri", "endoscopy"])
 def test_each_target_is_as_frequent_as_its_table_says(modality: str) -> None:
     patients = [demo.draw_patient(1, "train", modality, number) for number in range(700)]
     shown = [demo.draw_truth(1, demo.Case(patient, 2), "none").present for patient in patients]
@@ -155,12 +155,12 @@ def test_targets_are_long_tailed_in_the_training_split() -> None:
 
 
 def _prevalence_gap(bias: str, split: str) -> tuple[float, float]:
-    """Share of brain tumours among the images of women and of men, of 500 patients."""
+    """Share of brain tumors among the images of women and of men, of 500 patients."""
     found: dict[str, list[int]] = {"F": [], "M": []}
     for number in range(500):
-        patient = demo.draw_patient(0, split, "mr", number)
+        patient = demo.draw_patient(0, split, "mri", number)
         present = demo.draw_truth(0, demo.Case(patient, 1), bias).present
-        found[patient.sex].append("brain tumour" in present)
+        found[patient.sex].append("brain tumor" in present)
     return float(np.mean(found["F"])), float(np.mean(found["M"]))
 
 
@@ -227,7 +227,7 @@ def test_a_finding_smaller_than_a_pixel_keeps_a_pixel_near_the_brain(
 ) -> None:
     rng = np.random.default_rng(seed)
     present = {"brain": 0.0, "ventricles": 0.0, "microbleed": radius}
-    targets = render("mr", rng, size, present, Look(1.0, 1.0, rng.random(4))).targets
+    targets = render("mri", rng, size, present, Look(1.0, 1.0, rng.random(4))).targets
     assert targets["microbleed"].any()
     assert (targets["microbleed"] & targets["brain"]).any()
 
@@ -264,7 +264,7 @@ def test_side_is_nine_tenths_of_the_pixels_in_the_frame_of_the_modality() -> Non
     assert side("fundus", 1, 9) == "right"
     assert side("fundus", 8, 2) is None
     assert side("ct", 9, 1) == "right"
-    assert side("x-ray", 0, 5) == "left"
+    assert side("xray", 0, 5) == "left"
 
 
 def test_side_answers_agree_with_the_centroid_of_the_mask(folder: Path) -> None:
@@ -332,7 +332,7 @@ def test_yes_is_half_of_the_answers_for_every_question_type_and_finding() -> Non
                 finding = [n for n in prevalence if n in question]
                 answers.setdefault(max(finding, key=len, default=task), []).append(answer == "yes")
     common = {name: np.mean(values) for name, values in answers.items() if len(values) > 150}
-    assert {"liver lesion", "pneumothorax", "brain tumour", "v", "m"} <= set(common)
+    assert {"liver lesion", "pneumothorax", "brain tumor", "v", "m"} <= set(common)
     assert all(abs(share - 0.5) < 0.12 for share in common.values()), common
 
 

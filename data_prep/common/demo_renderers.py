@@ -316,14 +316,14 @@ def _mr(
     c.organ("brain", brain, 0.40 + 0.015 * c.noise(0.05))
     _mr_cortex(c, brain, rx, ry)
     _mr_ventricles(c, ry)
-    tumour = c.round_finding("brain tumour", brain * c.edge(0.95 * rx - np.abs(c.x)), 0.16)
+    tumour = c.round_finding("brain tumor", brain * c.edge(0.95 * rx - np.abs(c.x)), 0.16)
     if tumour is not None:
-        radius = c.present["brain tumour"]
+        radius = c.present["brain tumor"]
         halo = np.clip(c.blur(tumour, 0.45 * radius) - tumour, 0, 1) * brain
         c.add(halo, 0.22 * look.contrast)
         c.paint(tumour, 0.42)
         core = np.clip(c.blur(tumour, 0.3 * radius) * 2 - 1, 0, 1)
-        c.finding("brain tumour", tumour, 0.36 - 0.20 * core + 0.04 * c.noise(0.03))
+        c.finding("brain tumor", tumour, 0.36 - 0.20 * core + 0.04 * c.noise(0.03))
     bleed = c.round_finding("microbleed", brain * (1 - c.targets.get("ventricles", 0 * brain)))
     if bleed is not None:
         c.finding("microbleed", bleed, -0.30)
@@ -749,8 +749,8 @@ RENDERERS: dict[
     str, Callable[[int, np.random.Generator, Mapping[str, float], Look], tuple[Canvas, Array]]
 ] = {
     "ct": _ct,
-    "x-ray": _xray,
-    "mr": _mr,
+    "xray": _xray,
+    "mri": _mr,
     "dermoscopy": _dermoscopy,
     "ultrasound": _ultrasound,
     "fundus": _fundus,
