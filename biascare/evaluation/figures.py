@@ -7,6 +7,7 @@ overlay_sheet([Overlay(title="btcv/17", image=image, masks=[("liver", mask)])], 
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from biascare.interfaces import POINT_POSITIVE, DualPathModel, Prediction, Promp
 TRUTH_COLOR, PREDICTION_COLOR = "#00d084", "#ffb000"
 CLICK_COLORS = {1: "#00e5ff", 0: "#ff3b6b"}
 BOX_COLOR = "#ffe14d"
+TITLE_WIDTH = 34  # characters above a panel
 MASK_COLORS = (  # Tol's bright and vibrant palettes: told apart on grey with any colour vision
     *("#66CCEE", "#EE6677", "#CCBB44", "#228833", "#AA3377", "#EE7733", "#4477AA", "#009988"),
     *("#EE3377", "#BBBBBB"),
@@ -132,7 +134,7 @@ def _draw_case(axes: Any, panel: MaskPanel) -> None:
     shown = [0, 0, 1, len(panel.clicks)]
     for axis, text, mask, color, num_clicks in zip(axes, titles, masks, colors, shown, strict=True):
         axis.imshow(panel.image)
-        axis.set_title(text, fontsize=7)
+        axis.set_title(textwrap.fill(text, TITLE_WIDTH), fontsize=7)
         if mask is not None and mask.any():
             axis.contour(mask, levels=[0.5], colors=[color], linewidths=1.2)
         for x, y, label in panel.clicks[:num_clicks]:
