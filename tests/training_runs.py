@@ -72,7 +72,8 @@ class Run(NamedTuple):
 
 
 def largest_difference(one: Run, other: Run, *, leaving_out: tuple[str, ...] = ()) -> float:
-    """Between two trajectories, over all values and steps."""
+    """Between two trajectories, over all values and steps; relative where a value is above 1, as
+    sums over rows are (a Dice is not)."""
     mine, theirs = (
         {name: values for name, values in run.trajectory().items() if name not in leaving_out}
         for run in (one, other)
@@ -80,7 +81,8 @@ def largest_difference(one: Run, other: Run, *, leaving_out: tuple[str, ...] = (
     assert mine.keys() == theirs.keys() and mine, (mine.keys(), theirs.keys())
     for name in mine:
         assert len(mine[name]) == len(theirs[name]), name
-    return max(abs(a - b) for name in mine for a, b in zip(mine[name], theirs[name], strict=True))
+    pairs = [pair for name in mine for pair in zip(mine[name], theirs[name], strict=True)]
+    return max(abs(a - b) / max(1.0, abs(a)) for a, b in pairs)
 
 
 def largest_weight_difference(one: Run, other: Run) -> float:
