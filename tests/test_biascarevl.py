@@ -423,6 +423,16 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
         build_model(vision="tiny", image_size=96, vision_weights=str(tmp_path))
 
 
+def test_damaged_query_attention_of_an_export_is_an_error_not_a_fresh_start(
+    tiny_mllm: Path, tmp_path: Path
+) -> None:
+    tiny_model(tiny_mllm).save_pretrained(tmp_path)
+    file = tmp_path / "query_attention.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"query_attention\.safetensors cannot be loaded"):
+        build_model(mllm=str(tiny_mllm), vision="tiny", image_size=64, vision_weights=str(tmp_path))
+
+
 def test_an_export_whose_base_model_moved_says_how_to_name_it(
     tiny_mllm: Path, tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 
-from biascare.data import transforms
+from biascare.data import mask_resize, transforms
 from biascare.data.transforms import (
     PROMPT_KINDS,
     Geometry,
@@ -268,7 +268,7 @@ def test_resizing_all_components_at_once_agrees_with_the_definition(case, seed, 
 def test_memory_bounded_chunks_do_not_change_the_result(monkeypatch):
     mask = np.random.default_rng(0).random((90, 70)) < 0.2
     expected = apply_mask(mask, Geometry.full(90, 70, 32))
-    monkeypatch.setattr(transforms, "_CHUNK", 20)
+    monkeypatch.setattr(mask_resize, "_CHUNK", 20)
     assert (apply_mask(mask, Geometry.full(90, 70, 32)) == expected).all()
 
 

@@ -78,8 +78,11 @@ class HeldOut(Dataset, ABC):
                 meta["is_repeat"] = index < 0
                 meta["split"] = self.records[source].manifest["split"]
             samples.append(sample)
+        return [self._collate(samples)]
+
+    def _collate(self, samples: list[Sample]) -> Batch:
         pad = self.chat.tokenizer.pad_token_id if self.chat else 0
-        return [collate(samples, seed=0, pad_token_id=pad, padding_side=self.padding_side)]
+        return collate(samples, seed=0, pad_token_id=pad, padding_side=self.padding_side)
 
     def _image(self, row: dict[str, Any]) -> tuple[np.ndarray, Geometry]:
         geometry = Geometry.full(row["height"], row["width"], self.image_size)
@@ -100,9 +103,7 @@ class HeldOutImages(HeldOut):
     def one_target(self, index: int, target: str) -> Batch:
         """Item `index` with the mask of one target alone: nothing else is computed for it."""
         source, row = self.items[index]
-        sample = self._sample(self.records[source], row, only=target)
-        pad = self.chat.tokenizer.pad_token_id if self.chat else 0
-        return collate([sample], seed=0, pad_token_id=pad, padding_side=self.padding_side)
+        return self._collate([self._sample(self.records[source], row, only=target)])
 
     def _sample(self, source: Records, unit: int, only: str | None = None) -> Sample:
         row = source[unit]

@@ -53,6 +53,15 @@ def prevalence_groups(
     return groups
 
 
+def groups_of(
+    file: str | None, counts: Mapping[str, int], head_share: float, tail_share: float
+) -> dict[str, str]:
+    """Groups of a file by `save_prevalence` if one is named, else of these counts."""
+    if file is not None:
+        return load_prevalence(file)
+    return prevalence_groups(counts, head_share, tail_share)
+
+
 def save_prevalence(
     path: str | Path,
     counts: Mapping[str, int],

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
+from biascare.data.mask_resize import EIGHT_CONNECTED, filled_box, resize_components
 from biascare.interfaces import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, POINT_PADDING, POINT_POSITIVE
 
 if TYPE_CHECKING:
@@ -52,9 +53,6 @@ BOX_JITTER = 0.1
 PROMPT_KINDS = ("point", "box", "point_and_box", "text")
 
 _GEOMETRY, _INTENSITY, _PROMPTS = range(3)  # random streams of one key
-_EIGHT_CONNECTED = np.ones((3, 3), bool)
-_NEGLIGIBLE = 1e-6  # coverage below it is rounding error of the overlap sums
-_CHUNK = 2**20  # pixels looked at together; bounds the memory for very large masks
 _NUM_NOISE = 2**21  # stored normal deviates, of which each image takes a stretch
 _SIDE_WORDS = re.compile(
     r"(?<![a-z])(?:(?:left|right)(?:most|wards?|sided)?|(?:bi|uni|ipsi|contra)?lateral(?:ly|ity)?"
@@ -103,7 +101,7 @@ def read_image(
 
     The same pixels without copying the native image to an array and back, and grey images stay one
     channel until the end. A JPEG much larger than needed is reduced while it is decoded, block by
-    block, which differs from resizing by a rounding error or two.
+    block, which differs from resizing by less than one grey level on average.
 
     With `intensity_key`, `draw_intensity` as well.
 
@@ -207,7 +205,7 @@ def apply_mask(mask: Array, geometry: Geometry) -> NDArray[np.uint8]:
     Interpolating and thresholding at one half erases what is thinner than half a result pixel: all
     lines 2 px wide at a quarter of the size. Here each 8-connected component keeps its area
     instead: with a the exact area it covers in result pixels, it receives max(1, round(a)) of them,
-    chosen by `_densest_cells`. Equal sizes give the mask itself, and whole-number enlargements
+    the densest. Equal sizes give the mask itself, and whole-number enlargements
     what nearest neighbour gives.
 
     Raises:
@@ -219,7 +217,7 @@ def apply_mask(mask: Array, geometry: Geometry) -> NDArray[np.uint8]:
     if mask.shape == (side, side) and geometry[:4] == Geometry.full(side, side, side)[:4]:
         resized = mask.astype(np.uint8)
     else:
-        resized = _resize_components(mask, geometry)
+        resized = resize_components(mask, geometry[:4], side)
     return np.ascontiguousarray(resized[:, ::-1]) if geometry.flip else resized
 
 
@@ -237,166 +235,6 @@ def _check_inside(height: int, width: int, geometry: Geometry) -> None:
             f"geometry: got the crop x0, y0, x1, y1 = {crop} of {width} x {height} pixels, "
             f"expected one inside; image and masks of a record must have its height and width"
         )
-
-
-class _Axis(NamedTuple):
-    """Overlap of S result cells with the pixels along one axis: a banded matrix [S, n] as bands."""
-
-    pixels: NDArray[np.intp]  # [S, w] pixels of the window of each cell
-    weights: NDArray[np.float64]  # [S, w] share of the cell that each of them covers
-
-    @property
-    def occupied(self) -> slice:
-        """The cells with any weight, as a stretch."""
-        return _extent(np.any(self.weights > 0, axis=1))
-
-    def cells(self, stretch: slice) -> _Axis:
-        """A stretch of the cells."""
-        return _Axis(pixels=self.pixels[stretch], weights=self.weights[stretch])
-
-    @property
-    def densest(self) -> NDArray[np.intp]:
-        """[S] the pixel that covers most of each cell."""
-        best = self.weights.argmax(axis=1)[:, None]
-        return np.take_along_axis(self.pixels, best, axis=1)[:, 0]
-
-    def within(self, stretch: slice) -> _Axis:
-        """The same cells over a stretch of the pixels, numbered from its start; the pixels outside
-        it weigh nothing."""
-        there = (self.pixels >= stretch.start) & (self.pixels < stretch.stop)
-        pixels = np.clip(self.pixels, stretch.start, stretch.stop - 1) - stretch.start
-        return _Axis(pixels=pixels, weights=np.where(there, self.weights, 0.0))
-
-    def average(self, values: Array) -> NDArray[np.float64]:
-        """[n, m] -> [S, m] mean of the values over each cell: the matrix product."""
-        averaged = np.zeros((len(self.pixels), values.shape[1]))
-        for band in range(self.pixels.shape[1]):
-            averaged += self.weights[:, band, None] * values[self.pixels[:, band]]
-        return averaged
-
-
-class _RimCells(NamedTuple):
-    """The n pairs (cell, component) where a component covers part of a cell, sorted by cell.
-
-    Cells are numbered in a grid with a margin of one, so that neighbours are plain offsets.
-    """
-
-    cells: NDArray[np.int64]  # [n]
-    components: NDArray[np.int64]  # [n] from 1
-    covered: NDArray[np.float64]  # [n] share of the cell
-
-
-def _axis(start: float, stop: float, size: int, num_pixels: int) -> _Axis:
-    """The axis of `size` cells that divide start .. stop, in edges of `num_pixels` pixels."""
-    edges = np.linspace(start, stop, size + 1)
-    window = int((np.ceil(edges[1:]) - np.floor(edges[:-1])).max())
-    window = min(window, num_pixels)
-    first = np.clip(np.floor(edges[:-1]), 0, num_pixels - window).astype(np.intp)
-    pixels = first[:, None] + np.arange(window)
-    overlap = np.minimum(pixels + 1, edges[1:, None]) - np.maximum(pixels, edges[:-1, None])
-    return _Axis(pixels=pixels, weights=overlap.clip(0) / np.diff(edges)[:, None])
-
-
-def _extent(filled: Array) -> slice:
-    """From the first to the last True of bool [n], or one place if there is none: most targets
-    fill a small part of their image, and only that part needs work."""
-    places = np.flatnonzero(filled)
-    return slice(int(places[0]), int(places[-1]) + 1) if len(places) else slice(0, 1)
-
-
-def _resize_components(mask: NDArray[np.bool_], geometry: Geometry) -> NDArray[np.uint8]:
-    """[H, W] -> [S, S] before mirroring: cells full of mask, and of the others the densest.
-
-    All components at once, on the rim cells only: the cost does not grow with their number.
-    """
-    left, top = math.floor(geometry.x0), math.floor(geometry.y0)
-    inside = mask[top : math.ceil(geometry.y1), left : math.ceil(geometry.x1)]
-    rows = _axis(geometry.y0 - top, geometry.y1 - top, geometry.size, inside.shape[0])
-    columns = _axis(geometry.x0 - left, geometry.x1 - left, geometry.size, inside.shape[1])
-    filled_rows, filled_columns = _extent(np.any(inside, axis=1)), _extent(np.any(inside, axis=0))
-    rows, columns = rows.within(filled_rows), columns.within(filled_columns)
-    place = rows.occupied, columns.occupied
-    rows, columns = rows.cells(place[0]), columns.cells(place[1])
-    labels, _ = ndimage.label(inside[filled_rows, filled_columns], _EIGHT_CONNECTED)
-    covered = columns.average(rows.average(labels > 0).T).T
-    full = covered > 1 - _NEGLIGIBLE
-    # Adjacent pixels share a component, so the component of a full cell is that of any pixel in it.
-    full_component = np.where(full, labels[np.ix_(rows.densest, columns.densest)], 0)
-    full_component = np.pad(full_component, 1)
-    rim = _rim_cells(labels, rows, columns, (covered > _NEGLIGIBLE) & ~full)
-    local = full_component > 0
-    local.ravel()[_densest_cells(rim, full_component, (place[0].start, place[1].start))] = True
-    resized = np.zeros((geometry.size, geometry.size), np.uint8)
-    resized[place] = local[1:-1, 1:-1]
-    return resized
-
-
-def _rim_cells(
-    labels: NDArray[np.int32], rows: _Axis, columns: _Axis, partial: NDArray[np.bool_]
-) -> _RimCells:
-    """How much of each cell in `partial` [S, S] each component covers."""
-    cell_rows, cell_columns = np.nonzero(partial)
-    num_labels = int(labels.max()) + 1
-    window = rows.pixels.shape[1] * columns.pixels.shape[1]
-    keys, covered = [], []
-    for start in range(0, len(cell_rows), max(1, _CHUNK // window)):
-        chunk = slice(start, start + max(1, _CHUNK // window))
-        row, column = cell_rows[chunk], cell_columns[chunk]
-        found = labels[rows.pixels[row][:, :, None], columns.pixels[column][:, None, :]]
-        weight = rows.weights[row][:, :, None] * columns.weights[column][:, None, :]
-        cell = ((row + 1) * (partial.shape[1] + 2) + column + 1)[:, None, None]
-        used = (found > 0) & (weight > 0)
-        key, inverse = np.unique((cell * num_labels + found)[used], return_inverse=True)
-        keys.append(key)
-        covered.append(np.bincount(inverse, weight[used], len(key)))
-    key = np.concatenate([*keys, np.empty(0, np.int64)])
-    return _RimCells(
-        cells=key // num_labels,
-        components=key % num_labels,
-        covered=np.concatenate([*covered, np.empty(0)]),
-    )
-
-
-def _densest_cells(
-    rim: _RimCells, full_component: NDArray[np.int32], origin: tuple[int, int]
-) -> NDArray[np.int64]:
-    """The cells each component gets besides its full ones, so that it has max(1, round(area)).
-
-    A component prefers cells by their share relative to the densest of their eight neighbours, in
-    eight levels: at the rim of a compact shape, where a neighbour is full, this is the order of
-    the shares themselves, while along a thin line every cell of its crest ranks alike. Equal ranks
-    follow a two-dimensional low-discrepancy sequence, so that a line thinner than a cell becomes
-    evenly dotted instead of losing one end. `origin` is the row and column of the first cell in the
-    result.
-    """
-    num_full = np.bincount(full_component.ravel())[1:]
-    num_components = max(int(rim.components.max(initial=0)), len(num_full))
-    num_full = np.pad(num_full, (1, num_components - len(num_full)))
-    area = num_full + np.bincount(rim.components, rim.covered, num_components + 1)
-    missing = np.maximum(np.floor(area + 0.5 + _NEGLIGIBLE), 1) - num_full
-    relative = rim.covered / _neighbourhood_max(rim, full_component)
-    level = np.floor(8 * relative + 0.5 + _NEGLIGIBLE)
-    row, column = np.divmod(rim.cells, full_component.shape[1])
-    # Steps of the plastic number: the two-dimensional counterpart of the golden ratio.
-    spread = (0.7548776662 * (row + origin[0]) + 0.5698402910 * (column + origin[1])) % 1
-    order = np.lexsort((spread, -level, rim.components))
-    component = rim.components[order]
-    rank = np.arange(len(order)) - np.searchsorted(component, component)
-    return rim.cells[order[rank < missing[component]]]
-
-
-def _neighbourhood_max(rim: _RimCells, full_component: NDArray[np.int32]) -> NDArray[np.float64]:
-    """[n] the largest share that the component has in a cell or in its eight neighbours."""
-    width, num_labels = full_component.shape[1], int(rim.components.max(initial=0)) + 1
-    key = rim.cells * num_labels + rim.components
-    largest = rim.covered.copy()
-    for offset in (-width - 1, -width, -width + 1, -1, 1, width - 1, width, width + 1):
-        wanted = key + offset * num_labels
-        place = np.minimum(np.searchsorted(key, wanted), len(key) - 1)
-        there = np.where(key[place] == wanted, rim.covered[place], 0.0)
-        is_full = full_component.ravel()[rim.cells + offset] == rim.components
-        largest = np.maximum(largest, np.where(is_full, 1.0, there))
-    return largest
 
 
 def apply_points(coords: Array, geometry: Geometry) -> NDArray[np.float64]:
@@ -566,10 +404,10 @@ def box_from_mask(mask: Array) -> NDArray[np.float32]:
     Raises:
         ValueError: the mask is empty.
     """
-    rows, columns = np.flatnonzero(np.any(mask, axis=1)), np.flatnonzero(np.any(mask, axis=0))
-    if len(rows) == 0:
+    if not np.any(mask):
         raise _empty_mask("box")
-    return np.array([columns[0], rows[0], columns[-1], rows[-1]], np.float32)
+    rows, columns = filled_box(mask)
+    return np.array([columns.start, rows.start, columns.stop - 1, rows.stop - 1], np.float32)
 
 
 def first_point(mask: Array) -> tuple[int, int]:
@@ -582,7 +420,7 @@ def first_point(mask: Array) -> tuple[int, int]:
     """
     if not np.any(mask):
         raise _empty_mask("click")
-    rows, columns = ndimage.find_objects((np.asarray(mask) != 0).astype(np.int32))[0]
+    rows, columns = filled_box(mask)
     depth = _depth(mask[rows, columns])
     row, column = np.unravel_index(int(np.argmax(depth)), depth.shape)
     return columns.start + int(column), rows.start + int(row)
@@ -593,19 +431,20 @@ def _draw_point(mask: Array, generator: Generator) -> tuple[int, int]:
 
     The root lets small lesions beside a large one be clicked too; the depth keeps off the border.
     """
-    filled_rows, filled_columns = _extent(np.any(mask, axis=1)), _extent(np.any(mask, axis=0))
-    labels, num_components = ndimage.label(mask[filled_rows, filled_columns], _EIGHT_CONNECTED)
+    filled = filled_box(mask)
+    labels, num_components = ndimage.label(mask[filled], EIGHT_CONNECTED)
     roots = np.sqrt(np.bincount(labels.ravel(), minlength=num_components + 1)[1:])
     index = int(generator.choice(num_components, p=roots / roots.sum())) + 1
     rows, columns = ndimage.find_objects(labels, index)[index - 1]
-    # Steps to the outside instead of exact distances: ten times faster, and a click is random.
-    component = np.pad(labels[rows, columns] == index, 1)
-    depth = ndimage.distance_transform_cdt(component)[1:-1, 1:-1]
+    # Steps to the outside instead of exact distances: faster, and a click is random.
+    component = labels[rows, columns] == index
+    outlined = np.zeros((component.shape[0] + 2, component.shape[1] + 2), bool)
+    outlined[1:-1, 1:-1] = component
+    depth = ndimage.distance_transform_cdt(outlined)[1:-1, 1:-1]
     total = np.cumsum(depth)
     pixel = int(np.searchsorted(total, generator.integers(int(total[-1])), side="right"))
     row, column = divmod(pixel, depth.shape[1])
-    left, top = filled_columns.start + columns.start, filled_rows.start + rows.start
-    return left + column, top + row
+    return filled[1].start + columns.start + column, filled[0].start + rows.start + row
 
 
 def _depth(mask: Array) -> NDArray[np.float64]:

@@ -332,12 +332,23 @@ def _restore_mllm(folder: Path, path: str, dtype: torch.dtype, attention: str) -
         ) from error
 
 
-def _load_part(module: nn.Module, path: Path) -> None:
-    """Fill a module with an exported file, all of it."""
+def _load_part(module: nn.Module, path: Path, *, only_if_it_fits: bool = False) -> bool:
+    """Fill a module with an exported file, all of it; whether it was filled.
+
+    Tensors of other names or shapes are an error, or with `only_if_it_fits` leave it as it is.
+    """
     try:
-        module.load_state_dict(load_file(path))
+        found = load_file(path)
+        if only_if_it_fits and _shapes(found) != _shapes(module.state_dict()):
+            return False
+        module.load_state_dict(found)
+        return True
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be loaded ({error}); export the model again") from error
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def build_model(
@@ -405,12 +416,9 @@ def load_vision_weights(pathway: VisionPathway, path: Path) -> LoadReport:
 def load_query_attention(query_attention: CrossModalQueryAttention, folder: Path) -> bool:
     """Start from an export's query attention if it has the same sizes; whether it has."""
     ours = {"num_queries": query_attention.num_queries, "num_heads": query_attention.num_heads}
-    shapes = {name: tensor.shape for name, tensor in query_attention.state_dict().items()}
-    found = {name: tensor.shape for name, tensor in load_file(folder / QUERY_FILE).items()}
-    if read_export_config(folder)["query_attention"] != ours or found != shapes:
+    if read_export_config(folder)["query_attention"] != ours:
         return False
-    _load_part(query_attention, folder / QUERY_FILE)
-    return True
+    return _load_part(query_attention, folder / QUERY_FILE, only_if_it_fits=True)
 
 
 def _is_export(path: Path) -> bool:
