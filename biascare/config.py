@@ -373,9 +373,14 @@ def _stage(config: Config) -> Iterator[_Finding]:
 
 def _paths(config: Config) -> Iterator[_Finding]:
     for name in ("segmentation", "language", "eval_segmentation", "eval_language"):
+        seen: set[Path] = set()
         for index, source in enumerate(getattr(config.data, name)):
-            if not Path(source.path).is_dir():
-                yield (f"data.{name}[{index}].path",), _absent("folder", source.path)
+            key, path = f"data.{name}[{index}].path", Path(source.path)
+            if not path.is_dir():
+                yield (key,), _absent("folder", source.path)
+            elif path.resolve() in seen:
+                yield (key,), f"{source.path!r} is listed twice; give it a weight instead"
+            seen.add(path.resolve())
     mllm, weights, resume = config.model.mllm, config.model.vision_weights, config.train.resume
     if mllm is not None and not Path(mllm).is_dir():
         if mllm.startswith((".", "/", "~")) or Path(mllm).exists():

@@ -49,11 +49,10 @@ def build_stream(config: Config) -> tuple[TrainingStream, ChatBuilder | None]:
     """The stream inside the loader of a run's first rank."""
     import train  # the program beside this one
 
-    segmentation = train.open_sources(config.data.segmentation)
-    language = train.open_sources(config.data.language)
+    segmentation, language, mixture = train.open_training(config)
     groups = train.prevalence(config, segmentation)
     chat = train.build_chat(config)
-    loader = train.build_loader(config, segmentation, language, chat, groups, 0)
+    loader = train.build_loader(config, segmentation, language, mixture, chat, groups, 0)
     stream: TrainingStream = loader.dataset
     return stream, chat
 

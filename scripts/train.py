@@ -122,6 +122,22 @@ def open_sources(sources: tuple[Any, ...]) -> list[Records]:
     return [Records(source.path) for source in sources]
 
 
+def open_training(config: Config) -> tuple[list[Records], list[Records], Mixture]:
+    """Segmentation and language records and their mixture; what is held out must be other records.
+
+    Raises ValueError before a model is built.
+    """
+    from biascare.data.heldout import check_held_out
+
+    segmentation = open_sources(config.data.segmentation)
+    language = open_sources(config.data.language)
+    held_out = open_sources(config.data.eval_segmentation + config.data.eval_language)
+    check_held_out(segmentation + language, held_out)
+    mixture = build_mixture(config, segmentation, language)
+    mixture.check_micro_batch(config.train.micro_batch)
+    return segmentation, language, mixture
+
+
 def prevalence(config: Config, segmentation: list[Records]) -> dict[str, str]:
     """Group of each target: of the file that is named, or from the training sources."""
     from biascare.data.prevalence import groups_of, total_counts
@@ -162,6 +178,7 @@ def build_loader(
     config: Config,
     segmentation: list[Records],
     language: list[Records],
+    mixture: Mixture,
     chat: ChatBuilder | None,
     groups: dict[str, str],
     start_step: int,
@@ -182,8 +199,6 @@ def build_loader(
         augment=config.data.augment,
         seed=config.train.seed,
     )
-    mixture = build_mixture(config, segmentation, language)
-    mixture.check_micro_batch(config.train.micro_batch)
     stream = TrainingStream(segmentation, language, mixture, chat, groups, settings)
     sampler = GlobalBatchSampler(
         config.train.global_batch,
@@ -485,8 +500,7 @@ def run(config: Config) -> None:
     folder = Path(train.output_dir)
     init_process_group()
     deepspeed_config = deepspeed_settings(config)
-    segmentation = open_sources(config.data.segmentation)
-    language = open_sources(config.data.language)
+    segmentation, language, mixture = open_training(config)
     groups = prevalence(config, segmentation)
     from_rank_zero(lambda: save_run_files(config, groups, segmentation, language))
     chat = build_chat(config)
@@ -502,7 +516,7 @@ def run(config: Config) -> None:
         evaluator(start_step)
     Trainer(
         engine,
-        build_loader(config, segmentation, language, chat, groups, start_step),
+        build_loader(config, segmentation, language, mixture, chat, groups, start_step),
         to_device,
         [
             LogHook(log, engine, train.log_every, train.max_steps),

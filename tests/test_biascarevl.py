@@ -417,6 +417,20 @@ def test_the_vision_stage_exports_and_hands_over_to_the_joint_stage(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_an_export_finds_its_local_base_from_any_folder(
+    tiny_mllm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_mllm.parent)
+    build_model(
+        mllm=tiny_mllm.name,  # relative, it could be a name on the Hub
+        vision="tiny",
+        image_size=IMAGE_SIZE,
+    ).save_pretrained(tmp_path / "export")
+    monkeypatch.chdir(tmp_path)
+    restored = BiasCareVL.from_pretrained("export")
+    assert restored.mllm is not None and restored.mllm.path == str(tiny_mllm)
+
+
 def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     tiny_model(None).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"model.vision_weights .*'image_size': 64.*96"):

@@ -512,6 +512,14 @@ def test_a_missing_tensor_is_named() -> None:
         load_vision_checkpoint(tiny_pathway(), state)
 
 
+def test_a_renamed_tensor_is_named_in_both_its_names() -> None:
+    state = dict(tiny_pathway().state_dict())
+    state["mask_decoder.extra.weight"] = state.pop("image_encoder.blocks.1.norm1.bias")
+    expected = r"lacks image_encoder.blocks.1.norm1.bias and has unexpected mask_decoder.extra.weig"
+    with pytest.raises(ValueError, match=expected):
+        load_vision_checkpoint(tiny_pathway(), state)
+
+
 def test_an_unexpected_tensor_is_named_and_nothing_is_loaded() -> None:
     pathway = tiny_pathway(seed=3)
     before = {key: value.clone() for key, value in pathway.state_dict().items()}
@@ -702,8 +710,10 @@ def test_empty_and_truncated_files_are_told_from_whole_ones(tmp_path: Path, suff
 @pytest.mark.parametrize("content", [b"<!DOCTYPE html><html>", b"version https://git-lfs", b"\x80"])
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "w.pth").write_bytes(content)
-    with pytest.raises(ValueError, match="not a readable checkpoint"):
+    with pytest.raises(ValueError, match="not a readable checkpoint") as refused:
         read_state_dict(tmp_path / "w.pth")
+    assert "it begins with b'" in str(refused.value) or content == b"\x80"
+    assert "Re-running" not in str(refused.value), "torch's advice to open it unsafely"
 
 
 @pytest.mark.parametrize(

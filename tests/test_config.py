@@ -376,6 +376,7 @@ def test_a_combination_that_cannot_run_is_named_with_its_repair(
     [
         ("data.language=[{path: b}, {path: bb}]", "data.language[1].path: no folder 'bb'"),
         ("data.eval_segmentation=[{path: aa}]", "did you mean 'a'?"),
+        ("data.language=[{path: b}, {path: ./b}]", "data.language[1].path: './b' is listed twice"),
         ("model.mllm=./mlm", "no folder './mlm'"),
         ("model.mllm=one/two/three", "no Hub id (owner/name) either"),
         ("model.vision_weights=w.pth", "model.vision_weights: no file or folder 'w.pth'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from collections import Counter
 from pathlib import Path
@@ -382,10 +383,23 @@ def test_groups_are_the_ones_computed_by_hand() -> None:
     # 51 % needs the spleen too; 9 % leaves the adrenal out of the tail.
     groups = prevalence_groups(counts, 0.51, 0.09)
     assert groups["spleen"] == "head" and groups["adrenal"] == "medium"
-    # The rarest of at least two is tail, however common; the only one is head.
-    assert prevalence_groups({"a": 10, "b": 10}, 0.5, 0.1) == {"a": "head", "b": "tail"}
+    # The rarest is tail, however common; the only one is head.
+    assert prevalence_groups({"a": 10, "b": 9}, 0.5, 0.1) == {"a": "head", "b": "tail"}
     assert prevalence_groups({"a": 10}, 0.5, 0.1) == {"a": "head"}
     assert prevalence_groups({}, 0.5, 0.1) == {}
+
+
+def test_targets_of_equal_count_are_in_one_group_whatever_their_names() -> None:
+    assert prevalence_groups({"a": 10, "b": 10}, 0.5, 0.1) == {"a": "head", "b": "head"}
+    counts = {"cup": 12, "disc": 12, "liver": 30, "mole": 2, "spleen": 2}
+    groups = prevalence_groups(counts, 0.6, 0.05)  # 42 of 58 need both twelves; 4 exceed 2.9
+    assert groups == {
+        "liver": "head",
+        "cup": "head",
+        "disc": "head",
+        "mole": "tail",
+        "spleen": "tail",
+    }
 
 
 COUNTS = st.dictionaries(st.text("abcdef", min_size=1, max_size=3), st.integers(1, 50), max_size=12)
@@ -404,10 +418,12 @@ def test_every_target_has_one_group_and_the_shares_hold(
     assert prevalence_groups(shuffled, head / 10, tail / 10) == groups
     held = {g: [counts[n] for n in groups if groups[n] == g] for g in ("head", "medium", "tail")}
     total = sum(counts.values())
-    if len(held["tail"]) > 1:
+    if len(set(held["tail"])) > 1:
         assert 10 * sum(held["tail"]) <= tail * total + 1e-6
-    if len(counts) > 1:
+    if len(set(counts.values())) > 1:
         assert held["tail"] and min(held["tail"]) == min(counts.values())
+    for first, second in itertools.combinations(counts, 2):
+        assert counts[first] != counts[second] or groups[first] == groups[second]
         order = [c for g in ("tail", "medium", "head") for c in sorted(held[g])]
         assert order == sorted(order)
 

@@ -57,8 +57,7 @@ def test_pictures_are_the_tensors_of_the_training_loader(
 
     config = load_config(config_file(tmp_path, tiny_records, tiny_mllm))
     stream, chat = preview.build_stream(config)
-    sources = [train.open_sources(s) for s in (config.data.segmentation, config.data.language)]
-    loader = train.build_loader(config, *sources, chat, stream.groups, 0)
+    loader = train.build_loader(config, *train.open_training(config), chat, stream.groups, 0)
     batch = next(iter(loader))  # positions 0 and 1: an image with two targets, and a question
     overlays = preview.overlays_of(stream, 0, stream[0])
     assert len(overlays) == 2

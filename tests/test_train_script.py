@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -97,6 +98,20 @@ def _busy() -> bool:
     import os
 
     return os.getloadavg()[0] > (os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["same folder", "copy"])
+def test_evaluating_on_training_records_is_refused_before_a_model_is_built(
+    world: World, tmp_path: Path, copied: bool
+) -> None:
+    place = tmp_path / "copy" if copied else world.records
+    if copied:
+        shutil.copytree(world.records, place)
+    config = world.config(Job("overlap"), 1)
+    done = start("--config", str(config), f"data.eval_segmentation=[{{path: {place}}}]")
+    assert done.returncode == 1
+    assert f"{place} is trained on too (as {world.records})" in done.stderr
+    assert "parameters" not in done.stdout
 
 
 def test_help_lists_every_key_with_its_default() -> None:

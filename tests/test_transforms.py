@@ -249,7 +249,8 @@ def by_definition(mask, geometry):
         level = np.floor(8 * covered / nearby + 0.5 + 1e-6)
         ranked = []
         for row, column in zip(*np.nonzero(covered > 1e-6), strict=True):
-            spread = (0.7548776662 * (row + 1) + 0.5698402910 * (column + 1)) % 1
+            run = 16 if nearby[row, column] > 1 - 1e-6 else 1
+            spread = (0.7548776662 * (row // run + 1) + 0.5698402910 * (column // run + 1)) % 1
             full = covered[row, column] > 1 - 1e-6
             ranked.append((not full, -level[row, column], spread, row, column))
         for *_, row, column in sorted(ranked)[: max(1, math.floor(covered.sum() + 0.5 + 1e-6))]:
@@ -263,6 +264,21 @@ def test_resizing_all_components_at_once_agrees_with_the_definition(case, seed, 
     height, width, geometry = case
     mask = (np.random.default_rng(seed).random((height, width)) < density).astype(np.uint8)
     assert (apply_mask(mask, geometry) == by_definition(mask, geometry)).all()
+
+
+def test_a_straight_edge_gets_a_step_or_two_and_no_teeth():
+    mask = np.zeros((240, 320), np.uint8)
+    mask[40:100, 60:140] = 1  # at 2.4 by 1.74 pixels a cell, no edge lies between two cells
+    resized = apply_mask(mask, Geometry(3.3, 5.7, 310.2, 229.1, False, 128))
+    rows, columns = (np.flatnonzero(resized.any(axis=axis)) for axis in (1, 0))
+    for edge in (
+        resized[rows[0]],
+        resized[rows[-1]],
+        resized.T[columns[0]],
+        resized.T[columns[-1]],
+    ):
+        steps = np.diff(edge.astype(int))
+        assert np.count_nonzero(steps) <= 6  # 2 for each run, at most 3 runs
 
 
 def test_memory_bounded_chunks_do_not_change_the_result(monkeypatch):

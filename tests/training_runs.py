@@ -19,6 +19,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.tiny import tiny_record_folder
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -110,6 +112,7 @@ class World:
         self.folder = folder
         self.mllm = mllm
         self.records = records
+        self.held_out = tiny_record_folder(folder / "held_out", split="val")
 
     def config(self, job: Job, num_ranks: int) -> Path:
         """Write the YAML of a job; six steps of two micro-batches."""
@@ -121,12 +124,13 @@ class World:
         settings: dict[str, Any] = {"zero_optimization": {"stage": job.zero} | partition}
         zero.write_text(json.dumps(settings))
         source = [{"path": str(self.records)}]
+        held_out = [{"path": str(self.held_out)}]
         tree = {
             "data": {
                 "segmentation": source,
                 "language": source,
-                "eval_segmentation": source,
-                "eval_language": source,
+                "eval_segmentation": held_out,
+                "eval_language": held_out,
                 "targets_per_image": 2,
                 "num_workers": 0,
             },

@@ -34,6 +34,21 @@ ANSWERED_KINDS = ("closed", "choice", "open")
 """Questions scored by their answer; reports are scored by text metrics elsewhere."""
 
 
+def check_held_out(training: Sequence[Records], held_out: Sequence[Records]) -> None:
+    """Raises ValueError when records to evaluate on are trained on, as equal content.
+
+    Single images or patients on both sides are what the linter finds.
+    """
+    trained = {source.manifest["content_hash"]: source.folder for source in training}
+    for source in held_out:
+        twin = trained.get(source.manifest["content_hash"])
+        if twin is not None:
+            raise ValueError(
+                f"data.eval_*: {source.folder} is trained on too (as {twin}); evaluate on other "
+                "records, or its numbers would say what the model remembers"
+            )
+
+
 class HeldOut(Dataset, ABC):
     """Items of several record folders, in order; a limit takes evenly spaced ones."""
 

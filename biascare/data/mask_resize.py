@@ -20,6 +20,7 @@ Array = NDArray[Any]
 
 EIGHT_CONNECTED = np.ones((3, 3), bool)
 _NEGLIGIBLE = 1e-6  # coverage below it is rounding error of the overlap sums
+_RUN = 16  # cells of an edge that are chosen together where all are covered alike
 _CHUNK = 2**20  # pixels looked at together; bounds the memory for very large masks
 
 
@@ -130,8 +131,8 @@ def _densest(covered: NDArray[np.float64], origin: tuple[int, int]) -> NDArray[n
         padded[1:-1, 1:-1] = np.where(chosen, 1.0, covered)
         tallest = np.maximum(np.maximum(padded[:-2], padded[1:-1]), padded[2:])
         largest = np.maximum(np.maximum(tallest[:, :-2], tallest[:, 1:-1]), tallest[:, 2:])
-        relative = covered[row, column] / largest[row, column]
-        densest = _order(relative, row + origin[0], column + origin[1])[:missing]
+        cell = row + origin[0], column + origin[1]
+        densest = _order(covered[row, column], largest[row, column], cell)[:missing]
         chosen[row[densest], column[densest]] = True
     return chosen
 
@@ -142,20 +143,28 @@ def _num_cells(area: Any) -> Any:
 
 
 def _order(
-    relative: NDArray[np.float64], row: Array, column: Array, component: Array | None = None
+    covered: NDArray[np.float64],
+    largest: NDArray[np.float64],
+    cell: tuple[Array, Array],
+    component: Array | None = None,
 ) -> NDArray[np.intp]:
     """[n] the densest cells first, within each component.
 
-    A component prefers cells by their share relative to the densest of their eight neighbours, in
-    eight levels: at the rim of a compact shape, where a neighbour is full, this is the order of
-    the shares themselves, while along a thin line every cell of its crest ranks alike. Equal ranks
-    follow a two-dimensional low-discrepancy sequence, so that a line thinner than a cell becomes
-    evenly dotted instead of losing one end. Rows and columns count from the result's first.
+    A component prefers cells by their share `covered` relative to the `largest` among the eight
+    neighbours, in eight levels: at the rim of a compact shape, where a neighbour is full, this is
+    the order of the shares themselves, while along a thin line every cell of its crest ranks alike.
+    Equal ranks follow a two-dimensional low-discrepancy sequence of the `cell`s, rows and columns
+    of the result: a line thinner than a cell becomes evenly dotted instead of losing one end. At
+    the rim of a compact shape it runs over squares of `_RUN` cells, so that a straight edge gets a
+    step or two instead of teeth.
     """
-    level = np.floor(8 * relative + 0.5 + _NEGLIGIBLE)
+    level = np.floor(8 * covered / largest + 0.5 + _NEGLIGIBLE)
+    run = np.where(largest > 1 - _NEGLIGIBLE, _RUN, 1)
+    row, column = cell[0] // run, cell[1] // run
     # Steps of the plastic number: the two-dimensional counterpart of the golden ratio.
     spread = (0.7548776662 * (row + 1) + 0.5698402910 * (column + 1)) % 1
-    return np.lexsort((spread, -level) if component is None else (spread, -level, component))
+    keys = cell[1], cell[0], spread, -level
+    return np.lexsort(keys if component is None else (*keys, component))
 
 
 def _densest_of_each(
@@ -210,9 +219,9 @@ def _densest_cells(
     num_full = np.pad(num_full, (1, num_components - len(num_full)))
     area = num_full + np.bincount(rim.components, rim.covered, num_components + 1)
     missing = _num_cells(area) - num_full
-    relative = rim.covered / _neighbourhood_max(rim, full_component)
     row, column = np.divmod(rim.cells, full_component.shape[1])
-    order = _order(relative, row - 1 + origin[0], column - 1 + origin[1], rim.components)
+    cell = row - 1 + origin[0], column - 1 + origin[1]
+    order = _order(rim.covered, _neighbourhood_max(rim, full_component), cell, rim.components)
     component = rim.components[order]
     rank = np.arange(len(order)) - np.searchsorted(component, component)
     return rim.cells[order[rank < missing[component]]]

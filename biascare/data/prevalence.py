@@ -29,28 +29,26 @@ def total_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 def prevalence_groups(
     counts: Mapping[str, int], head_share: float, tail_share: float
 ) -> dict[str, str]:
-    """Group of each target.
+    """Group of each target; targets of equal count are in one group.
 
     Head: the most frequent targets, taken until they hold `head_share` of all masks. Tail: the
-    rarest targets that together hold at most `tail_share`, and always the rarest one if there are
-    at least two. Medium: the rest. Ties are ordered by name.
+    rarest targets that together hold at most `tail_share`, and always the rarest unless all are
+    equally frequent. Medium: the rest.
     """
-    ordered = sorted(counts, key=lambda name: (-counts[name], name))
+    sizes = sorted(Counter(counts.values()).items(), reverse=True)  # (count, targets that have it)
     total = sum(counts.values())
-    groups = dict.fromkeys(ordered, "medium")
+    groups = {}
     held = 0
-    for name in ordered:
-        if held >= head_share * total:
-            break
-        groups[name] = "head"
-        held += counts[name]
+    for count, num_targets in sizes:
+        groups[count] = "head" if held < head_share * total else "medium"
+        held += count * num_targets
     held = 0
-    for name in reversed(ordered[1:]):
-        held += counts[name]
-        if held > tail_share * total and name != ordered[-1]:
+    for count, num_targets in reversed(sizes[1:]):
+        held += count * num_targets
+        if held > tail_share * total and count != sizes[-1][0]:
             break
-        groups[name] = "tail"
-    return groups
+        groups[count] = "tail"
+    return {name: groups[count] for name, count in counts.items()}
 
 
 def groups_of(

@@ -245,7 +245,9 @@ class BiasCareVL(nn.Module):
                 "num_queries": self.query_attention.num_queries,
                 "num_heads": self.query_attention.num_heads,
             }
-            config["mllm"] = {"path": self.mllm.path}
+            base = Path(self.mllm.path)
+            # A relative path means something else elsewhere, perhaps a name on the Hub.
+            config["mllm"] = {"path": str(base.absolute() if base.is_dir() else base)}
             if merge:
                 config["mllm"] = {"path": MERGED_FOLDER, "merged": True}
                 fold_adapter(self.mllm)

@@ -184,8 +184,9 @@ def load_vision_checkpoint(
     wanted = pathway.state_dict()
     lacking = [key for key in wanted if key not in named]
     missing = [key for key in lacking if key.startswith(LAYOUTS[layout].may_lack or (" ",))]
-    _refuse(source, layout, "lacks", [key for key in lacking if key not in missing])
-    _refuse(source, layout, "has unexpected", [key for key in named if key not in wanted])
+    absent = [key for key in lacking if key not in missing]
+    surplus = [key for key in named if key not in wanted]
+    _refuse(source, layout, {"lacks": absent, "has unexpected": surplus})
     global_blocks = VISION_ARCHITECTURES[pathway.architecture].global_attn_indexes
     converted: dict[str, str] = {}
     fitted = {key: wanted[key] for key in missing}
@@ -198,7 +199,7 @@ def load_vision_checkpoint(
         for key, value in fitted.items()
         if value.shape != wanted[key].shape
     ]
-    _refuse(source, layout, "has wrong shapes:", wrong)
+    _refuse(source, layout, {"has wrong shapes:": wrong})
     pathway.load_state_dict(fitted)
     return LoadReport(
         layout=layout,
@@ -210,10 +211,12 @@ def load_vision_checkpoint(
     )
 
 
-def _refuse(source: str, layout: str, how: str, keys: list[str]) -> None:
-    if keys:
+def _refuse(source: str, layout: str, faults: dict[str, list[str]]) -> None:
+    """ValueError with all faults (what is wrong -> keys) at once, if there are any."""
+    found = [f"{how} {listed(keys)}" for how, keys in faults.items() if keys]
+    if found:
         raise ValueError(
-            f"{source} ({LAYOUTS[layout].about}) {how} {listed(keys)}; it is incomplete or was "
+            f"{source} ({LAYOUTS[layout].about}) {' and '.join(found)}; it is incomplete or was "
             "changed: name the original file"
         )
 

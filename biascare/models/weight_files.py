@@ -139,6 +139,9 @@ def _foreign_globals(path: Path, archive: bool, message: str) -> list[str]:
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
     reason = (str(error) or type(error).__name__).splitlines()[0]
+    if isinstance(error, pickle.UnpicklingError):  # torch advises to open it unsafely
+        with path.open("rb") as file:
+            reason = f"no archive or pickle of tensors; it begins with {file.read(16)!r}"
     return ValueError(
         f"{path} ({path.stat().st_size:,} bytes) is not a readable checkpoint ({reason}); it may "
         "be truncated or of another kind: download it again, or name a file that torch.save or "

@@ -206,7 +206,8 @@ def _usage(name: str, merged: bool) -> str:
 
 def _origin(run: RunFacts, merged: bool) -> Iterator[tuple[Any, ...]]:
     model, train = run.config["model"], run.config["train"]
-    trained = [part for part, on in train["trainable"].items() if on]
+    absent = () if train["stage"] == "joint" else ("lora", "query_attention")
+    trained = [part for part, on in train["trainable"].items() if on and part not in absent]
     yield "stage", train["stage"]
     if model["mllm"]:
         yield "base MLLM", f"{model['mllm']}{' (adapter folded in)' if merged else ''}"
@@ -232,7 +233,11 @@ def _results(evaluation: dict[str, Any] | None) -> Iterator[str]:
     if evaluation is None:
         yield "This run was not evaluated up to this step."
         return
-    yield f"At step {evaluation['step']}, on the records the run held out (not its training data)."
+    yield (
+        f"At step {evaluation['step']}, on the folders of `data.eval_segmentation` and "
+        "`data.eval_language`, none of which was trained on. Whether they share patients or images "
+        "with the training data is what `scripts/lint_data.py` checks."
+    )
     masks = evaluation.get("segmentation", {})
     if masks.get("num_masks"):
         rows = []
