@@ -80,7 +80,7 @@ def carried(name: str) -> Path:
 def evaluate(model: Path, data: Path, output: Path, options: str) -> dict[str, Any]:
     """Test-split metrics of an exported model."""
     test = f"--segmentation {data}/test --language {data}/test --train {data}/train"
-    more = f"{test} --max-new-tokens 12 {options} --output {output}"
+    more = f"{test} --max-new-tokens 12 {options} --output {output} --overwrite"
     run("python", "scripts/evaluate.py", str(model), *more.split())
     metrics: dict[str, Any] = json.loads((output / "metrics.json").read_text())
     return metrics

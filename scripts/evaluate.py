@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from biascare.data.records import Records
     from biascare.models import BiasCareVL
 
+ROWS = "predictions.jsonl"
+
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -52,14 +54,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--prevalence", help="prevalence.json of a run or of data_bias.py, instead of --train's"
     )
     parser.add_argument("--output", required=True, help="folder to write to")
+    parser.add_argument("--overwrite", action="store_true", help="replace what --output holds")
     parser.add_argument("--mllm", help="where the base image-text model lies, if it has moved")
     parser.add_argument(
         "--prompt", choices=("point", "box"), default="point", help="of the first prediction"
     )
-    parser.add_argument("--clicks", type=int, default=1, help="simulated corrections")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--num-workers", type=int, default=0)
-    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--clicks", type=int, default=1, help="simulated corrections (1)")
+    parser.add_argument("--batch-size", type=int, default=16, help="images, or questions (16)")
+    parser.add_argument("--num-workers", type=int, default=0, help="processes that read (0)")
+    parser.add_argument("--max-new-tokens", type=int, default=32, help="of an answer (32)")
     parser.add_argument("--limit", type=int, default=0, help="images and questions; 0: all")
     return parser.parse_args(arguments)
 
@@ -127,13 +130,15 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     about: dict[str, Any] = {"image_size": size, "limit": options.limit}
     images = HeldOutImages([Records(p) for p in options.segmentation], chat, groups, **about)
+    if options.language and chat is None:
+        print(f"{options.model} answers no questions: --language is left out", file=sys.stderr)
     asked = options.language if chat else []
     questions = HeldOutQuestions([Records(p) for p in asked], chat, groups, **about)
     discs = fit_disc(training_masks(train)) if train and options.segmentation else None
     masks = segmentation_rows(model, images, settings, discs) if len(images) else []
     answers = answer_rows(model, questions, settings) if len(questions) else []
     summary = {"model": str(options.model)} | summarise(masks, answers)
-    write_rows(masks + answers, folder / "predictions.jsonl")
+    write_rows(masks + answers, folder / ROWS)
     (folder / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n")
     if masks and groups:
         panels = mask_panels(model, images, representative_targets(masks))
@@ -145,6 +150,9 @@ def main() -> None:
     options = parse(sys.argv[1:])
     if not (options.segmentation or options.language):
         sys.exit("nothing to evaluate: name folders after --segmentation or --language")
+    earlier = Path(options.output) / ROWS
+    if earlier.exists() and not options.overwrite:
+        sys.exit(f"{earlier} holds an earlier evaluation; name another --output or --overwrite it")
     from biascare.training.process import prepare_process
 
     prepare_process()

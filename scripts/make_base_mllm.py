@@ -67,14 +67,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def corpus(sources: list[Records]) -> Iterator[str]:
     """Every text the tokenizer should know."""
-    from biascare.data.chat import SEGMENTATION_INSTRUCTIONS
+    from biascare.data.chat import SEGMENTATION_INSTRUCTIONS, segmentation_instruction
 
     for records in sources:
         for row in (records[i] for i in range(len(records))):
             yield from (turn["text"] for turn in row["conversations"])
             for target in row["targets"]:
-                for text in SEGMENTATION_INSTRUCTIONS:
-                    yield text.format(target=target["name"], modality=row["modality"])
+                for phrasing in range(len(SEGMENTATION_INSTRUCTIONS)):
+                    yield segmentation_instruction(target["name"], row["modality"], phrasing)
 
 
 class Settings(NamedTuple):

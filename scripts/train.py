@@ -93,7 +93,8 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
         "--plan prints parameters, memory per GPU, operations and tokens of the run, and ends. It "
         "reads no weights: model.mllm may be a folder with only a config.json, or the name of a "
         "known architecture (unset: the paper's). Paths of data, weights and output may be unset "
-        "or absent; everything else in the configuration must be right.",
+        "or absent; everything else in the configuration must be right. The exit code is 1 if the "
+        "run does not fit.",
     )
     plan.add_argument("--plan", action="store_true", help="plan the run instead of starting it")
     plan.add_argument("--world-size", type=int, metavar="N", help="GPUs (4 where the batch allows)")
@@ -590,13 +591,13 @@ def load_planned(path: str, overrides: list[str]) -> Planned:
 
 
 def plan(planned: Planned, options: argparse.Namespace) -> None:
-    """Print what the run needs; see biascare/training/plan.py."""
+    """Print what the run needs; see biascare/training/plan.py. Exits with 1 if it does not fit."""
     from rich.console import Console
 
     from biascare.models.biascarevl import MLLM_PARTS, TRAINABLE_PARTS
     from biascare.models.blank import BatchShape, blank_batch, mllm_config, weights_left_out
     from biascare.training.distributed import parameter_groups
-    from biascare.training.plan import make_plan, read_zero_settings, tables
+    from biascare.training.plan import fits, make_plan, read_zero_settings, tables
     from biascare.training.step import HITLSettings, ObjectiveSettings, TrainStep
 
     config, train = planned.config, planned.config.train
@@ -635,6 +636,8 @@ def plan(planned: Planned, options: argparse.Namespace) -> None:
     console = Console(soft_wrap=True)
     for table in tables(made, gpu_memory_gib=options.gpu_memory, epochs=passes(planned)):
         console.print(table, highlight=False)
+    if not fits(made, options.gpu_memory):
+        raise SystemExit(1)
 
 
 def passes(planned: Planned) -> dict[str, float]:

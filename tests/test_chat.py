@@ -218,7 +218,8 @@ def test_decoding_drops_control_tokens_and_outer_space(chat: ChatBuilder) -> Non
 
 
 def test_the_canonical_instruction_is_the_first_and_a_key_draws_each() -> None:
-    assert segmentation_instruction("liver", "CT") == "Segment the liver in this CT image."
+    assert segmentation_instruction("liver", "ct") == "Segment the liver in this CT image."
+    assert segmentation_instruction("cup", "fundus") == "Segment the cup in this fundus image."
     drawn = {segmentation_instruction("liver", "CT", key) for key in range(50)}
     assert drawn == {s.format(target="liver", modality="CT") for s in SEGMENTATION_INSTRUCTIONS}
     assert all("liver" in text for text in drawn)

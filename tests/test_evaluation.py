@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -327,3 +329,17 @@ def test_the_best_constant_choice_is_a_letter_whatever_its_text() -> None:
         for reference in ("A: ct", "A: mr", "B: ct", "a")
     ]
     assert summarise_answers(rows)["choice"]["best_constant"] == pytest.approx(3 / 4)
+
+
+def test_an_earlier_evaluation_is_not_overwritten_unasked(tmp_path: Path) -> None:
+    (tmp_path / "predictions.jsonl").write_text("{}\n")
+    command = ["scripts/evaluate.py", "model", "--language", "questions", "--output", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1 and "holds an earlier evaluation" in done.stderr
+    assert (tmp_path / "predictions.jsonl").read_text() == "{}\n"

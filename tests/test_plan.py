@@ -47,6 +47,7 @@ from biascare.training.plan import (
     ZeroSettings,
     count_parameters,
     engine_bytes,
+    fits,
     flops_by_part,
     memory_rows,
     part_of,
@@ -568,6 +569,10 @@ def test_a_run_that_does_not_fit_is_told_what_to_change() -> None:
     told = verdict(full, 80)
     assert told.startswith("does not fit: 102.0 of 80 GiB")
     assert "model.activation_checkpointing=true" in told and '"stage": 3' in told
+    assert told.endswith(
+        "GPUs with more memory or a smaller model"
+    )
+    assert fits(plan, 80) and not fits(full, 80)
 
 
 def test_stage_2_is_planned_at_true_size_with_nothing_on_the_disk(

@@ -29,6 +29,9 @@ SEGMENTATION_INSTRUCTIONS = (
 )
 """Phrasings of one task; the first is the one evaluation uses."""
 
+MODALITY_WORDS = {"ct": "CT", "mri": "MRI", "oct": "OCT", "pet": "PET", "xray": "X-ray"}
+"""How a language model has read the modalities that records spell otherwise."""
+
 
 class TurnLike(Protocol):
     """One side of a conversation: `role` is "user" or "assistant"."""
@@ -42,7 +45,8 @@ class TurnLike(Protocol):
 def segmentation_instruction(target: str, modality: str, key: int | None = None) -> str:
     """The instruction for a target; `key` draws the phrasing, None takes the canonical one."""
     phrasing = 0 if key is None else key % len(SEGMENTATION_INSTRUCTIONS)
-    return SEGMENTATION_INSTRUCTIONS[phrasing].format(target=target, modality=modality)
+    written = MODALITY_WORDS.get(modality, modality)
+    return SEGMENTATION_INSTRUCTIONS[phrasing].format(target=target, modality=written)
 
 
 class ChatBuilder:

@@ -401,10 +401,15 @@ def memory_table(plan: Plan) -> Table:
     return table
 
 
+def fits(plan: Plan, gpu_memory_gib: float) -> bool:
+    """Whether the fullest moment fits the memory of a GPU."""
+    return plan.peak / GIB <= gpu_memory_gib
+
+
 def verdict(plan: Plan, gpu_memory_gib: float) -> str:
     """Whether it fits, and if not, what to change first."""
     needed = plan.peak / GIB
-    if needed <= gpu_memory_gib:
+    if fits(plan, gpu_memory_gib):
         left = gpu_memory_gib - needed
         return f"fits: {needed:.1f} of {gpu_memory_gib:g} GiB per GPU, {left:.1f} GiB to spare"
     advice = []
@@ -412,7 +417,9 @@ def verdict(plan: Plan, gpu_memory_gib: float) -> str:
         advice.append("model.activation_checkpointing=true")
     if plan.zero.stage < 3 and plan.zero.world_size > 1:
         advice.append(f'"stage": {plan.zero.stage + 1} in the DeepSpeed file')
-    advice.append("a smaller train.micro_batch or a smaller model")
+    lasting = (plan.peak - plan.cost.peak) / GIB
+    shrink = "a smaller train.micro_batch" if lasting < gpu_memory_gib else "a smaller model"
+    advice.append(f"GPUs with more memory or {shrink}")
     return f"does not fit: {needed:.1f} of {gpu_memory_gib:g} GiB per GPU; try {', '.join(advice)}"
 
 
