@@ -1,11 +1,12 @@
-"""What a mixture is made of, and how uneven it is: the paper's Fig. 1a-f for any data.
+"""What a mixture is made of, and how uneven it is, as in the paper's Fig. 1a-f but for any data.
 
     python scripts/data_bias.py --config configs/stage2.yaml [section.key=value ...]
     python scripts/data_bias.py prepared/btcv/train prepared/vqa_rad/train
 
-Modality, anatomy, targets, findings, age, sex and race, with imbalance ratio, entropy and effective
-number of categories. With a configuration also as shares of what that run draws: by source weights,
-the ratio of tasks and the choice of targets. Columns are read, never images.
+Modality, anatomy, targets, findings, age, sex and race, one panel each, a to g, with imbalance
+ratio, entropy and effective number of categories. With a configuration also as shares of what that
+run draws: by source weights, the ratio of tasks and the choice of targets. Columns are read, never
+images.
 
 Writes to --output: bias.png, bias.svg, bias.html (self-contained), bias.json, and prevalence.json,
 the head, medium and tail targets as training logs and evaluation use them.
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from biascare.data.records import Records
     from biascare.data.statistics import Distribution, SourceUse
 
+MAX_NAMES = 3  # sources in the title
+
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -33,7 +36,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("items", nargs="*", metavar="FOLDER | section.key=value")
     parser.add_argument("--config", help="YAML file of a run; without it, name record folders")
     parser.add_argument("--output", default="outputs/data_bias", help="folder to write to")
-    parser.add_argument("--title", default="", help="of the figure; default: the configuration")
+    parser.add_argument(
+        "--title", default="", help="of the figure; default: the configuration, or the folders"
+    )
     options = parser.parse_intermixed_args(arguments)
     if not (options.config or options.items):
         parser.error("name a configuration with --config, or record folders")
@@ -144,12 +149,16 @@ def imbalance_table(profile: dict[str, Distribution]) -> Any:
                     axis if kind == "disk" else "",
                     kind,
                     str(numbers.num_categories),
-                    f"{numbers.ratio:,.1f}",
-                    f"{numbers.evenness:.3f}",
-                    f"{numbers.effective_number:.1f}",
+                    _cell(numbers.ratio, ",.1f"),
+                    _cell(numbers.evenness, ".3f"),
+                    _cell(numbers.effective_number, ".1f"),
                     f"{numbers.missing_share:.1%}",
                 )
     return table
+
+
+def _cell(number: float | None, style: str) -> str:
+    return "-" if number is None else format(number, style)
 
 
 def sources_table(rows: list[dict[str, Any]]) -> Any:
@@ -161,6 +170,13 @@ def sources_table(rows: list[dict[str, Any]]) -> Any:
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
     return table
+
+
+def title_of(sources: list[dict[str, Any]]) -> str:
+    """The first few sources, and how many more there are."""
+    names = list(dict.fromkeys(f"{row['source']}/{row['split']}" for row in sources))
+    more = len(names) - MAX_NAMES
+    return ", ".join(names[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -196,7 +212,7 @@ def run(options: argparse.Namespace) -> None:
         shares.tail_share,
         folders=[str(records.folder) for records in counted],
     )
-    title = options.title or str(options.config or ", ".join(options.items[:3]))
+    title = options.title or options.config or title_of(sources)
     picture, _ = figure_files(profile, groups, folder, title)
     write_page(folder / "bias.html", profile, groups, sources, picture, title)
     text = json.dumps(as_json(profile, sources), indent=2, ensure_ascii=False)

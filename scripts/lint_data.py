@@ -4,8 +4,8 @@
 
 Reads every row: content hash against the manifest, every image decoded, masks against images,
 texts, attributes, names; then all folders together: duplicates by pixels and by perceptual hash,
-and leaks between splits by image, study and patient, within a dataset and between datasets that
-share images.
+different answers to one question about the same pixels, and leaks between splits by image, study
+and patient, within a dataset and between datasets that share images.
 Name the folders of all splits in one call, or leaks cannot be seen.
 
 Writes to --output: lint.json, lint.html (self-contained), orientation_N.png (a few images per
@@ -23,6 +23,7 @@ import html
 import json
 import os
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 IMAGES_PER_SOURCE = 4
 IMAGES_PER_SHEET = 48
+SMALL = 16  # pixels; the table counts masks below it
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -72,8 +74,9 @@ def check(options: argparse.Namespace) -> Report:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    from biascare.data.lint import lint
+    from biascare.data.lint import check_codes, lint
 
+    check_codes(options.allow)  # before the bar
     columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         task = progress.add_task("images", total=None)
@@ -176,7 +179,8 @@ def print_report(report: Report) -> None:
     from rich.markup import escape
 
     console = Console(highlight=False)
-    console.print(_folder_table(report))
+    if report.folders:
+        console.print(_folder_table(report))
     styles = {"error": "bold red", "warning": "yellow", "allowed": "dim"}
     for finding in report.findings:
         head = f"[{styles[finding.level]}]{finding.level}[/] [bold]{finding.code}[/]"
@@ -188,21 +192,30 @@ def print_report(report: Report) -> None:
 def _folder_table(report: Report) -> Any:
     from rich.table import Table
 
-    table = Table(
-        title="Folders",
-        caption="small: below 16 pixels, at native and at training size; point: one pixel at "
-        "training size; thin: plain nearest-neighbour resizing would erase it, ours keeps it",
-    )
-    names = ("folder", "images", "masks", "small", "small then", "point", "thin")
-    for name in names:
+    table = Table(title="Folders", caption=_FOLDER_CAPTION)
+    for name in _FOLDER_COLUMNS:
         left = name == "folder"
         table.add_column(name, justify="left" if left else "right", overflow="fold")
+    for cells in _folder_rows(report):
+        table.add_row(*cells)
+    return table
+
+
+_FOLDER_COLUMNS = ("folder", "images", "masks", "small", "small then", "point", "thin")
+_FOLDER_CAPTION = (
+    f"small: masks below {SMALL} native pixels; small then: below {SMALL} pixels at the training "
+    "size; point: a single pixel there; thin: plain nearest-neighbour resizing would erase it, "
+    "ours keeps it"
+)
+
+
+def _folder_rows(report: Report) -> Iterator[list[str]]:
+    """Cells of `_FOLDER_COLUMNS`."""
     for f in report.folders:
         then = f.training_areas
-        numbers = (f.num_rows, f.num_masks, _below(f.native_areas, 16), _below(then, 16))
-        cells = (f"{number:,}" for number in (*numbers, then.get(1, 0), f.num_thin))
-        table.add_row(f.where, *cells)
-    return table
+        small = _below(f.native_areas, SMALL), _below(then, SMALL)
+        numbers = (f.num_rows, f.num_masks, *small, then.get(1, 0), f.num_thin)
+        yield [f.where, *(f"{number:,}" for number in numbers)]
 
 
 def _below(areas: dict[int, int], limit: int) -> int:
@@ -210,7 +223,7 @@ def _below(areas: dict[int, int], limit: int) -> int:
 
 
 def write_page(report: Report, path: Path, sheets: list[Path]) -> None:
-    """lint.html: verdict, findings, mask areas, sheets, in one file."""
+    """lint.html: verdict, findings, folders, mask areas, sheets, in one file."""
     numbers = [f"{level}s: {report.num_findings(level)}" for level in ("error", "warning")]
     parts = [
         "<h1>Prepared data</h1>",
@@ -223,7 +236,10 @@ def write_page(report: Report, path: Path, sheets: list[Path]) -> None:
             f"<tr class={f.level}><td>{f.level}<td>{f.code}<td>{html.escape(f.where)}"
             f"<td>{f.num:,}<td>{html.escape(f.message)}<ul>{examples}</ul></tr>"
         )
-    parts.append("</table><h2>Mask areas</h2>" + _area_tables(report))
+    parts.append("</table>")
+    if report.folders:
+        parts += ["<h2>Folders</h2>", _html_table(_FOLDER_COLUMNS, _folder_rows(report))]
+        parts += [f"<p>{_FOLDER_CAPTION}.", "<h2>Mask areas</h2>", _area_table(report)]
     for sheet in sheets:
         data = base64.b64encode(sheet.read_bytes()).decode()
         parts.append(f'<h2>{sheet.stem}</h2><img alt="" src="data:image/png;base64,{data}">')
@@ -234,16 +250,30 @@ def write_page(report: Report, path: Path, sheets: list[Path]) -> None:
     )
 
 
-def _area_tables(report: Report) -> str:
+def _area_table(report: Report) -> str:
     """Masks per area, in powers of two, at native and at training size."""
     rows = []
     for f in report.folders:
         for kind, areas in (("native", f.native_areas), ("training", f.training_areas)):
             if areas:
-                bars = ", ".join(f"{area}+: {count:,}" for area, count in areas.items())
-                rows.append(f"<tr><td>{html.escape(f.where)}<td>{kind}<td>{bars}</tr>")
-    head = "<tr><th>folder<th>size<th>pixels: masks</tr>"
-    return f"<table><thead>{head}</thead>{''.join(rows)}</table>"
+                bins = "; ".join(f"{_bin(area)}: {count:,}" for area, count in areas.items())
+                rows.append([f.where, kind, bins])
+    text = (
+        "<p>Number of masks by area. Native: in pixels of the image as stored; training: after "
+        "resizing. A bin goes from a power of two to just below the next."
+    )
+    return text + _html_table(("folder", "size", "pixels: masks"), rows)
+
+
+def _bin(area: int) -> str:
+    """The bin whose lower bound is `area`, 0 or a power of two."""
+    return str(area) if area < 2 else f"{area:,} to {2 * area - 1:,}"
+
+
+def _html_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = "".join(f"<th>{html.escape(name)}" for name in columns)
+    body = ("<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in row) for row in rows)
+    return f"<table><thead><tr>{head}</thead>{''.join(body)}</table>"
 
 
 _STYLE = (
@@ -254,6 +284,10 @@ _STYLE = (
     ".error td:first-child{color:#b00020;font-weight:700}.warning td:first-child{color:#8a5a00}"
     ".allowed{color:#777}"
 )
+
+
+def _kinds(number: int) -> str:
+    return "1 kind" if number == 1 else f"{number} kinds"
 
 
 def main() -> None:
@@ -271,7 +305,8 @@ def main() -> None:
     write_page(report, folder / "lint.html", sheets)
     print_report(report)
     errors, warnings = report.num_findings("error"), report.num_findings("warning")
-    print(f"{errors} kinds of error, {warnings} of warning; the report is in {folder}/lint.html")
+    counts = f"{_kinds(errors)} of error, {_kinds(warnings)} of warning"
+    print(f"{counts}; the report is in {folder}/lint.html")
     raise SystemExit(1 if errors or (options.strict and warnings) else 0)
 
 

@@ -8,11 +8,13 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.colors import to_hex
 
 from biascare.config import load_config
 from biascare.data.prevalence import load_prevalence, prevalence_groups, save_prevalence
@@ -49,8 +51,8 @@ def test_imbalance_computed_by_hand() -> None:
 
 def test_one_or_no_category_is_no_division_by_zero() -> None:
     assert imbalance({"ct": 5})[1:] == (1.0, 0.0, 1.0, 1.0, 0.0)
-    assert imbalance({MISSING: 5}) == (0, 1.0, 0.0, 1.0, 0.0, 1.0)
-    assert imbalance({}) == (0, 1.0, 0.0, 1.0, 0.0, 0.0)
+    assert imbalance({MISSING: 5}) == (0, None, None, None, None, 1.0)
+    assert imbalance({}) == (0, None, None, None, None, 0.0)
 
 
 @FEW
@@ -208,6 +210,35 @@ def test_sixty_target_names_do_not_touch_each_other() -> None:
             ), (box, other)
 
 
+def panels_of(figure: Any) -> dict[str, Any]:
+    """Panel by its title without the letter."""
+    titles = {text.get_text()[3:]: axes for axes in figure.axes for text in axes.texts}
+    return {name: titles[name] for name in bias_report.TITLES.values() if name in titles}
+
+
+def test_colours_of_target_groups_are_for_targets_only() -> None:
+    groups = dict.fromkeys((f"structure with a rather long name {i}" for i in range(3)), "head")
+    panels = panels_of(bias_report.bias_figure(many_targets(3), groups))
+    colors = {
+        name: {to_hex(patch.get_facecolor()).upper() for patch in panel.patches}
+        for name, panel in panels.items()
+    }
+    assert colors["Target"] == {bias_report.GROUP_COLORS["head"]}
+    grey = {bias_report.BAR_COLOR, bias_report.MISSING_COLOR}
+    assert colors["Modality"] == colors["Sex"] == grey
+    assert not grey & set(bias_report.GROUP_COLORS.values())
+
+
+def test_each_diamond_has_its_share_beside_it_and_lies_where_a_bar_of_that_share_ends() -> None:
+    panel = panels_of(bias_report.bias_figure(many_targets(3), {}))["Modality"]
+    shares = [t.get_text() for t in panel.texts if t.get_color() == bias_report.STREAM_COLOR]
+    assert shares == ["50.0%", "50.0%", "0.0%"]
+    (diamonds,) = panel.lines
+    assert diamonds.get_xdata() == pytest.approx([0.5 * 904, 0.5 * 904])
+    sex = panels_of(bias_report.bias_figure(many_targets(3), {}))["Sex"]
+    assert not sex.lines  # the run is not known
+
+
 # ---------------------------------------------------------------- the program
 
 
@@ -242,6 +273,7 @@ def test_the_program_writes_figures_page_numbers_and_groups(
     axes = json.loads((folder / "bias.json").read_text())["axes"]
     assert axes["race"]["on_disk"] == {MISSING: 8}
     assert axes["race"]["imbalance_on_disk"]["missing_share"] == 1
+    assert axes["race"]["imbalance_on_disk"]["evenness"] is None
     assert axes["target"]["on_disk"] == Records(tiny_records).target_counts
     source = json.loads((folder / "bias.json").read_text())["sources"][0]
     assert (source["drawn"], source["passes"]) == ("80", "10.00")  # 20 steps of 4, of 8 images
@@ -253,6 +285,23 @@ def test_record_folders_do_without_a_configuration(tmp_path: Path, tiny_records:
     run(str(tiny_records), "--output", str(tmp_path / "bias"))
     axes = json.loads((tmp_path / "bias" / "bias.json").read_text())["axes"]
     assert axes["modality"]["on_disk"] == {"CT": 4, "MR": 4} and axes["modality"]["run"] == {}
+
+
+def test_an_axis_of_unknown_values_has_no_imbalance_in_the_table() -> None:
+    nothing = Distribution({MISSING: 8}, {})
+    table = data_bias.imbalance_table({"race": nothing, "sex": Distribution({"F": 3, "M": 1}, {})})
+    cells = list(zip(*(list(column.cells) for column in table.columns), strict=True))
+    assert cells[0] == ("race", "disk", "0", "-", "-", "-", "100.0%")
+    assert cells[1][3:6] == ("3.0", "0.811", "1.8")
+
+
+def test_the_title_says_how_many_folders_it_does_not_name(tmp_path: Path) -> None:
+    folders = [tiny_record_folder(tmp_path / s, 4, s) for s in ("train", "val", "test", "extra")]
+    run(*map(str, folders), "--output", str(tmp_path / "bias"))
+    title = "tiny/train, tiny/val, tiny/test and 1 more"
+    assert f"<h1>{title}</h1>" in (tmp_path / "bias" / "bias.html").read_text()
+    assert title in (tmp_path / "bias" / "bias.svg").read_text()
+    assert data_bias.title_of([{"source": "a", "split": "train"}] * 5) == "a/train"
 
 
 def test_a_folder_that_is_not_there_ends_with_one_sentence(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -30,9 +31,12 @@ from biascare.data.lint import LintSettings, Report, Vocabulary, lint, plain_id,
 from biascare.data.lint_rows import CODES, training_area
 from biascare.data.records import FEATURES, Record, Turn, encode_mask
 from biascare.data.transforms import Geometry, apply_mask
+from data_prep import vqa_rad
 from data_prep.common.orientation import sides_agree
 from data_prep.common.vocabulary import canonical_modality, canonical_target
 from scripts import lint_data
+from tests.raw_releases import put, put_json
+from tests.raw_releases import run as run_release
 from tests.tiny import HEIGHT, WIDTH, encoded_png, tiny_record, write_records
 
 ROOT = Path(__file__).parents[1]
@@ -314,6 +318,84 @@ def test_a_leak_inside_a_dataset_is_an_error(
     assert "tiny/train:tiny/train/1" in report.findings[0].examples[0]
 
 
+@pytest.mark.parametrize("known", [0, 17, 18])
+def test_splits_without_patient_ids_are_said_to_be_unchecked(tmp_path: Path, known: int) -> None:
+    train = [
+        sound_record(i, "train", **({} if i < known else {"patient_id": None})) for i in range(20)
+    ]
+    folders = folder_of(tmp_path, "train", train), folder_of(tmp_path, "test")
+    alone, together = check(folders[0]), check(*folders)
+    assert codes(alone) == {}
+    enough = known == 18  # a tenth may be missing
+    assert [(f.code, f.level, f.where, f.num) for f in together.findings] == (
+        [] if enough else [("no-patient", "warning", "tiny/train", 20 - known)]
+    )
+
+
+def test_two_sources_without_patient_ids_are_not_splits_of_each_other(tmp_path: Path) -> None:
+    first = other_source(tmp_path, "one", "train", patient_id=None)
+    second = other_source(tmp_path, "two", "test", patient_id=None, image=encoded_png(scene(78)))
+    assert codes(check(first, second)) == {}
+
+
+def test_a_folder_that_nothing_can_be_trained_on_is_pointed_out(tmp_path: Path) -> None:
+    bare = [sound_record(i, "train", targets=[], conversations=[]) for i in range(3)]
+    report = check(folder_of(tmp_path, "train", bare))
+    assert [(f.code, f.level, f.num) for f in report.findings] == [("no-units", "warning", 3)]
+
+
+# ---------------------------------------------------------------- contradictions
+
+
+def asks(*pairs: tuple[str, str], kind: str = "open") -> list[Turn]:
+    return [
+        Turn(role, text, kind)
+        for pair in pairs
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+
+
+def test_another_answer_to_the_same_question_is_found_within_a_folder_and_between_two(
+    tmp_path: Path,
+) -> None:
+    talks = {
+        "train": asks(("Which organ?", "liver"), ("which  ORGAN ?", "spleen"), ("Side?", "left")),
+        "test": asks(("Side?", "right"), ("Which view?", "axial")),
+    }
+    folders = [
+        folder_of(
+            tmp_path,
+            split,
+            [
+                sound_record(0, split, conversations=talk, image=encoded_png(scene(3))),
+                sound_record(1, split, conversations=asks(("Side?", f"of {split}"))),
+            ],
+        )
+        for split, talk in talks.items()
+    ]
+    inside = check(folders[0])
+    assert [(f.code, f.level, f.num) for f in inside.findings] == [("answers-differ", "warning", 2)]
+    (example,) = inside.findings[0].examples
+    assert all(part in example for part in ("tiny/train/0", "'liver'", "'spleen'"))
+    both = {f.code: f for f in check(*folders).findings}
+    assert set(both) == {"leak-image", "answers-differ"}
+    assert both["answers-differ"].num == 4
+    assert both["answers-differ"].where == "tiny/train, tiny/test"
+    assert any("tiny/test/0: 'Side?'" in example for example in both["answers-differ"].examples)
+
+
+def test_the_same_answer_in_other_spelling_and_other_reports_are_no_contradiction(
+    tmp_path: Path,
+) -> None:
+    talk = asks(("Which organ?", "Liver."), ("which organ", "liver"))
+    talk += asks(("Describe it.", "All is well."), ("Describe it.", "No finding."), kind="report")
+    record = sound_record(0, "train", conversations=talk)
+    assert codes(check(folder_of(tmp_path, "train", [record]))) == {}
+
+
+# ---------------------------------------------------------------- sources that share images
+
+
 def other_source(path: Path, source: str, split: str, **changes: Any) -> Path:
     """One record of another dataset."""
     record = sound_record(50, split, source=source, id=f"{source}/x", **changes)
@@ -342,6 +424,25 @@ def test_equal_ids_of_unrelated_sources_are_chance_unless_they_are_long(tmp_path
         assert [(f.code, f.level) for f in found] == (
             [("shared-patient-id", level)] if level else []
         )
+
+
+def test_the_codes_the_readme_accepts_for_vqa_rad_are_those_of_its_original_release(
+    tmp_path: Path,
+) -> None:
+    url = "https://medpix.nlm.nih.gov/case?id=48e1dd0e-8552"
+    entry = {"image_name": "synpic1.jpg", "image_case_url": url, "answer_type": "CLOSED"}
+    entries = [
+        {**entry, "qid": 1, "question": "Is it?", "answer": "yes", "phrase_type": "freeform"},
+        {**entry, "qid": 2, "question": "Why?", "answer": "no", "phrase_type": "test_freeform"},
+    ]
+    put_json(tmp_path / "raw" / vqa_rad.JSON_NAME, entries)
+    put(tmp_path / "raw" / vqa_rad.IMAGE_FOLDER / "synpic1.jpg", jpeg(scene(1)))
+    run_release(vqa_rad, tmp_path / "raw", tmp_path / "out")
+    splits = [tmp_path / "out" / "vqa_rad" / split for split in ("train", "test")]
+    advice = (ROOT / "README.md").read_text().split("official split of VQA-RAD")[1].split("\n\n")[0]
+    accepted = re.findall(r"--allow\s+([a-z-]+)", advice)
+    errors = [f.code for f in check(*splits).findings if f.level == "error"]
+    assert sorted(errors) == sorted(accepted)
 
 
 def jpeg(image: np.ndarray, quality: int = 80) -> bytes:
@@ -440,6 +541,9 @@ def test_the_exit_code_and_the_report_say_the_same(tmp_path: Path, capsys: Any) 
     assert report["findings"][0]["code"] == "leak-patient"
     page = (tmp_path / "out" / "lint.html").read_text()
     assert "leak-patient" in page and "data:image/png;base64," in page
+    # The folder table of the terminal: 3 images, 6 masks; and the bin of the 120 native pixels.
+    assert "<tr><td>tiny/train<td>3<td>6<td>0<td>0<td>0<td>0<" in page
+    assert "<tr><td>tiny/train<td>native<td>64 to 127: 6<" in page
     allowed = ("--allow", "leak-patient", "--no-sheets", "--strict")
     assert finish(str(train), str(test), "--output", output, *allowed) == 0
     report = json.loads((tmp_path / "out" / "lint.json").read_text())
@@ -464,5 +568,16 @@ def test_text_of_the_data_cannot_break_out_of_the_page(tmp_path: Path) -> None:
 
 def test_a_wrong_code_is_named_with_the_nearest(tmp_path: Path) -> None:
     done = run(str(folder_of(tmp_path, "train")), "--allow", "leak-pateint")
-    assert done.returncode == 2
+    assert done.returncode == 2 and done.stderr.startswith("--allow: ")  # no progress bar
     assert "did you mean 'leak-patient'" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_where_no_folder_opens_there_is_no_table_and_one_kind_is_singular(
+    tmp_path: Path, capsys: Any
+) -> None:
+    assert finish(str(tmp_path / "absent"), "--output", str(tmp_path / "out")) == 1
+    printed = capsys.readouterr().out
+    assert "1 kind of error, 0 kinds of warning;" in printed
+    assert "images" not in printed
+    page = (tmp_path / "out" / "lint.html").read_text()
+    assert "folder-unreadable" in page and "Mask areas" not in page

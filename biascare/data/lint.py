@@ -4,8 +4,9 @@
     report.findings[0]       # Finding(code="leak-patient", level="error", num=3, ...)
 
 Rows are checked in parallel by `lint_rows.py`. Here: columns (ids, units, histograms, names), and
-all folders together (duplicates, leaks). About 100 bytes per image are kept. Ids are compared
-within a source, and between sources only where they are known to share them (`ID_FAMILIES`).
+all folders together (duplicates, leaks, contradictions). About 100 bytes per image and per question
+are kept. Ids are compared within a source, and between sources only where they are known to share
+them (`ID_FAMILIES`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +45,9 @@ ID_FAMILIES = {
 TRAIN = "train"
 MIN_SHARED_ID = 6
 """Characters. Equal ids of unrelated sources are worth a look from this length; "12" is chance."""
+
+MAX_WITHOUT_PATIENT = 0.1
+"""Share of the records of a folder. Above it, leaks by patient count as not checked."""
 
 _ID_KINDS = {"id": "leak-id", "patient_id": "leak-patient", "study_id": "leak-study"}
 _SIDE = re.compile(r"\b(left|right)\b")
@@ -103,7 +108,7 @@ def lint(
     `allowed` are codes whose findings are shown but no longer count. `begin` hears the number of
     rows, `advance` those done. Raises ValueError for an unknown code.
     """
-    _check_codes(allowed := tuple(allowed))
+    check_codes(allowed := tuple(allowed))
     findings, records = _open(paths)
     begin(sum(len(r) for r in records))
     scans = scan_folders(records, settings, advance)
@@ -115,6 +120,7 @@ def lint(
             issues.add(code, example, count)
         findings += _findings(issues, name)
     findings += _vocabulary_findings(records, settings)
+    findings += _patient_findings(records)
     near: list[Any] = []
     if records:
         found, near = _cross_findings(records, scans, settings)
@@ -134,7 +140,8 @@ def name_of(records: Records) -> str:
 _LEVELS = ("error", "warning", "allowed")
 
 
-def _check_codes(codes: Iterable[str]) -> None:
+def check_codes(codes: Iterable[str]) -> None:
+    """Raises ValueError for a code that no finding has, naming the nearest."""
     import difflib
 
     for code in codes:
@@ -193,6 +200,8 @@ def _column_issues(records: Records) -> Iterator[tuple[str, str, int]]:
     rows = np.repeat(np.arange(len(pairs)), pairs)
     if not np.array_equal(rows, records.language_units[:, 0]):
         yield "units", "language", 1
+    if not len(records.segmentation_units) and not len(records.language_units):
+        yield "no-units", f"{len(records):,} images, 0 masks, 0 questions", len(records)
     profile = profile_folders([records])
     for name, axis in _HISTOGRAMS.items():
         stated = records.manifest.get(name, {})
@@ -296,6 +305,21 @@ def _unseen_issues(records: Sequence[Records]) -> Iterator[tuple[str, str, int]]
 # ---------------------------------------------------------------- all folders
 
 
+def _patient_findings(records: Sequence[Records]) -> list[Finding]:
+    """Sources with several splits here, of which a folder hardly names patients."""
+    splits: dict[str, set[str]] = {}
+    for r in records:
+        splits.setdefault(r.manifest["source"], set()).add(r.manifest["split"])
+    findings, code = [], "no-patient"
+    for r in records:
+        missing = column_table(r, ("patient_id",))["patient_id"].null_count
+        several = len(splits[r.manifest["source"]]) > 1
+        if several and missing > MAX_WITHOUT_PATIENT * len(r):
+            example = f"{missing:,} of {len(r):,} records"
+            findings.append(Finding(code, CODES[code][0], name_of(r), missing, [example]))
+    return findings
+
+
 class _Rows(NamedTuple):
     """The rows of all folders as one list."""
 
@@ -322,6 +346,7 @@ def _cross_findings(
     exact = np.concatenate([scan.exact for scan in scans])
     decoded = exact.any(axis=1)
     report.leak("leak-image", exact, decoded, rows.split)
+    _contradictions(report, exact)
     report.leak("image-twice", exact, decoded, np.arange(len(exact)), inside=rows.split)
     hashes = np.concatenate([scan.perceptual for scan in scans])
     comparable = np.flatnonzero(np.concatenate([scan.comparable for scan in scans]))
@@ -342,6 +367,7 @@ def _cross_findings(
 
 
 _MOST_SHOWN = 24  # near pairs on the sheet
+_ROWS_READ = 1024  # conversations held as text at a time
 
 
 def _all_rows(records: Sequence[Records]) -> _Rows:
@@ -405,19 +431,78 @@ class _Shared:
         examples = [(a, b) for a, b in pairs[: self.num_examples]]
         self._add(code, np.unique(pairs), examples)
 
-    def _add(self, code: str, items: NDArray[np.int64], examples: list[tuple[Any, Any]]) -> None:
+    def answers(
+        self, keys: NDArray[np.uint64], answers: NDArray[np.int64], places: NDArray[np.int64]
+    ) -> None:
+        """Questions whose key [q, 3] has several answers [q]; `places` [q, 2] are row and turn."""
+        found = shared_keys(keys, answers, limit=self.num_examples)
+        examples = [(places[a], places[b]) for a, b in found.examples]
+        notes = [self._note(a, b) for a, b in examples]
+        rows = [(a[0], b[0]) for a, b in examples]
+        self._add("answers-differ", places[found.items, 0], rows, notes)
+
+    def _note(self, first: NDArray[np.int64], second: NDArray[np.int64]) -> str:
+        """Question and both answers of two places."""
+        (question, one), (_, other) = (
+            [str(turn["text"])[:60] for turn in self._value(row, "conversations")[turn : turn + 2]]
+            for row, turn in (first.tolist(), second.tolist())
+        )
+        return f": {question!r}: {one!r}, {other!r}"
+
+    def _add(
+        self,
+        code: str,
+        items: NDArray[np.int64],
+        examples: list[tuple[Any, Any]],
+        notes: Iterable[str] = repeat(""),
+    ) -> None:
         if not len(items):
             return
         folders = [name_of(self.records[f]) for f in np.unique(self.rows.folder[items])]
         where = ", ".join(folders[:4]) + (f" and {len(folders) - 4} more" * (len(folders) > 4))
-        shown = [f"{self._id(a)} = {self._id(b)}" for a, b in examples]
+        shown = [
+            f"{self._id(a)} = {self._id(b)}{note}"
+            for (a, b), note in zip(examples, notes, strict=False)
+        ]
         self.findings.append(Finding(code, CODES[code][0], where, len(items), shown))
 
     def _id(self, item: int) -> str:
-        records = self.records[int(self.rows.folder[item])]
-        table = column_table(records, ("id",))
-        value = table["id"][int(self.rows.row[item])].as_py()
-        return f"{name_of(records)}:{value}"
+        return f"{name_of(self.records[int(self.rows.folder[item])])}:{self._value(item, 'id')}"
+
+    def _value(self, item: int, column: str) -> Any:
+        table = column_table(self.records[int(self.rows.folder[item])], (column,))
+        return table[column][int(self.rows.row[item])].as_py()
+
+
+def _contradictions(report: _Shared, exact: NDArray[np.uint64]) -> None:
+    """The same pixels and the same question, but another answer, in one folder or in several."""
+    asked = [np.zeros((0, 4), np.uint64)]
+    start = 0
+    for records in report.records:
+        for texts in column_table(records, ("conversations",)).to_batches(_ROWS_READ):
+            asked.append(_asked(texts["conversations"].to_pylist(), start))
+            start += len(texts)
+    row, turn, question, answer = np.concatenate(asked).T
+    decoded = exact[row].any(axis=1)
+    keys = np.column_stack([exact[row], question])[decoded]
+    places = np.column_stack([row, turn]).astype(np.int64)[decoded]
+    report.answers(keys, answer[decoded].view(np.int64), places)
+
+
+def _asked(conversations: Sequence[list[dict[str, Any]]], start: int) -> NDArray[np.uint64]:
+    """[q, 4] row, turn and keys of question and answer. Reports may differ, so they stay out."""
+    asked = [
+        (start + row, turn, _text_key(turns[turn]["text"]), _text_key(turns[turn + 1]["text"]))
+        for row, turns in enumerate(conversations)
+        for turn in range(0, len(turns) - 1, 2)
+        if turns[turn]["kind"] != "report"
+    ]
+    return np.array(asked, np.uint64).reshape(-1, 4)
+
+
+def _text_key(text: str | None) -> int:
+    """The same for another case, spacing or final mark."""
+    return key_of(" ".join((text or "").lower().split()).rstrip(" .?!"))
 
 
 def _family(source: str) -> str:
@@ -473,6 +558,7 @@ __all__ = [
     "LintSettings",
     "Report",
     "Vocabulary",
+    "check_codes",
     "lint",
     "name_of",
     "plain_id",

@@ -41,13 +41,13 @@ class Distribution(NamedTuple):
 
 
 class Imbalance(NamedTuple):
-    """How uneven a distribution is; missing values do not enter."""
+    """How uneven a distribution is; missing values do not enter. None where all are missing."""
 
     num_categories: int
-    ratio: float  # largest over smallest
-    entropy: float  # nats
-    evenness: float  # entropy over its maximum, 1 for equal counts; 1 for a single category
-    effective_number: float  # exp(entropy): that many equal categories would be as uneven
+    ratio: float | None  # largest over smallest
+    entropy: float | None  # nats
+    evenness: float | None  # entropy over its maximum, 1 for equal counts; 1 for a single category
+    effective_number: float | None  # exp(entropy): that many equal categories would be as uneven
     missing_share: float  # of all, missing included
 
 
@@ -64,7 +64,7 @@ def imbalance(counts: Mapping[str, float]) -> Imbalance:
     known = np.array([n for name, n in counts.items() if name != MISSING and n > 0], float)
     total = float(sum(counts.values()))
     if len(known) == 0:
-        return Imbalance(0, 1.0, 0.0, 1.0, 0.0, 1.0 if total else 0.0)
+        return Imbalance(0, None, None, None, None, missing_share=1.0 if total else 0.0)
     shares = known / known.sum()
     entropy = float(-(shares * np.log(shares)).sum())
     return Imbalance(

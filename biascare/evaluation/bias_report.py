@@ -1,10 +1,12 @@
-"""The composition of a mixture as figures and a page: the paper's Fig. 1a-f for any data.
+"""The composition of a mixture as figures and a page, as in the paper's Fig. 1a-f for any data.
 
     figure_files(profile, groups, "outputs/bias", title="stage 2")     # bias.png, bias.svg
     write_page("outputs/bias/bias.html", profile, groups, sources, "outputs/bias/bias.png", "...")
 
-Bars are what lies on disk, diamonds what the run draws. Every category of an axis is drawn or
-stands in a last bar that says how many more there are; unknown values have their own, grey bar.
+Bars are what lies on disk. Diamonds are what the run draws, on the scale of the bars: there the bar
+would end if the data on disk had the shares of the run, which stand beside as numbers of the same
+colour. Every category of an axis is drawn or stands in a last bar that says how many more there
+are; unknown values have their own, light bar.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from biascare.data.statistics import MISSING, Distribution, imbalance
 
 # Okabe and Ito's palette: told apart with any colour vision, and in grey.
 GROUP_COLORS = {"head": "#0072B2", "medium": "#56B4E9", "tail": "#E69F00"}
-BAR_COLOR, MISSING_COLOR, STREAM_COLOR = "#0072B2", "#B0B0B0", "#D55E00"
+STREAM_COLOR = "#D55E00"
+# Colours have a meaning for targets only, so other bars are grey.
+BAR_COLOR, MISSING_COLOR = "#5A6570", "#C4C4C4"
 
 MAX_BARS = 64
 """Longest panel; what is rarer is summed up in one bar."""
@@ -40,6 +44,8 @@ TITLES = {
 SEX_NAMES = {"F": "female", "M": "male"}
 _COLUMNS = (("modality", "anatomy"), ("target",), ("label",), ("age", "sex", "race"))
 _BAR_HEIGHT, _ABOVE, _BELOW = 0.17, 0.4, 0.46  # inches: a bar, a panel's title, its axis
+_TOP = 0.55  # inches: title and legend
+_NAMES, _BARS, _COUNTS, _SHARES = 1.8, 1.52, 0.96, 0.42  # inches: parts of a column, left to right
 
 
 def bars_of(distribution: Distribution, limit: int = MAX_BARS) -> list[tuple[str, float, float]]:
@@ -69,18 +75,21 @@ def bias_figure(
     columns = [column for column in columns if column]
     heights = [[_panel_height(profile[axis]) for axis in column] for column in columns]
     height = max(sum(column) for column in heights)
-    whole = height + 0.4
-    figure = plt.figure(figsize=(4.1 * len(columns), whole))
+    whole = height + _TOP
+    has_stream = any(distribution.stream for distribution in profile.values())
+    pitch = _NAMES + _BARS + _COUNTS + (_SHARES if has_stream else 0.0)
+    inches = pitch * len(columns)
+    figure = plt.figure(figsize=(inches, whole))
     letters = iter("abcdefgh")
     for number, (axes, sizes) in enumerate(zip(columns, heights, strict=True)):
         top = height
         for axis, size in zip(axes, sizes, strict=True):
             bottom, inner = top - size + _BELOW, size - _BELOW - _ABOVE
-            left, width = (number + 0.42) / len(columns), 0.37 / len(columns)
-            place = figure.add_axes((left, bottom / whole, width, inner / whole))
+            left = (number * pitch + _NAMES) / inches
+            place = figure.add_axes((left, bottom / whole, _BARS / inches, inner / whole))
             _draw_panel(place, axis, profile[axis], groups, next(letters))
             top -= size
-    figure.text(0.01, 1 - 0.12 / whole, title, fontsize=11, va="top", weight="bold")
+    figure.text(0.1 / inches, 1 - 0.1 / whole, title, fontsize=11, va="top", weight="bold")
     _draw_legend(figure, profile, groups)
     return figure
 
@@ -131,37 +140,41 @@ def _draw_panel(
     _scale(place, [*counts, *shares], may_be_log=axis not in ("age", "sex", "race"))
     for y, count in zip(ys, counts, strict=True):
         text = f"{count:,.0f}" + (f"  {count / total:.1%}" if total else "")
-        place.annotate(
-            text,
-            (1.02, y),
-            xycoords=("axes fraction", "data"),
-            fontsize=6.5,
-            va="center",
-            color="#444444",
-        )
+        _beside(place, y, text, inches=_BARS + 0.03, color="#444444")
+    for y, (_, _, share) in zip(ys, bars, strict=True) if shares else ():
+        _beside(place, y, f"{share:.1%}", inches=_BARS + _COUNTS, color=STREAM_COLOR)
     unit = "masks" if axis == "target" else "images"
     place.set_xlabel(unit, fontsize=7, labelpad=1)
     place.tick_params(axis="x", labelsize=6.5, length=2, pad=1.5)
     place.tick_params(axis="y", length=0)
     for side in ("top", "right", "left"):
         place.spines[side].set_visible(False)
+    _above(place, f"{letter}  {TITLES[axis]}", points=13, fontsize=9, weight="bold")
+    _above(place, _summary_line(distribution), points=4, fontsize=6.5, color="#444444")
+
+
+def _above(place: Any, text: str, *, points: float, **style: Any) -> None:
+    """Text so far above the panel, from the left edge of its names."""
+    left = (0.15 - _NAMES) / _BARS
     place.annotate(
-        f"{letter}  {TITLES[axis]}",
-        (-0.72, 1),
-        xytext=(0, 13),
+        text,
+        (left, 1),
+        xytext=(0, points),
         xycoords="axes fraction",
         textcoords="offset points",
-        fontsize=9,
-        weight="bold",
+        **style,
     )
+
+
+def _beside(place: Any, y: int, text: str, *, inches: float, color: str) -> None:
+    """Text at the height of a bar, so far right of the panel's left edge."""
     place.annotate(
-        _summary_line(distribution),
-        (-0.72, 1),
-        xytext=(0, 4),
-        xycoords="axes fraction",
-        textcoords="offset points",
+        text,
+        (inches / _BARS, y),
+        xycoords=("axes fraction", "data"),
         fontsize=6.5,
-        color="#444444",
+        va="center",
+        color=color,
     )
 
 
@@ -199,11 +212,12 @@ def _draw_legend(
         handles.append(Patch(color=MISSING_COLOR, label="unknown"))
     if any(distribution.stream for distribution in profile.values()):
         style: dict[str, Any] = {"mfc": "white", "mec": STREAM_COLOR, "ls": "", "ms": 4}
-        handles.append(Line2D([], [], marker="D", label="share of what the run draws", **style))
+        label = "what the run draws, on the scale of the bars, and its share"
+        handles.append(Line2D([], [], marker="D", label=label, **style))
     figure.legend(
         handles=handles,
-        loc="upper right",
-        bbox_to_anchor=(0.995, 1.0),
+        loc="upper left",
+        bbox_to_anchor=(0.0, 1 - 0.27 / figure.get_figheight()),
         ncols=max(len(handles), 1),
         fontsize=7,
         frameon=False,
@@ -226,8 +240,10 @@ def _color(axis: str, name: str, groups: Mapping[str, str]) -> str:
 
 def _summary_line(distribution: Distribution) -> str:
     numbers = imbalance(distribution.raw)
-    if not numbers.num_categories:
+    if numbers.ratio is None or numbers.effective_number is None:
         return "unknown throughout"
+    if numbers.num_categories == 1:
+        return "1 category"
     return (
         f"{numbers.num_categories} categories, worth {numbers.effective_number:.1f} equal ones; "
         f"largest : smallest {_ratio(numbers.ratio)}"
