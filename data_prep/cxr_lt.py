@@ -31,6 +31,7 @@ from biascare.data.records import Record
 from data_prep.common import shards
 from data_prep.common.conversations import FINDING_QUESTIONS, draw_for, pair
 from data_prep.common.mimic_patients import NOBODY, Patient, read_patients
+from data_prep.common.program import run_program
 from data_prep.common.release_files import (
     file_inside,
     find_table,
@@ -211,10 +212,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--source", required=True, type=Path, help="folder of the label tables")
     parser.add_argument("--images", type=Path, help="MIMIC-CXR-JPG; default: --source")
     parser.add_argument("--mimic-iv", type=Path, help="MIMIC-IV, for sex, age and race")
-    parser.add_argument("--task", choices=("1", "2", "all"), default="all")
+    parser.add_argument(
+        "--task",
+        choices=("1", "2", "all"),
+        default="all",
+        help="of the challenge; default: %(default)s",
+    )
     shards.add_arguments(parser)
     return parser
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

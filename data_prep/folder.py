@@ -28,11 +28,11 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
 
 from biascare.data.records import MAX_IMAGE_PIXELS, Record, image_size
 from data_prep.common import shards
 from data_prep.common.orientation import TURNS, turn_image, turn_mask
+from data_prep.common.program import run_program
 from data_prep.common.release_files import file_inside, read_image
 from data_prep.common.shards import Release, UnusableItemError
 from data_prep.common.user_options import (
@@ -41,6 +41,7 @@ from data_prep.common.user_options import (
     add_source_arguments,
     add_split_arguments,
     cut_masks,
+    group_by_split,
     parse_labels,
 )
 from data_prep.common.vocabulary import canonical_target
@@ -48,6 +49,9 @@ from data_prep.common.vocabulary import canonical_target
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")
 MASK_FORMATS = ("PNG", "TIFF", "BMP", "GIF")
+JPEG_SUFFIXES = (".jpg", ".jpeg")
+JPEG_START = b"\xff\xd8\xff"
+NOT_EXACT = "JPEG mask: its values are not exact, store masks as PNG"
 EXIF_ORIENTATION = 0x0112
 
 
@@ -76,7 +80,6 @@ class Source(NamedTuple):
 
 def main(arguments: list[str] | None = None) -> None:
     args = _parser().parse_args(arguments)
-    console = Console()
     source = Source(
         name=args.name,
         images=args.images,
@@ -90,51 +93,55 @@ def main(arguments: list[str] | None = None) -> None:
     )
     splits = Splits.from_arguments(args)
     items = list_items(source, args.mask_suffix, splits)
-    shards.run(args, releases(source, items, splits, args.version, args.licence, console))
+    shards.run(args, releases(source, items, splits, args.version, args.licence))
 
 
 def releases(
-    source: Source,
-    items: Sequence[Item],
-    splits: Splits,
-    version: str,
-    licence: str,
-    console: Console,
+    source: Source, items: Sequence[Item], splits: Splits, version: str, licence: str
 ) -> list[Release]:
     """One release per split, in order of name."""
-    groups: dict[str | None, list[Item]] = {}
-    for item in items:
-        groups.setdefault(splits.of(item.stem, item.patient), []).append(item)
-    unlisted = groups.pop(None, [])
-    if unlisted:
-        console.print(f"{source.name}: {len(unlisted)} images are in no --split-list, left out")
+    groups = group_by_split(
+        source.name,
+        items,
+        splits,
+        name_of=lambda item: item.stem,
+        patient_of=lambda item: item.patient,
+        what="images",
+    )
     return [
         Release(
             source=source.name,
-            split=str(split),
+            split=split,
             version=version,
             licence=licence,
             items=chosen,
-            convert=partial(convert, source, str(split)),
+            convert=partial(convert, source, split),
             name_of=name_of,
         )
-        for split, chosen in sorted(groups.items(), key=lambda group: str(group[0]))
+        for split, chosen in groups
     ]
 
 
 def list_items(source: Source, mask_suffix: str, splits: Splits) -> list[Item]:
     """Pairs of images and masks, by path. Raises ValueError for folders that hold none, and for two
-    images of one name."""
+    images of one name. A JPEG mask is listed where an image has no other one: `convert` says why it
+    is refused."""
     images = _by_stem(source.images, IMAGE_SUFFIXES)
     masks: dict[str, list[tuple[str, str]]] = {}
+    num_exact = 0
     for target, folder in _mask_folders(source):
-        for stem, file in _by_stem(folder, MASK_SUFFIXES, mask_suffix).items():
+        exact = _by_stem(folder, MASK_SUFFIXES, mask_suffix)
+        inexact = _by_stem(folder, JPEG_SUFFIXES, mask_suffix)
+        num_exact += len(exact)
+        refused = {stem: inexact[stem] for stem in inexact if stem in images}
+        for stem, file in (refused | exact).items():
             relative = (folder / file).relative_to(source.masks).as_posix()
             masks.setdefault(stem, []).append((target, relative))
-    if not masks:
+    if not num_exact:
         raise ValueError(
             f"{source.masks} holds no mask *{mask_suffix}{{{','.join(MASK_SUFFIXES)}}}; "
-            "see --mask-suffix, and --labels for label maps"
+            "see --mask-suffix, and --labels for label maps. JPEG masks are refused, their values "
+            "are not exact"
         )
     return [
         Item(
@@ -186,8 +193,10 @@ def read_label_map(data: bytes) -> np.ndarray:
     """An image file of labels -> integers [H, W], or colours uint8 [H, W, 3].
 
     A palette PNG gives its indices; grey stored in three equal channels is grey. Raises
-    UnusableItemError for transparency, other modes, too many pixels, and unreadable files.
+    UnusableItemError for JPEG, transparency, other modes, too many pixels, and unreadable files.
     """
+    if data.startswith(JPEG_START):
+        raise UnusableItemError(NOT_EXACT)
     try:
         with Image.open(io.BytesIO(data), formats=MASK_FORMATS) as image:
             if image.width * image.height > MAX_IMAGE_PIXELS:
@@ -268,9 +277,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--masks", required=True, type=Path, help="folder of the same structure")
     add_source_arguments(parser)
     parser.add_argument("--labels", help="VALUE=NAME,... ; without it: one folder per target")
-    parser.add_argument("--mask-suffix", default="", help="ending of mask names before .png")
-    parser.add_argument("--ignore-values", type=int, nargs="*", default=[], help="for example 255")
-    parser.add_argument("--turn", choices=TURNS, default="none", help="of images and masks alike")
+    parser.add_argument(
+        "--mask-suffix", default="", help="ending of mask names before .png; default: none"
+    )
+    parser.add_argument(
+        "--ignore-values", type=int, nargs="*", default=[], help="for example 255; default: none"
+    )
+    parser.add_argument(
+        "--turn",
+        choices=TURNS,
+        default="none",
+        help="of images and masks alike; default: %(default)s",
+    )
     parser.add_argument("--keep-empty", action="store_true", help="also images without a target")
     add_split_arguments(parser)
     shards.add_arguments(parser)
@@ -278,4 +296,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

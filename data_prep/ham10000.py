@@ -33,8 +33,10 @@ from data_prep.common.conversations import (
     drawn_split,
     pair,
 )
+from data_prep.common.program import run_program
 from data_prep.common.release_files import find_file, note_count, number_of, read_image, read_table
 from data_prep.common.shards import Release, UnusableItemError
+from data_prep.common.user_options import add_share_arguments, note_shares
 from data_prep.common.zip_images import ImageFinder, Place, read_place
 
 METADATA = "HAM10000_metadata.csv"
@@ -73,6 +75,7 @@ def plan(source: Path, shares: dict[str, float]) -> list[Release]:
         split = drawn_split(row["lesion_id"], shares)
         items[split].append(_item(row, finder.place(f"{row['image_id']}.jpg")))
     note_count("HAM10000 images", sum(map(len, items.values())), NUM_IMAGES)
+    note_shares("ham10000", shares, {split: len(found) for split, found in items.items()}, "images")
     return [
         Release(
             source="ham10000",
@@ -150,11 +153,10 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--source", required=True, type=Path, help="the downloaded release")
-    parser.add_argument("--test-share", type=float, default=TEST_SHARE, help="of the lesions")
-    parser.add_argument("--val-share", type=float, default=VAL_SHARE, help="of the lesions")
+    add_share_arguments(parser, test=TEST_SHARE, val=VAL_SHARE, of="lesions")
     shards.add_arguments(parser)
     return parser
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

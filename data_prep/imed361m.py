@@ -35,6 +35,7 @@ from data_prep.common.orientation import (
     turn_image,
     turn_mask,
 )
+from data_prep.common.program import run_program
 from data_prep.common.shards import Release, UnusableItemError
 from data_prep.common.vocabulary import SIDES, canonical_modality, canonical_target
 
@@ -373,4 +374,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -25,6 +25,7 @@ from typing import NamedTuple
 from biascare.data.records import Record
 from data_prep.common import shards
 from data_prep.common.conversations import DIAGNOSES, DIAGNOSIS_QUESTIONS, choice_turns, draw_for
+from data_prep.common.program import run_program
 from data_prep.common.release_files import (
     file_inside,
     find_table,
@@ -143,4 +144,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

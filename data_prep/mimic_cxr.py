@@ -43,6 +43,7 @@ from data_prep.common.mimic_patients import (
     year_of,
 )
 from data_prep.common.mimic_reports import report_sections
+from data_prep.common.program import run_program
 from data_prep.common.release_files import (
     file_inside,
     find_table,
@@ -245,4 +246,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

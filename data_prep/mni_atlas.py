@@ -32,6 +32,7 @@ from PIL import Image
 from biascare.data.records import Record, Turn
 from data_prep.common import shards
 from data_prep.common.conversations import choice_turns, draw_for, pair
+from data_prep.common.program import run_program
 from data_prep.common.shards import Release, UnusableItemError
 
 SOURCE = "mni152"
@@ -251,4 +252,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -37,9 +37,11 @@ from data_prep.common.conversations import (
     drawn_split,
     pair,
 )
+from data_prep.common.program import run_program
 from data_prep.common.release_files import file_inside, find_file, note_count, number_of, read_image
 from data_prep.common.shards import Release, UnusableItemError
 from data_prep.common.spreadsheets import read_sheet
+from data_prep.common.user_options import add_share_arguments, note_shares
 
 EYES = {"OD": "right", "OS": "left"}
 NUM_EYES = 488
@@ -78,6 +80,7 @@ def plan(source: Path, shares: dict[str, float], expert: int, suspects: str) -> 
         for item in read_eyes(find_file(source / "ClinicalData", name), eye):
             items[drawn_split(f"papila/{item.patient}", shares)].append(item)
     note_count("PAPILA eyes", sum(map(len, items.values())), NUM_EYES)
+    note_shares("papila", shares, {split: len(found) for split, found in items.items()}, "eyes")
     return [
         Release(
             source="papila",
@@ -240,18 +243,23 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--source", required=True, type=Path, help="the extracted release")
-    parser.add_argument("--expert", type=int, choices=(1, 2), default=1, help="whose contours")
+    parser.add_argument(
+        "--expert",
+        type=int,
+        choices=(1, 2),
+        default=1,
+        help="whose contours; default: %(default)s",
+    )
     parser.add_argument(
         "--suspects",
         choices=("separate", "exclude"),
         default="separate",
-        help="a grade of their own, or left out",
+        help="a grade of their own, or left out; default: %(default)s",
     )
-    parser.add_argument("--test-share", type=float, default=TEST_SHARE, help="of the patients")
-    parser.add_argument("--val-share", type=float, default=VAL_SHARE, help="of the patients")
+    add_share_arguments(parser, test=TEST_SHARE, val=VAL_SHARE, of="patients")
     shards.add_arguments(parser)
     return parser
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -33,6 +33,7 @@ from data_prep.common.conversations import (
     turns_of,
 )
 from data_prep.common.parquet_vqa import ImagePlace, image_bytes, read_questions, split_files
+from data_prep.common.program import run_program
 from data_prep.common.release_files import note_count, note_repeated, read_image
 from data_prep.common.shards import Release, UnusableItemError
 
@@ -127,4 +128,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -37,6 +37,7 @@ from data_prep.common.conversations import (
     one_line,
     turns_of,
 )
+from data_prep.common.program import run_program
 from data_prep.common.release_files import (
     find_table,
     note_count,
@@ -183,4 +184,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -38,6 +38,7 @@ from PIL import Image
 from biascare.data.records import MAX_IMAGE_PIXELS, Record, Turn
 from data_prep.common import shards
 from data_prep.common.conversations import UNSPECIFIED_MODALITY, drawn_split, one_line, pair
+from data_prep.common.program import run_program
 from data_prep.common.release_files import (
     EncodedImage,
     find_file,
@@ -47,6 +48,7 @@ from data_prep.common.release_files import (
     read_image,
 )
 from data_prep.common.shards import Release, UnusableItemError
+from data_prep.common.user_options import add_share_arguments, note_shares
 from data_prep.common.vocabulary import canonical_modality
 from data_prep.common.zip_images import ImageFinder, Place, read_place
 
@@ -114,6 +116,8 @@ def plan(source: Path, test_share: float, several_images: str) -> list[Release]:
         spans = tuple((entry.offset, entry.length) for entry in group)
         side = drawn_split(tied[images[0]], {"test": test_share}) if images else "train"
         splits[side].append(Item(_item_name(images, group[0]), places, spans))
+    counts = {split: len(items) for split, items in splits.items()}
+    note_shares("pubmedvision", {"test": test_share}, counts, "records")
     for items in splits.values():  # neighbours read the same archive
         items.sort(key=lambda item: (item.places[:1] == (None,), item.places[:1], item.name))
     return [
@@ -309,18 +313,16 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--source", required=True, type=Path, help="the downloaded dataset")
-    parser.add_argument(
-        "--test-share", type=float, default=TEST_SHARE, help="held-out share of the records"
-    )
+    add_share_arguments(parser, test=TEST_SHARE, of="records")
     parser.add_argument(
         "--several-images",
         choices=("montage", "skip"),
         default="montage",
-        help="what becomes of a conversation about several images",
+        help="what becomes of a conversation about several images; default: %(default)s",
     )
     shards.add_arguments(parser)
     return parser
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -37,6 +37,7 @@ from data_prep.common.conversations import (
     turns_of,
 )
 from data_prep.common.orientation import orientation_of, turn_image, turn_mask
+from data_prep.common.program import run_program
 from data_prep.common.shards import Release, UnusableItemError
 from data_prep.common.vocabulary import canonical_modality, canonical_target
 
@@ -307,4 +308,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -39,6 +39,7 @@ from data_prep.common.conversations import (
     name_of,
     turns_of,
 )
+from data_prep.common.program import run_program
 from data_prep.common.release_files import (
     EncodedImage,
     file_inside,
@@ -218,11 +219,13 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--source", required=True, type=Path, help="the extracted release")
-    parser.add_argument("--language", choices=LANGUAGES, default="en", help="of the questions")
+    parser.add_argument(
+        "--language", choices=LANGUAGES, default="en", help="of the questions; default: %(default)s"
+    )
     parser.add_argument("--mask-names", type=Path, help="table of mask values, if not mask.txt")
     shards.add_arguments(parser)
     return parser
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -35,14 +36,18 @@ from data_prep.common.conversations import (
     question_of,
     turns_of,
 )
-from data_prep.common.release_files import file_inside, note_repeated, read_image, read_table
+from data_prep.common.program import run_program
+from data_prep.common.release_files import file_inside, note_repeated, read_image, read_numbered
 from data_prep.common.safe_input import open_member
 from data_prep.common.shards import Release, UnusableItemError
 from data_prep.common.user_options import (
+    PATIENT_REGEX,
     UNKNOWN,
     Splits,
     add_source_arguments,
     add_split_arguments,
+    note_shares,
+    note_unknown_patients,
     sex_of,
     split_name,
     stem_of,
@@ -51,7 +56,17 @@ from data_prep.common.vocabulary import canonical_modality
 
 REQUIRED = ("image", "question", "answer")
 ATTRIBUTES = ("patient_id", "study_id", "sex", "age", "race", "modality", "anatomy")
+MAX_LINES = 5
+"""Lines that the ledger names of one image."""
+
 COLUMNS = (*REQUIRED, "kind", "split", *ATTRIBUTES, *LETTERS[:10])
+
+
+class Row(NamedTuple):
+    """One row of the table."""
+
+    line: int  # where it begins, from 1
+    cells: dict[str, str]  # of every one of COLUMNS, as text
 
 
 class Item(NamedTuple):
@@ -61,6 +76,7 @@ class Item(NamedTuple):
     questions: tuple[Question, ...]
     attributes: tuple[tuple[str, str], ...]  # of ATTRIBUTES, those that are known
     problem: str  # why it cannot be used; empty
+    lines: tuple[int, ...]  # of the table, from 1
 
 
 class Source(NamedTuple):
@@ -81,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def releases(
-    source: Source, rows: Iterable[dict[str, str]], splits: Splits, version: str, licence: str
+    source: Source, rows: Iterable[Row], splits: Splits, version: str, licence: str
 ) -> list[Release]:
     """One release per split, in order of name."""
     return [
@@ -94,36 +110,40 @@ def releases(
             convert=partial(convert, source, split),
             name_of=name_of,
         )
-        for split, items in sorted(gather_rows(rows, splits).items())
+        for split, items in sorted(gather_rows(source.name, rows, splits).items())
     ]
 
 
-def read_rows(path: Path, columns: dict[str, str]) -> Iterator[dict[str, str]]:
-    """Rows of the table under our column names, values as text. `columns`: ours -> theirs.
+def read_rows(path: Path, columns: dict[str, str]) -> Iterator[Row]:
+    """Rows of the table under our column names. `columns`: ours -> theirs.
 
     Raises ValueError with the line for what is not such a table.
     """
-    required = [columns.get(name, name) for name in (*REQUIRED, *columns)]
+    required = [columns.get(name, name) for name in dict.fromkeys((*REQUIRED, *columns))]
     is_jsonl = path.suffix.lower() in (".jsonl", ".ndjson")
-    rows = _read_jsonl(path, required) if is_jsonl else read_table(path, required)
-    for row in rows:
-        yield {name: row.get(columns.get(name, name), "").strip() for name in COLUMNS}
+    rows = _read_jsonl(path, required) if is_jsonl else read_numbered(path, required)
+    for line, row in rows:
+        cells = {name: row.get(columns.get(name, name), "").strip() for name in COLUMNS}
+        yield Row(line, cells)
 
 
-def gather_rows(rows: Iterable[dict[str, str]], splits: Splits) -> dict[str, list[Item]]:
+def gather_rows(source: str, rows: Iterable[Row], splits: Splits) -> dict[str, list[Item]]:
     """Rows -> {split: one item per image, in order of first appearance}. A row that is no question
     is an item of its own, so that the ledger counts it."""
-    images: dict[tuple[str, str], list[dict[str, str]]] = {}
+    images: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        row["patient_id"] = row["patient_id"] or splits.patient_in(row["image"]) or ""
-        images.setdefault((_split_of(row, splits), row["image"]), []).append(row)
+        cells = row.cells
+        cells["patient_id"] = cells["patient_id"] or splits.patient_in(cells["image"]) or ""
+        images.setdefault((_split_of(row, splits), cells["image"]), []).append(row)
+    splits.check_lists(stem_of(image) for _, image in images)
+    _note_draw(source, images, splits)
     found: dict[str, list[Item]] = {}
     num_repeated = 0
     for (split, image), group in images.items():
         questions, problems = _questions(group)
         num_repeated += len(group) - len(questions) - len(problems)
         items = found.setdefault(split, [])
-        items += [Item(image, (), (), problem) for problem in problems]
+        items += [Item(image, (), (), problem, (line,)) for line, problem in problems]
         if questions:
             items.append(_item(image, questions, group))
     note_repeated("table", num_repeated)
@@ -176,33 +196,47 @@ def convert(source: Source, split: str, item: Item) -> Record:
 
 
 def name_of(item: Item) -> str:
-    return item.image or "(row without an image)"
+    """The image and where it stands in the table: "a.png (line 3)"."""
+    several = "s" if len(item.lines) > 1 else ""
+    lines = ", ".join(map(str, item.lines[:MAX_LINES])) + ", ..." * (len(item.lines) > MAX_LINES)
+    return f"{item.image or '(row without an image)'} (line{several} {lines})"
 
 
-def _questions(rows: list[dict[str, str]]) -> tuple[tuple[Question, ...], list[str]]:
-    """Distinct questions of one image, and what is wrong with the other rows."""
+def _note_draw(source: str, images: dict[tuple[str, str], list[Row]], splits: Splits) -> None:
+    """Tell what the user may not expect of images whose split is drawn."""
+    drawn = {key: rows[0].cells for key, rows in images.items() if not rows[0].cells["split"]}
+    num_unknown = sum(not cells["patient_id"] for cells in drawn.values())
+    mend = f"{PATIENT_REGEX}, and so does a column patient_id (--column patient_id=YOURS)"
+    note_unknown_patients(source, splits, num_unknown, len(drawn), "images", mend)
+    note_shares(source, splits.shares, Counter(split for split, _ in drawn), "images")
+
+
+def _questions(rows: list[Row]) -> tuple[tuple[Question, ...], list[tuple[int, str]]]:
+    """Distinct questions of one image, and (line, what is wrong) of the other rows."""
     questions: dict[Question, None] = {}
     problems = []
     for row in rows:
         try:
-            questions[question_in(row)] = None
+            questions[question_in(row.cells)] = None
         except ValueError as error:
-            problems.append(str(error))
+            problems.append((row.line, str(error)))
     return tuple(questions), problems
 
 
-def _item(image: str, questions: tuple[Question, ...], rows: list[dict[str, str]]) -> Item:
+def _item(image: str, questions: tuple[Question, ...], rows: list[Row]) -> Item:
+    lines = tuple(row.line for row in rows)
     if not image:
-        return Item(image, (), (), "row without an image")
+        return Item(image, (), (), "row without an image", lines)
     try:
-        return Item(image, questions, tuple(_attributes(rows)), "")
+        return Item(image, questions, tuple(_attributes(rows)), "", lines)
     except ValueError as error:
-        return Item(image, (), (), str(error))
+        return Item(image, (), (), str(error), lines)
 
 
-def _attributes(rows: list[dict[str, str]]) -> Iterator[tuple[str, str]]:
+def _attributes(rows: list[Row]) -> Iterator[tuple[str, str]]:
     for name in ATTRIBUTES:
-        values = {row[name] for row in rows if row[name].lower() not in UNKNOWN}
+        texts = (row.cells[name] for row in rows)
+        values = {text for text in texts if text.lower() not in UNKNOWN}
         if len(values) > 1:
             raise ValueError(f"rows of this image disagree on {name}: {sorted(values)[:3]}")
         if values:
@@ -226,12 +260,13 @@ def _choice(row: dict[str, str], options: list[str]) -> Question:
     return choice_of(one_line(row["question"]), texts, matches.pop())
 
 
-def _split_of(row: dict[str, str], splits: Splits) -> str:
-    if row["split"]:
-        return split_name(row["split"])
-    split = splits.of(stem_of(row["image"]), row["patient_id"] or None)
+def _split_of(row: Row, splits: Splits) -> str:
+    if row.cells["split"]:
+        return split_name(row.cells["split"])
+    image = row.cells["image"]
+    split = splits.of(stem_of(image), row.cells["patient_id"] or None)
     if split is None:
-        raise ValueError(f"image {row['image']!r} is in no --split-list")
+        raise ValueError(f"line {row.line}: image {image!r} is in no --split-list")
     return split
 
 
@@ -239,7 +274,10 @@ def _age(text: str | None) -> float | None:
     """Years. Raises ValueError for what cannot be an age."""
     if text is None:
         return None
-    age = float(text)
+    try:
+        age = float(text)
+    except ValueError as error:
+        raise ValueError(f"age {text!r} is no number of years, like 61 or 0.5") from error
     if not 0 <= age <= MAX_AGE:
         raise ValueError(f"age {text!r} is not between 0 and {MAX_AGE} years")
     return age
@@ -249,7 +287,7 @@ def _image_bytes(images: Path, name: str) -> bytes | Path:
     return open_member(images, name) if images.is_file() else file_inside(images, name)
 
 
-def _read_jsonl(path: Path, required: Iterable[str]) -> Iterator[dict[str, str]]:
+def _read_jsonl(path: Path, required: Iterable[str]) -> Iterator[tuple[int, dict[str, str]]]:
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -261,7 +299,7 @@ def _read_jsonl(path: Path, required: Iterable[str]) -> Iterator[dict[str, str]]
             missing = [name for name in required if name not in row]
             if missing:
                 raise ValueError(f"{path}:{number} lacks {missing}; it has {list(row)}")
-            yield {name: "" if value is None else _text(value) for name, value in row.items()}
+            yield number, {key: "" if value is None else _text(value) for key, value in row.items()}
 
 
 def _text(value: Any) -> str:
@@ -297,4 +335,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -27,20 +27,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
 
 from biascare.data.records import Record
 from data_prep.common import shards
 from data_prep.common.dicom_series import Facts, list_series, read_key, read_series
 from data_prep.common.nifti_volumes import SUFFIXES, read_label_volume, read_nifti
+from data_prep.common.program import run_program
 from data_prep.common.release_files import file_inside
 from data_prep.common.shards import Release, UnusableItemError
 from data_prep.common.user_options import (
+    PATIENT_REGEX,
     Splits,
     Value,
     add_source_arguments,
     add_split_arguments,
     cut_masks,
+    group_by_split,
     parse_labels,
     stem_of,
 )
@@ -58,6 +60,10 @@ from data_prep.common.volume_slices import (
     to_grey,
 )
 
+NIFTI_MASKS = "--masks with --labels adds masks"
+DICOM_MASKS = "convert the series to NIfTI, then --nifti with --masks and --labels adds masks"
+DICOM_PATIENTS = "without a PatientID the study is drawn; --split-list puts it where you say"
+
 VOLUMES_PER_SHARD = 8
 """A CT holds some hundred slices: a shard of volumes is then about as long as one of images."""
 
@@ -68,7 +74,7 @@ class Item(NamedTuple):
     key: str  # in record ids and in the ledger; a pseudonym for DICOM
     files: tuple[str, ...]  # relative to the folder of images
     labels: str  # NIfTI file relative to the folder of masks; empty
-    patient: str | None
+    patient: str | None  # None: not known, a NIfTI file without --patient-regex
     study: str | None
     cleared: bool  # quarantine lifted by a person
 
@@ -98,35 +104,35 @@ def main(arguments: list[str] | None = None) -> None:
     items = list_dicom(args) if source.is_dicom else list_nifti(source, args.image_suffix, splits)
     if not items:
         raise ValueError(f"{source.images} holds no {'DICOM' if source.is_dicom else 'NIfTI'} file")
-    shards.run(args, releases(source, items, splits, args.version, args.licence, Console()))
+    shards.run(args, releases(source, items, splits, args.version, args.licence))
 
 
 def releases(
-    source: Source,
-    items: Sequence[Item],
-    splits: Splits,
-    version: str,
-    licence: str,
-    console: Console,
+    source: Source, items: Sequence[Item], splits: Splits, version: str, licence: str
 ) -> list[Release]:
     """One release per split, in order of name. A volume is never divided."""
-    groups: dict[str | None, list[Item]] = {}
-    for item in items:
-        groups.setdefault(splits.of(item.key, item.patient or item.study), []).append(item)
-    unlisted = groups.pop(None, [])
-    if unlisted:
-        console.print(f"{source.name}: {len(unlisted)} volumes are in no --split-list, left out")
+    groups = group_by_split(
+        source.name,
+        items,
+        splits,
+        name_of=lambda item: item.key,
+        patient_of=lambda item: item.patient,
+        what="volumes",
+        study_of=lambda item: item.study,
+        mend=DICOM_PATIENTS if source.is_dicom else PATIENT_REGEX,
+    )
     return [
         Release(
             source=source.name,
-            split=str(split),
+            split=split,
             version=version,
             licence=licence,
             items=chosen,
-            convert=partial(convert, source, str(split)),
+            convert=partial(convert, source, split),
             name_of=name_of,
+            how_to_learn=DICOM_MASKS if source.is_dicom else NIFTI_MASKS,
         )
-        for split, chosen in sorted(groups.items(), key=lambda group: str(group[0]))
+        for split, chosen in groups
     ]
 
 
@@ -145,7 +151,7 @@ def list_nifti(source: Source, image_suffix: str, splits: Splits) -> list[Item]:
         found = [name for name in labels if source.masks and (source.masks / name).is_file()]
         if len(found) > 1:
             raise ValueError(f"{source.masks} holds {found}: which one is meant?")
-        patient = splits.patient_in(relative) or key  # slices of a volume are of one patient
+        patient = splits.patient_in(relative)
         items.append(Item(key, (relative,), found[0] if found else "", patient, None, False))
     return items
 
@@ -195,7 +201,8 @@ def convert(source: Source, split: str, item: Item) -> Iterator[Record]:
             anatomy=facts.anatomy,
             source=source.name,
             split=split,
-            patient_id=item.patient,
+            # Slices of a volume are of one patient, whoever that is.
+            patient_id=item.patient if source.is_dicom else item.patient or item.key,
             study_id=item.study,
             sex=facts.sex,
             age=facts.age,
@@ -300,11 +307,18 @@ def _parser() -> argparse.ArgumentParser:
     add_source_arguments(parser, modality_required=False)
     parser.add_argument("--masks", type=Path, metavar="DIR", help="label volumes, with --nifti")
     parser.add_argument("--labels", help="VALUE=NAME,...")
-    parser.add_argument("--ignore-values", type=int, nargs="*", default=[], help="for example 255")
-    parser.add_argument("--image-suffix", default="", help="ending of image names, like _0000")
-    parser.add_argument("--plane", choices=PLANES, default="axial")
     parser.add_argument(
-        "--window", help="LEVEL,WIDTH, file or percentile; default: file, else 40,400 for CT"
+        "--ignore-values", type=int, nargs="*", default=[], help="for example 255; default: none"
+    )
+    parser.add_argument(
+        "--image-suffix", default="", help="ending of image names, like _0000; default: none"
+    )
+    parser.add_argument(
+        "--plane", choices=PLANES, default="axial", help="of the slices; default: %(default)s"
+    )
+    parser.add_argument(
+        "--window",
+        help="LEVEL,WIDTH, file or percentile; default: file, else 40,400 for CT, else percentile",
     )
     parser.add_argument("--skip-empty", action="store_true", help="leave out slices without target")
     parser.add_argument(
@@ -324,4 +338,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

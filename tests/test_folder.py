@@ -14,7 +14,7 @@ from PIL import Image
 from biascare.data.records import Records, decode_mask
 from data_prep import folder
 from data_prep.common.shards import UnusableItemError
-from data_prep.common.user_options import cut_masks, parse_labels, stem_of
+from data_prep.common.user_options import cut_masks, note_shares, parse_labels, stem_of
 from data_prep.folder import read_label_map
 from tests.raw_releases import assert_lint_passes
 
@@ -119,8 +119,10 @@ def test_a_mask_that_is_not_exact_is_unusable(tmp_path: Path) -> None:
         read_label_map(png(LABELS)[:50])
     buffer = io.BytesIO()
     Image.fromarray(LABELS).save(buffer, "JPEG")
-    with pytest.raises(UnusableItemError, match="not PNG, TIFF, BMP or GIF"):
+    with pytest.raises(UnusableItemError, match="JPEG mask: its values are not exact"):
         read_label_map(buffer.getvalue())
+    with pytest.raises(UnusableItemError, match="not PNG, TIFF, BMP or GIF"):
+        read_label_map(b"RIFF")
     buffer = io.BytesIO()
     Image.fromarray(LABELS.astype(np.float32)).save(buffer, "TIFF")
     with pytest.raises(UnusableItemError, match="float32 numbers, labels are integers"):
@@ -171,6 +173,28 @@ def test_what_cannot_be_paired_is_in_the_ledger(tmp_path: Path) -> None:
     }
 
 
+def test_a_jpeg_mask_is_refused_for_what_it_is(tmp_path: Path) -> None:
+    for stem in ("a", "b", "c"):
+        save_image(tmp_path / "img" / f"{stem}.png")
+    save(tmp_path / "seg" / "a.png", LABELS)
+    save(tmp_path / "seg" / "a.jpg", LABELS)  # beside an exact mask: of no interest
+    save(tmp_path / "seg" / "b.jpg", LABELS)
+    save(tmp_path / "seg" / "c.png", LABELS, format="JPEG")
+    save(tmp_path / "seg" / "preview.jpg", LABELS)
+    found = run(tmp_path, "--labels", "1=liver,2=spleen", "--max-skipped", "0.9")
+    reason = "JPEG mask: its values are not exact, store masks as PNG"
+    assert ledger(found / "train.skipped.jsonl") == {"b.png": reason, "c.png": reason}
+
+
+def test_a_jpeg_mask_of_one_target_is_not_dropped_in_silence(tmp_path: Path) -> None:
+    for stem in ("a", "b"):
+        save_image(tmp_path / "img" / f"{stem}.png")
+        save(tmp_path / "seg" / "liver" / f"{stem}.png", LABELS)
+    save(tmp_path / "seg" / "spleen" / "b.jpg", LABELS)
+    found = run(tmp_path, "--max-skipped", "0.5")
+    assert list(ledger(found / "train.skipped.jsonl")) == ["b.png"]
+
+
 def test_image_and_masks_are_turned_alike(tmp_path: Path) -> None:
     save_image(tmp_path / "img" / "a.png")
     save(tmp_path / "seg" / "a.png", LABELS)
@@ -216,6 +240,84 @@ def test_patients_stay_together_and_a_name_without_one_is_an_error(tmp_path: Pat
             run(tmp_path, *options, "--patient-regex", pattern)
 
 
+def spread(root: Path, num_patients: int, num_images: int) -> tuple[str, ...]:
+    for number in range(num_images):
+        stem = f"p{number % num_patients}_{number}"
+        save_image(root / "img" / f"{stem}.png")
+        save(root / "seg" / f"{stem}.png", LABELS)
+    return ("--labels", "1=liver,2=spleen")
+
+
+def test_a_split_of_unknown_patients_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = spread(tmp_path, 10, 40)
+    run(tmp_path, *labels, "--test-share", "0.4")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the patient of 40 of 40 images is not known" in said
+    assert "may land on both sides of the split; --patient-regex finds" in said
+    for more in (("--test-share", "0.4", "--patient-regex", r"(p\d+)_"), ()):
+        run(tmp_path, *labels, *more, "--overwrite")
+        assert "is not known" not in capsys.readouterr().out
+
+
+def test_shares_that_few_patients_do_not_give_are_told_with_the_counts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = spread(tmp_path, 1, 10)
+    regex = ("--patient-regex", r"(p\d+)_")
+    run(tmp_path, *labels, *regex, "--test-share", "0.5")
+    said = " ".join(capsys.readouterr().out.split())
+    counts = {split: len(Records(path)) for split in ("train", "test")
+              if (path := tmp_path / "out" / "mine" / split).is_dir()}  # fmt: skip
+    assert sum(counts.values()) == 10 and len(counts) == 1
+    for split in ("train", "test"):
+        count = counts.get(split, 0)
+        assert f"{split} {count} ({count / 10:.0%}, asked 50%)" in said
+    assert "with few of them that is chance" in said and "val" not in said
+
+
+@pytest.mark.parametrize(
+    ("counts", "told"),
+    [
+        ({"train": 80, "test": 20}, False),
+        ({"train": 71, "test": 29}, False),
+        ({"train": 69, "test": 31}, True),
+        ({"train": 5}, True),
+        ({}, False),
+    ],
+)
+def test_shares_are_told_beyond_ten_points_or_when_a_split_is_empty(
+    counts: dict[str, int], told: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note_shares("mine", {"test": 0.2, "val": 0.0}, counts, "images")
+    note_shares("mine", {"test": 0.0, "val": 0.0}, counts, "images")
+    assert capsys.readouterr().out.count("shares asked for") == told
+
+
+def test_a_listed_name_that_is_nowhere_is_an_error(tmp_path: Path) -> None:
+    labels = spread(tmp_path, 2, 2)
+    (tmp_path / "train.txt").write_text("p0_0.png\nP1_1.png\na\nb/c.png\nd\n")
+    with pytest.raises(
+        ValueError, match=r"4 names of --split-list .*: 'P1_1', 'a', 'b/c', \.\.\.;"
+    ):
+        run(tmp_path, *labels, f"--split-list=train={tmp_path / 'train.txt'}")
+    (tmp_path / "train.txt").write_text("p0_0.png\nimg/p1_1.png\n")
+    with pytest.raises(ValueError, match=r"1 names of --split-list .*: 'img/p1_1';"):
+        run(tmp_path, *labels, f"--split-list=train={tmp_path / 'train.txt'}")
+
+
+def test_other_labels_do_not_keep_the_older_folder(tmp_path: Path) -> None:
+    spread(tmp_path, 1, 1)
+    run(tmp_path, "--labels", "1=liver,2=spleen")
+    with pytest.raises(ValueError, match=r"labels was .*spleen.*, is .*pancreas"):
+        run(tmp_path, "--labels", "1=liver,2=pancreas")
+    with pytest.raises(ValueError, match='other options: modality was "ct", is "mri"'):
+        run(tmp_path, "--labels", "1=liver,2=spleen", "--modality", "mri")
+    found = run(tmp_path, "--labels", "1=liver,2=pancreas", "--overwrite")
+    assert list(masks_of(Records(found / "train")[0])) == ["liver", "pancreas"]
+
+
 def test_folders_that_say_nothing_are_refused(tmp_path: Path) -> None:
     save_image(tmp_path / "img" / "a.png")
     with pytest.raises(ValueError, match="has no folder per target"):
@@ -223,7 +325,7 @@ def test_folders_that_say_nothing_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a folder"):
         run(tmp_path, "--labels", "1=liver")
     save(tmp_path / "seg" / "x" / "other.jpg", LABELS)
-    with pytest.raises(ValueError, match="holds no mask"):
+    with pytest.raises(ValueError, match=r"holds no mask.*JPEG masks are refused"):
         run(tmp_path)
     save(tmp_path / "seg" / "kidney_left" / "a.png", LABELS)
     save(tmp_path / "seg" / "left kidney" / "a.png", LABELS)

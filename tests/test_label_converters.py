@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import io
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from PIL import Image
 from data_prep import ham10000, isic2018, papila
 from data_prep.common import conversations
 from data_prep.common.conversations import choice_of, closed_answer, drawn_split, question_of
+from data_prep.common.program import run_program
 from data_prep.common.release_files import file_inside, find_table, read_image, read_table
 from data_prep.common.shards import UnusableItemError
 from data_prep.common.spreadsheets import read_sheet
@@ -39,6 +42,11 @@ CONVERTERS = (
     "cxr_lt", "ham10000", "isic2018", "mimic_cxr", "papila", "pathvqa", "pmc_vqa", "pubmedvision",
     "slake", "vqa_rad",
 )  # fmt: skip
+
+ROOT = Path(__file__).parents[1]
+PROGRAMS = sorted(
+    path.stem for path in (ROOT / "data_prep").glob("*.py") if path.stem != "__init__"
+)
 
 
 # --- ISIC 2018
@@ -167,6 +175,22 @@ def put_papila(source: Path) -> Path:
     return source
 
 
+def test_the_other_expert_of_papila_is_no_rerun(tmp_path: Path) -> None:
+    source = put_papila(tmp_path / "PapilaDB")
+    none = ("--test-share", "0", "--val-share", "0", "--max-skipped", "0.5")
+    run(papila, source, tmp_path / "out", *none)
+    with pytest.raises(ValueError, match=r"other options: expert was 1, is 2\. Give --overwrite"):
+        run(papila, source, tmp_path / "out", *none, "--expert", "2")
+
+
+def test_papila_says_when_few_patients_miss_the_shares(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = put_papila(tmp_path / "PapilaDB")
+    papila.plan(source, {"test": 0.03, "val": 0.03}, 1, "separate")
+    assert "papila: the splits of 5 eyes are not near" in " ".join(capsys.readouterr().out.split())
+
+
 def test_papila_has_masks_grades_and_patients(tmp_path: Path) -> None:
     source = put_papila(tmp_path / "PapilaDB")
     none = ("--test-share", "0", "--val-share", "0", "--max-skipped", "0.5")
@@ -246,6 +270,81 @@ def test_filling_agrees_with_counting_edges_above_each_pixel(
             if (x0 <= x) != (x1 <= x):
                 above += y0 + (x - x0) * (y1 - y0) / (x1 - x0) < y
         assert on_border or mask[y, x] == above % 2
+
+
+# --- programs
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_tells_every_default(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[argparse.Action] = []
+
+    def stop(parser: argparse.ArgumentParser, arguments: Any) -> None:
+        found.extend(parser._actions)
+        parser.format_help()  # a stray % in a help text fails here
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    with pytest.raises(KeyboardInterrupt):
+        importlib.import_module(f"data_prep.{program}").main([])
+    silent = [
+        action.option_strings
+        for action in found
+        if not (action.required or action.default in (None, False, argparse.SUPPRESS))
+        and action.default != []
+        and "default: " not in (action.help or "")
+    ]
+    assert len(found) > 5 and not silent
+    assert not [action.option_strings for action in found if not action.help]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--source", "gone"), "gone/ISIC2018_Task3_Training_GroundTruth is not a folder"),
+        (("--job-index", "2"), "--job-index counts from 0 to --num-jobs - 1, got 2 of 1"),
+        (("--max-skipped", "0.5"), "isic2018/train: 3 of 4 items skipped"),
+    ],
+)
+def test_an_error_of_the_user_is_one_message_and_no_traceback(
+    isic: Path, tmp_path: Path, more: tuple[str, ...], message: str
+) -> None:
+    command = [sys.executable, "-m", "data_prep.isic2018", "--source", str(isic)]
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path / "out"), *more],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    assert message in done.stderr
+
+
+def test_every_program_reports_the_errors_of_its_user() -> None:
+    for program in PROGRAMS:
+        text = (ROOT / "data_prep" / f"{program}.py").read_text()
+        assert text.endswith('if __name__ == "__main__":\n    run_program(main)\n'), program
+
+
+@pytest.mark.parametrize("error", [ValueError("no column x"), PermissionError(13, "denied", "x")])
+def test_an_error_of_the_user_is_its_message_and_exit_code_one(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        run_program(main)
+    assert stopped.value.code == str(error)  # python prints it to stderr and exits with 1
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("toy, item 3: KeyError: 'x'")])
+def test_an_error_of_the_program_keeps_its_traceback(error: Exception) -> None:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        run_program(main)
 
 
 # --- words

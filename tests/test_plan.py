@@ -569,9 +569,7 @@ def test_a_run_that_does_not_fit_is_told_what_to_change() -> None:
     told = verdict(full, 80)
     assert told.startswith("does not fit: 102.0 of 80 GiB")
     assert "model.activation_checkpointing=true" in told and '"stage": 3' in told
-    assert told.endswith(
-        "GPUs with more memory or a smaller model"
-    )
+    assert told.endswith("GPUs with more memory or a smaller model")
     assert fits(plan, 80) and not fits(full, 80)
 
 

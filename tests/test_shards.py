@@ -24,7 +24,8 @@ from PIL import Image
 
 from biascare.data.records import Record, Records, RecordWriter, Turn
 from data_prep.common import shards
-from data_prep.common.fingerprints import sources_of, stable_form
+from data_prep.common.fingerprints import options_of, sources_of, stable_form
+from data_prep.common.ledger import Ledger, check_skipped
 from data_prep.common.shard_workers import ShardTask
 from data_prep.common.shards import Release, UnusableItemError, convert_shard, plan_release
 
@@ -77,6 +78,25 @@ def dying_convert(folder: str, item: str) -> Record:
     if item == "image-7" and not flag.exists():
         flag.touch()
         os.kill(os.getpid(), signal.SIGKILL)
+    return make_record(item)
+
+
+def silent_convert(item: str) -> Record:
+    """A record that has nothing to learn."""
+    return make_record(item, targets=[], conversations=[])
+
+
+def forbidden_convert(item: str) -> Record:
+    raise PermissionError(13, "Permission denied", "a.png")
+
+
+class Options(NamedTuple):
+    masks: Path
+    labels: tuple[tuple[int, str], ...]
+    turn: str | None
+
+
+def convert_with(options: Options, item: str) -> Record:
     return make_record(item)
 
 
@@ -222,6 +242,114 @@ def test_other_items_or_a_foreign_folder_are_noticed(tmp_path: Path) -> None:
     (tmp_path / "by_hand" / "toy" / "train").mkdir(parents=True)
     with pytest.raises(ValueError, match="not prepared from these items"):
         run(tmp_path / "by_hand", names(2))
+
+
+LIVER = Options(Path("private/anna"), ((1, "liver"),), None)
+
+
+def test_a_rerun_with_other_options_is_refused_and_told_which(tmp_path: Path) -> None:
+    """Items are the same, so that only the options tell the two folders apart."""
+    folder = run(tmp_path, names(5), convert=functools.partial(convert_with, LIVER))
+    before = folder.stat().st_mtime_ns
+    both = LIVER._replace(labels=((1, "liver"), (2, "spleen")), turn="rotate_90")
+    with pytest.raises(ValueError, match="prepared with other options") as refused:
+        run(tmp_path, names(5), convert=functools.partial(convert_with, both))
+    assert 'labels was [[1, "liver"]], is [[1, "liver"], [2, "spleen"]]' in str(refused.value)
+    assert 'turn was none, is "rotate_90"' in str(refused.value)
+    assert "--overwrite" in str(refused.value) and "another --output" in str(refused.value)
+    elsewhere = functools.partial(convert_with, LIVER._replace(masks=Path("private/berta")))
+    with pytest.raises(ValueError, match="other options: masks is another one"):
+        run(tmp_path, names(5), convert=elsewhere)
+    plain = functools.partial(convert_with, LIVER)
+    with pytest.raises(ValueError, match=r'licence was "test", is "CC BY 4.0"'):
+        run(tmp_path, names(5), convert=plain, licence="CC BY 4.0")
+    assert folder.stat().st_mtime_ns == before
+    run(tmp_path, names(5), "--overwrite", convert=elsewhere)
+    run(tmp_path, names(5), convert=elsewhere)
+
+
+def test_paths_of_the_options_are_compared_but_never_written_down(tmp_path: Path) -> None:
+    folder = run(tmp_path, names(2), convert=functools.partial(convert_with, LIVER))
+    manifest = (folder / "manifest.json").read_text()
+    assert "liver" in manifest
+    assert "anna" not in manifest and "private" not in manifest
+    absolute = LIVER._replace(masks=Path("private/anna").absolute())
+    run(tmp_path, names(2), convert=functools.partial(convert_with, absolute))  # the same folder
+    table = functools.partial(convert_with, {"names": [f"patient {k}" for k in range(20)]})
+    assert options_of(table)["options"].startswith("#")
+    nested = options_of(functools.partial(convert_with, [Path("private/anna")]))
+    assert "anna" not in nested["options"] and "path" in nested["options"]
+
+
+def test_newer_code_keeps_the_folder_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run(tmp_path, names(5), convert=functools.partial(convert_with, LIVER))
+    before = folder.stat().st_mtime_ns
+    monkeypatch.setattr(shards, "__version__", "99")
+    run(tmp_path, names(5), convert=functools.partial(convert_with, LIVER))
+    assert "an earlier converter prepared it" in capsys.readouterr().out
+    assert folder.stat().st_mtime_ns == before
+
+
+def test_a_folder_of_before_options_were_noted_is_kept_with_the_note(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run(tmp_path, names(5), convert=functools.partial(convert_with, LIVER))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["preparation"]["options"]
+    manifest["preparation"]["code"] = "of another time"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    other = functools.partial(convert_with, LIVER._replace(turn="rotate_90"))
+    run(tmp_path, names(5), convert=other)
+    assert "an earlier converter prepared it" in capsys.readouterr().out
+
+
+def test_shards_of_other_options_are_not_resumed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="1 of 5 items skipped"):
+        run(tmp_path, [*names(4), "bad-0"])
+    shelf = tmp_path / "toy" / ".train.shards"
+    kept = {path.name for path in shelf.iterdir()}
+    plans = [
+        plan_release(release([*names(4), "bad-0"], **changes), tmp_path, 4)
+        for changes in ({}, {"convert": functools.partial(convert_with, LIVER)})
+    ]
+    assert {path.name for path in plans[0].shard_folders} == kept
+    again = functools.partial(convert_with, LIVER._replace(labels=((2, "liver"),)))
+    other = plan_release(release([*names(4), "bad-0"], convert=again), tmp_path, 4)
+    assert plans[1].code_fingerprint == other.code_fingerprint
+    assert not set(plans[1].shard_folders) & set(other.shard_folders)
+
+
+def test_records_that_teach_nothing_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path, names(3), convert=silent_convert, how_to_learn="--masks adds masks")
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        "3 records that hold neither masks nor questions: training cannot use them "
+        "(--masks adds masks)"
+    ) in said
+    run(tmp_path / "other", names(3))
+    assert "neither" not in capsys.readouterr().out
+
+
+def test_the_reasons_of_skipped_items_add_up(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "skipped.jsonl")
+    for item, reason in enumerate("aaabbcdef"):
+        ledger.skip(str(item), reason)
+    with pytest.raises(ValueError, match=r"3 x a; 2 x b; 1 x c; and 3 others\)"):
+        check_skipped(ledger.path, num_items=9, limit=0.1)
+    ledger = Ledger(tmp_path / "skipped.jsonl")
+    for item, reason in enumerate("abcd"):
+        ledger.skip(str(item), reason)
+    with pytest.raises(ValueError, match=r"1 x c; and 1 other\)"):
+        check_skipped(ledger.path, num_items=9, limit=0.1)
+
+
+def test_a_file_that_may_not_be_read_is_no_fault_of_the_program(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"toy, item image-0: .*denied"):
+        run(tmp_path, names(1), convert=forbidden_convert)
 
 
 def test_only_shards_whose_items_changed_are_converted_again(tmp_path: Path) -> None:

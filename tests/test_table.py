@@ -159,13 +159,13 @@ def test_bad_rows_are_in_the_ledger_and_good_ones_of_the_same_image_are_used(
     assert turns(Records(folder / "train")[0]) == [("q?", "open"), ("x", "open")]
     assert len(Records(folder / "train")) == 1
     assert reasons(folder / "train.skipped.jsonl") == [
-        ("a.png", "question or answer is empty"),
-        ("b.png", "rows of this image disagree on sex: ['F', 'M']"),
-        ("c.png", "age '1954' is not between 0 and 130 years"),
-        ("cut.png", "image unreadable"),
-        ("gone.png", "file missing"),
-        ("../t.csv", "path leaves the source"),
-        ("(row without an image)", "row without an image"),
+        ("a.png (line 3)", "question or answer is empty"),
+        ("b.png (lines 4, 5)", "rows of this image disagree on sex: ['F', 'M']"),
+        ("c.png (line 6)", "age '1954' is not between 0 and 130 years"),
+        ("cut.png (line 7)", "image unreadable"),
+        ("gone.png (line 8)", "file missing"),
+        ("../t.csv (line 9)", "path leaves the source"),
+        ("(row without an image) (line 10)", "row without an image"),
     ]
 
 
@@ -181,6 +181,82 @@ def test_splits_follow_the_patient(tmp_path: Path) -> None:
     assert sum(len(records) for records in opened) == 60
 
 
+def test_a_split_of_unknown_patients_is_told_with_both_ways_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f"p{k}.png" for k in range(20)]
+    images = make_images(tmp_path / "img", *names)
+    rows = [(*COLUMNS, "patient_id", "split"), ("p0.png", "q?", "x", "17", "")]
+    rows += [(name, "q?", "x", "", "") for name in names[1:19]]
+    rows += [("p19.png", "q?", "x", "", "train")]  # not drawn
+    path = write_csv(tmp_path / "t.csv", rows)
+    run(path, images, tmp_path / "out", "--test-share", "0.5")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the patient of 18 of 19 images is not known" in said
+    assert "--patient-regex finds" in said and "--column patient_id=YOURS" in said
+    run(path, images, tmp_path / "all")
+    assert "is not known" not in capsys.readouterr().out
+
+
+def test_a_listed_name_that_no_row_has_is_an_error(tmp_path: Path) -> None:
+    images = make_images(tmp_path / "img", "a.png", "b.png")
+    path = write_csv(tmp_path / "t.csv", [COLUMNS, ("a.png", "q?", "x")])
+    (tmp_path / "train.txt").write_text("a.png\nb.png\n")
+    with pytest.raises(ValueError, match=r"1 names of --split-list are nowhere .*: 'b';"):
+        run(path, images, tmp_path / "out", f"--split-list=train={tmp_path / 'train.txt'}")
+    (tmp_path / "train.txt").write_text("b.png\n")
+    with pytest.raises(ValueError, match=r"line 2: image 'a\.png' is in no --split-list"):
+        run(path, images, tmp_path / "out", f"--split-list=train={tmp_path / 'train.txt'}")
+
+
+def test_lines_are_counted_where_a_row_begins_and_many_are_cut(tmp_path: Path) -> None:
+    images = make_images(tmp_path / "img", "a.png", "b.png", "c.png")
+    rows = [
+        (*COLUMNS, "age"),
+        ("a.png", "q\n\nr?", "x\ny", "61Y"),
+        ("b.png", "q?", "", ""),
+        *(("c.png", f"q{k}?", "x", "61 years") for k in range(7)),
+        ("b.png", "q?", "x", "61.5"),
+    ]
+    path = write_csv(tmp_path / "t.csv", rows)
+    folder = run(path, images, tmp_path / "out", "--max-skipped", "0.9")
+    assert Records(folder / "train")[0]["age"] == 61.5
+    assert reasons(folder / "train.skipped.jsonl") == [
+        ("a.png (line 2)", "age '61Y' is no number of years, like 61 or 0.5"),
+        ("b.png (line 6)", "question or answer is empty"),
+        (
+            "c.png (lines 7, 8, 9, 10, 11, ...)",
+            "age '61 years' is no number of years, like 61 or 0.5",
+        ),
+    ]
+
+
+def test_lines_of_jsonl_count_empty_ones(tmp_path: Path) -> None:
+    images = make_images(tmp_path / "img", "a.png")
+    path = tmp_path / "t.jsonl"
+    rows = [{"image": "a.png", "question": "q?", "answer": text} for text in ("x", "")]
+    path.write_text("\n\n".join(map(json.dumps, rows)) + "\n")
+    folder = run(path, images, tmp_path / "out", "--max-skipped", "0.5")
+    assert reasons(folder / "train.skipped.jsonl")[0][0] == "a.png (line 3)"
+
+
+def test_an_archive_of_images_that_is_cut_off_says_so(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "img.zip", "w") as archive:
+        archive.writestr("a.png", png() * 20)
+    data = (tmp_path / "img.zip").read_bytes()
+    path = write_csv(tmp_path / "t.csv", [COLUMNS, ("a.png", "q?", "x")])
+    (tmp_path / "img.zip").write_bytes(data[:-60])
+    with pytest.raises(
+        ValueError, match=r"img\.zip is damaged or cut off: a zip file ends"
+    ) as told:
+        run(path, tmp_path / "img.zip", tmp_path / "out")
+    assert "bz2" not in str(told.value)
+    (tmp_path / "img.zip").write_bytes(data[10:100])
+    with pytest.raises(ValueError, match="not a readable zip or tar file") as told:
+        run(path, tmp_path / "img.zip", tmp_path / "out")
+    assert "bz2" not in str(told.value)
+
+
 def test_images_may_lie_in_an_archive(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "img.zip", "w") as archive:
         archive.writestr("a/b.png", png())
@@ -188,7 +264,7 @@ def test_images_may_lie_in_an_archive(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "t.csv", rows)
     folder = run(path, tmp_path / "img.zip", tmp_path / "out", "--max-skipped", "0.5")
     assert Records(folder / "train")[0]["image"] == png()
-    assert reasons(folder / "train.skipped.jsonl") == [("c.png", "archive member missing")]
+    assert reasons(folder / "train.skipped.jsonl") == [("c.png (line 3)", "archive member missing")]
 
 
 def test_tables_that_are_none_say_what_is_missing(tmp_path: Path) -> None:

@@ -512,3 +512,44 @@ def test_series_are_listed_by_their_uid_not_by_their_folder(tmp_path: Path) -> N
 def test_every_plane_has_one_letter_of_each_pair() -> None:
     for codes in PLANES.values():
         assert volumes._is_orientation(codes)
+
+
+def test_volumes_without_masks_say_that_training_cannot_use_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "img" / "p1.nii.gz", body())
+    nifti = ("--nifti", str(tmp_path / "img"), "--modality", "ct")
+    run(tmp_path / "out", *nifti)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "3 records that hold neither masks nor questions: training cannot use them" in said
+    assert "--masks with --labels adds masks" in said
+    save(tmp_path / "seg" / "p1.nii.gz", labels_of_body())
+    masks = ("--masks", str(tmp_path / "seg"), "--labels", "1=liver,2=vertebra")
+    with pytest.raises(ValueError, match=r"other options: .*masks was none, is a path") as refused:
+        run(tmp_path / "out", *nifti, *masks)
+    assert str(tmp_path / "seg") not in str(refused.value)
+    run(tmp_path / "out", *nifti, *masks, "--overwrite")
+    assert "neither" not in capsys.readouterr().out
+
+
+def test_volumes_of_one_patient_may_be_divided_and_the_user_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("p1_a", "p1_b"):
+        save(tmp_path / "img" / f"{name}.nii.gz", body())
+    nifti = ("--nifti", str(tmp_path / "img"), "--modality", "ct", "--test-share", "0.5")
+    run(tmp_path / "out", *nifti)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the patient of 2 of 2 volumes is not known" in said and "--patient-regex" in said
+    run(tmp_path / "known", *nifti, "--patient-regex", r"(p\d)")
+    assert "is not known" not in capsys.readouterr().out
+
+
+def test_a_listed_volume_that_is_nowhere_is_an_error(tmp_path: Path) -> None:
+    save(tmp_path / "img" / "p1_0000.nii.gz", body())
+    (tmp_path / "train.txt").write_text("p1_0000.nii.gz\n")
+    with pytest.raises(ValueError, match=r"1 names of --split-list are nowhere .*: 'p1_0000';"):
+        run(
+            tmp_path / "out", "--nifti", str(tmp_path / "img"), "--modality", "ct",
+            "--image-suffix", "_0000", f"--split-list=train={tmp_path / 'train.txt'}",
+        )  # fmt: skip

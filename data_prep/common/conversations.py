@@ -144,7 +144,7 @@ def drawn_split(key: str, shares: Mapping[str, float], rest: str = "train") -> s
     key keeps its split when the release grows, shrinks or is prepared in parts; the realised shares
     are binomial around the stated ones. Raises ValueError when they are no shares.
     """
-    if any(share < 0 for share in shares.values()) or sum(shares.values()) > 1:
+    if not (all(share >= 0 for share in shares.values()) and sum(shares.values()) <= 1):
         raise ValueError(f"held-out shares are numbers from 0 with a sum up to 1, got {shares}")
     position = int.from_bytes(_digest(f"split: {key}")[:8], "big") / 2**64
     for split, share in shares.items():

@@ -1,5 +1,9 @@
-"""What shards are named by: their items and the code that converts them, in a form that is the same
-in every process and on every machine."""
+"""What shards are named by: their items, the code that converts them and the options it is given,
+in a form that is the same in every process and on every machine.
+
+Options are kept apart from code, because they end differently: a folder of other options is not
+what the user asks for, a folder of older code is.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,10 @@ from typing import Any
 import numpy as np
 
 PROJECT = Path(__file__).resolve().parents[2]
+
+MAX_OPTION = 80
+"""Characters of an option that a manifest quotes; of longer ones, such as tables, it keeps a
+digest."""
 
 
 def stable_form(item: Any) -> str:
@@ -26,17 +34,43 @@ def stable_form(item: Any) -> str:
 
 
 def code_fingerprint(convert: Callable[..., Any], about: list[Any]) -> str:
-    """Of a function (or a functools.partial), its arguments, what it imports of this project, and
-    whatever else decides the result."""
-    arguments = []
-    while isinstance(convert, functools.partial):
-        arguments.append([convert.args, convert.keywords])
-        convert = convert.func
+    """Of a function (or a functools.partial of one, see `options_of` for its arguments), what it
+    imports of this project, and whatever else decides the result."""
+    function = convert.func if isinstance(convert, functools.partial) else convert
     digest = hashlib.sha256()
-    for path in sorted(sources_of(Path(inspect.getfile(convert)))):
+    for path in sorted(sources_of(Path(inspect.getfile(function)))):
         digest.update(path.read_bytes())
-    digest.update(stable_form([about, convert.__qualname__, arguments]).encode())
+    digest.update(stable_form([about, function.__qualname__]).encode())
     return digest.hexdigest()
+
+
+def options_of(convert: Callable[..., Any]) -> dict[str, str]:
+    """The bound arguments of a functools.partial: name -> value as JSON; {} for a plain function.
+
+    A NamedTuple counts as its fields. Manifests travel with the records, so that of a path (made
+    absolute first: its spelling does not matter) and of a long value only "#" and a digest is kept.
+    """
+    if not isinstance(convert, functools.partial):
+        return {}
+    bound = inspect.signature(convert.func).bind_partial(*convert.args, **convert.keywords)
+    options: dict[str, str] = {}
+    for argument, value in bound.arguments.items():
+        parts = value._asdict() if hasattr(value, "_asdict") else {argument: value}
+        for name, part in parts.items():
+            options[name if name not in options else f"{argument}.{name}"] = _option(part)
+    return options
+
+
+def changed_options(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What to tell the user of options that differ. One that only the older or only the newer code
+    knows is a change of code."""
+    return [
+        f"{name} is another one"
+        if before[name][0] == now[name][0] == "#"
+        else f"{name} was {_quoted(before[name])}, is {_quoted(now[name])}"
+        for name in now
+        if name in before and before[name] != now[name]
+    ]
 
 
 def sources_of(path: Path, known: Iterable[Path] = ()) -> set[Path]:
@@ -51,6 +85,30 @@ def sources_of(path: Path, known: Iterable[Path] = ()) -> set[Path]:
             if imported not in found and imported.is_file():
                 found |= sources_of(imported, found)
     return found
+
+
+def _option(value: Any) -> str:
+    is_path = isinstance(value, os.PathLike) or (isinstance(value, str) and os.path.isabs(value))
+    if is_path:
+        return f"#{_digest(os.path.abspath(value))}"
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=_without_paths)
+    return text if len(text) <= MAX_OPTION else f"#{_digest(text)}"
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        return f"path {_digest(os.path.abspath(value))}"
+    return _plain(value)
+
+
+def _quoted(option: str) -> str:
+    if option[0] == "#":
+        return "a path or long value"
+    return "none" if option == "null" else option
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _plain(value: Any) -> Any:

@@ -69,6 +69,9 @@ def check_skipped(path: Path, *, num_items: int, limit: float) -> None:
         return
     reasons = Counter(json.loads(line)["reason"] for line in lines)
     common = "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common(3))
+    num_others = len(lines) - sum(n for _, n in reasons.most_common(3))
+    if num_others:
+        common += f"; and {num_others} other{'s' if num_others > 1 else ''}"
     raise ValueError(
         f"{len(lines)} of {num_items} items skipped, more than the limit of {limit:.2%} ({common});"
         f" see {path}. Raise --max-skipped to accept that, or repair the source and convert again "

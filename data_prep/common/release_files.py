@@ -87,7 +87,14 @@ def find_table(folder: Path, name: str) -> Path:
 
 
 def read_table(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
-    """Rows of a CSV file (or .csv.gz), in UTF-8 with or without a mark at its start.
+    """Rows of a CSV file (or .csv.gz), in UTF-8 with or without a mark at its start. Raises
+    ValueError as `read_numbered`."""
+    for _, row in read_numbered(path, columns):
+        yield row
+
+
+def read_numbered(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line, row) of a table as `read_table` takes it; the line, from 1, is where the row begins.
 
     Raises ValueError when one of `columns` is missing, when a row is longer than the header, and
     for anything that is not UTF-8 text.
@@ -104,7 +111,9 @@ def read_table(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
                         f"{path}:{reader.line_num}: more fields than the header has columns; "
                         "is a text with commas not quoted?"
                     )
-                yield {name: value or "" for name, value in row.items()}
+                values = {name: value or "" for name, value in row.items()}
+                inner_lines = sum(value.count("\n") for value in values.values())
+                yield reader.line_num - inner_lines, values
     except (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error) as error:
         raise ValueError(f"{path} is not a readable CSV table: {error}") from error
 

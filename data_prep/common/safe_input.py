@@ -42,6 +42,8 @@ LIMITS = Limits()
 RATIO_FREE_BYTES = 2**20
 """Members up to this size may have any ratio: a blank mask of a few KB packs a thousandfold."""
 
+ZIP_START = b"PK\x03\x04"
+
 NUM_OPEN_ARCHIVES = 4
 """Per process, for `open_member`: the list of 50,000 members is half a second and 30 MB."""
 
@@ -68,6 +70,13 @@ class SafeArchive:
         self.path, self.limits = Path(path), limits
         try:
             self._file = _open_any(self.path)
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{self.path} is damaged or cut off: {error}") from error
+        except tarfile.ReadError as error:  # its text is a list of every kind that was tried
+            raise ValueError(
+                f"{self.path} is not a readable zip or tar file: another kind of file, or its "
+                "beginning is damaged or cut off"
+            ) from error
         except DAMAGE as error:
             raise ValueError(f"{self.path} is not a readable zip or tar file: {error}") from error
         try:
@@ -181,7 +190,12 @@ def _opened(path: Path, size: int, changed: int) -> SafeArchive:
 
 
 def _open_any(path: Path) -> zipfile.ZipFile | tarfile.TarFile:
-    return zipfile.ZipFile(path) if zipfile.is_zipfile(path) else tarfile.open(path, mode="r:*")
+    if zipfile.is_zipfile(path):
+        return zipfile.ZipFile(path)
+    with path.open("rb") as file:
+        if file.read(len(ZIP_START)) == ZIP_START:
+            raise zipfile.BadZipFile("a zip file ends in the list of its members, here it is gone")
+    return tarfile.open(path, mode="r:*")
 
 
 def _entries(

@@ -7,11 +7,11 @@
 
 The items of a release are cut into fixed shards. One process converts one shard and writes it
 aside; the shard gets its name when it is complete and on disk, and the name carries the fingerprint
-of its items and of the converting code. So a shard is never done twice, a half-written one never
-counts, and any number of processes on any number of machines may work on the same output. Whoever
-finds all shards complete joins them to `OUTPUT/<source>/<split>`; the result is the same bytes
-whoever did what. Trade-off: a crash costs the shards in flight, at most `--items-per-shard` items
-per process.
+of its items, of the converting code and of its options. So a shard is never done twice, a
+half-written one never counts, and any number of processes on any number of machines may work on the
+same output. Whoever finds all shards complete joins them to `OUTPUT/<source>/<split>`; the result
+is the same bytes whoever did what. Trade-off: a crash costs the shards in flight, at most
+`--items-per-shard` items per process.
 """
 
 from __future__ import annotations
@@ -38,7 +38,12 @@ from biascare.data.records import (
     read_part,
     scratch_folder,
 )
-from data_prep.common.fingerprints import code_fingerprint, stable_form
+from data_prep.common.fingerprints import (
+    changed_options,
+    code_fingerprint,
+    options_of,
+    stable_form,
+)
 from data_prep.common.ledger import SKIPPED, Ledger, check_skipped, merge_ledgers
 from data_prep.common.shard_progress import ShardBar
 from data_prep.common.shard_workers import Crew, ShardTask
@@ -71,6 +76,9 @@ class Release:
     name_of: Callable[[Any], str] = str
     """How an item is named in the ledger and in errors."""
 
+    how_to_learn: str = ""
+    """What adds masks or questions, for a user whose records turn out to hold neither."""
+
 
 class Plan(NamedTuple):
     """A release with its folders and fingerprints."""
@@ -81,6 +89,7 @@ class Plan(NamedTuple):
     items_per_shard: int
     items_fingerprint: str  # of all items, however they are cut
     code_fingerprint: str
+    options: dict[str, str]  # see `options_of`, and what the user says of the release
 
     @property
     def name(self) -> str:
@@ -106,19 +115,39 @@ def add_arguments(
     )
     group.add_argument("--overwrite", action="store_true", help="convert again what is there")
     group.add_argument(
-        "--max-skipped", type=float, default=0.01, help="share of unusable items that is an error"
+        "--max-skipped",
+        type=float,
+        default=0.01,
+        help="more unusable items than this share are an error; default: %(default)s",
     )
-    group.add_argument("--num-workers", type=int, default=0, help="processes; 0: this one only")
     group.add_argument(
-        "--job-index", type=int, default=0, help="number of this job, from 0, of --num-jobs"
+        "--num-workers",
+        type=int,
+        default=0,
+        help="processes; 0: this one only; default: %(default)s",
     )
     group.add_argument(
-        "--num-jobs", type=int, default=1, help="jobs that share the work on one file system"
+        "--job-index",
+        type=int,
+        default=0,
+        help="number of this job, from 0, of --num-jobs; default: %(default)s",
+    )
+    group.add_argument(
+        "--num-jobs",
+        type=int,
+        default=1,
+        help="jobs that share the work on one file system; default: %(default)s",
     )
     group.add_argument(
         "--ray", action="store_true", help="work on the Ray cluster of RAY_ADDRESS, or a local one"
     )
-    group.add_argument("--items-per-shard", type=int, default=items_per_shard)
+    group.add_argument(
+        "--items-per-shard",
+        type=int,
+        default=items_per_shard,
+        help="items that one process converts at a time and a crash costs; the records do not "
+        "depend on it; default: %(default)s",
+    )
 
 
 def run(args: argparse.Namespace, releases: Iterable[Release]) -> None:
@@ -147,9 +176,12 @@ class ReleaseError(ValueError):
 
 def plan_release(release: Release, output: Path, items_per_shard: int) -> Plan:
     """Cut a release into shards and name each by its fingerprint."""
-    about = [FORMAT_VERSION, __version__, release.source, release.split, release.version]
+    about = [FORMAT_VERSION, __version__, release.source, release.split]
     code = code_fingerprint(release.convert, about)
-    whole, shard = hashlib.sha256(), hashlib.sha256(code.encode())
+    said = {"version": release.version, "licence": release.licence}
+    options = options_of(release.convert) | {key: json.dumps(said[key]) for key in said}
+    seed = f"{code} {stable_form(options)}".encode()
+    whole, shard = hashlib.sha256(), hashlib.sha256(seed)
     folder = Path(output).absolute() / release.source / release.split
     shard_folders: list[Path] = []
     for number, item in enumerate(release.items, start=1):
@@ -159,8 +191,8 @@ def plan_release(release: Release, output: Path, items_per_shard: int) -> Plan:
         if number % items_per_shard == 0 or number == len(release.items):
             name = f"{len(shard_folders):05d}-{shard.hexdigest()[:16]}"
             shard_folders.append(_shelf(folder) / name)
-            shard = hashlib.sha256(code.encode())
-    return Plan(release, folder, shard_folders, items_per_shard, whole.hexdigest(), code)
+            shard = hashlib.sha256(seed)
+    return Plan(release, folder, shard_folders, items_per_shard, whole.hexdigest(), code, options)
 
 
 def convert_shard(task: ShardTask, advance: Callable[[int], None]) -> None:
@@ -204,7 +236,12 @@ def join(plan: Plan, max_skipped: float) -> str:
             split=plan.release.split,
             version=plan.release.version,
             licence=plan.release.licence,
-            preparation={"items": plan.items_fingerprint, "code": plan.code_fingerprint, **facts},
+            preparation={
+                "items": plan.items_fingerprint,
+                "code": plan.code_fingerprint,
+                "options": plan.options,
+                **facts,
+            },
         )
     except (FileNotFoundError, FileExistsError):  # two processes may find all shards at once
         if not _is_prepared(plan):
@@ -275,8 +312,9 @@ def _convert_item(release: Release, item: Any, part: PartWriter, ledger: Ledger)
     except UnusableItemError as reason:
         assert len(part) == before, f"{release.name_of(item)}: unusable after its first record"
         ledger.skip(release.name_of(item), str(reason))
-    except ValueError as error:
-        raise ValueError(f"{release.source}, item {release.name_of(item)}: {error}") from error
+    except (ValueError, OSError) as error:  # a full disk, a file that may not be read
+        kind = ValueError if isinstance(error, ValueError) else OSError
+        raise kind(f"{release.source}, item {release.name_of(item)}: {error}") from error
     except Exception as error:
         message = f"{release.source}, item {release.name_of(item)}: {type(error).__name__}: {error}"
         raise RuntimeError(message) from error
@@ -302,7 +340,11 @@ def ledger_path(folder: Path) -> Path:
 
 
 def _summary(plan: Plan, parts: Sequence[Part], facts: Mapping[str, int]) -> str:
+    manifest = json.loads((plan.folder / MANIFEST).read_text(encoding="utf-8"))
     text = f"{sum(part.num_rows for part in parts)} records"
+    if not (manifest["num_segmentation_units"] or manifest["num_language_units"]):
+        hint = f" ({plan.release.how_to_learn})" if plan.release.how_to_learn else ""
+        text += f" that hold neither masks nor questions: training cannot use them{hint}"
     if facts["num_left_out"]:
         text += f", {facts['num_left_out']} items left out by the options"
     if facts["num_skipped"]:
@@ -317,12 +359,18 @@ def _is_prepared(plan: Plan, console: Console | None = None) -> bool:
     manifest = plan.folder / MANIFEST
     text = manifest.read_text(encoding="utf-8") if manifest.is_file() else "{}"
     preparation = json.loads(text).get("preparation", {})
+    changed = changed_options(preparation.get("options", {}), plan.options)
+    if changed:
+        raise ReleaseError(
+            f"{plan.folder} was prepared with other options: {'; '.join(changed)}. Give "
+            "--overwrite to convert it again, or another --output"
+        )
     if preparation.get("items") != plan.items_fingerprint:
         raise ReleaseError(
             f"{plan.folder} exists already and was not prepared from these items; give --overwrite "
             "or another --output"
         )
-    if console is not None and preparation["code"] != plan.code_fingerprint:
+    if console is not None and preparation.get("code") != plan.code_fingerprint:
         console.print(f"{plan.name}: an earlier converter prepared it; --overwrite does it again")
     return True
 

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from data_prep.common.conversations import drawn_split
+from data_prep.common.release_files import note
 from data_prep.common.shards import UnusableItemError
 from data_prep.common.vocabulary import canonical_modality, canonical_target
 
+Item = TypeVar("Item")
 Value = int | tuple[int, int, int] | None
 """A label value, a colour, or None: every value but 0."""
 
@@ -28,6 +30,10 @@ SUFFIXES = (
 )  # fmt: skip
 SPLIT_SYNONYMS = {"training": "train", "validation": "val", "valid": "val", "dev": "val"}
 SEXES = {"f": "F", "female": "F", "woman": "F", "m": "M", "male": "M", "man": "M"}
+PATIENT_REGEX = "--patient-regex finds the patient in a file's path and keeps them together"
+SHARE_TOLERANCE = 0.1
+"""A realised share this far from the one asked for is told; the draw is binomial."""
+
 UNKNOWN = ("", "nan", "none", "null", "na", "n/a", "unknown", "not reported", "u", "o", "other")
 """Spellings of "not known" in a column of attributes, in lower case. DICOM's sex O is "other"."""
 
@@ -42,9 +48,17 @@ def add_source_arguments(
     parser.add_argument(
         "--modality", required=modality_required, type=_modality, help="ct, mri, xray, ..."
     )
-    parser.add_argument("--anatomy", default="", help="for example abdomen")
-    parser.add_argument("--version", default="unversioned", help="of the source, for the manifest")
-    parser.add_argument("--licence", default="not stated", help="of the source, for the manifest")
+    parser.add_argument("--anatomy", default="", help="for example abdomen; default: not stated")
+    parser.add_argument(
+        "--version",
+        default="unversioned",
+        help="of the source, for the manifest; default: %(default)s",
+    )
+    parser.add_argument(
+        "--licence",
+        default="not stated",
+        help="of the source, for the manifest; default: %(default)s",
+    )
 
 
 def add_split_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,13 +70,26 @@ def add_split_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SPLIT=FILE",
         help="official list, one name per line; may be repeated",
     )
-    group.add_argument("--test-share", type=float, default=0.0, help="drawn by hash of the patient")
-    group.add_argument("--val-share", type=float, default=0.0, help="drawn by hash of the patient")
+    add_share_arguments(group, test=0.0, val=0.0, of="patients, by hash")
     group.add_argument(
         "--patient-regex",
         metavar="PATTERN",
         help="finds the patient in a file's path: its first group",
     )
+
+
+def add_share_arguments(
+    parser: argparse._ActionsContainer, *, test: float, of: str, val: float | None = None
+) -> None:
+    """--test-share and, unless `val` is None, --val-share. `of`: what is drawn."""
+    for split, share in {"test": test, "val": val}.items():
+        if share is not None:
+            parser.add_argument(
+                f"--{split}-share",
+                type=float,
+                default=share,
+                help=f"share of the {of}, from 0 to 1; default: %(default)s",
+            )
 
 
 class Splits(NamedTuple):
@@ -94,6 +121,19 @@ class Splits(NamedTuple):
             raise ValueError(f"{name!r} is in the lists of {sorted(found)}; give full paths there")
         return found.pop() if found else None
 
+    def check_lists(self, names: Iterable[str]) -> None:
+        """Raises ValueError when a list holds what is none of `names`, the paths of all items
+        without suffix: a misspelt line would move its item to no split."""
+        known = {key for name in names for key in (name, Path(name).name)}
+        unknown = [name for name in self.lists if name not in known]
+        if unknown:
+            raise ValueError(
+                f"{len(unknown)} names of --split-list are nowhere in the source: "
+                f"{', '.join(map(repr, unknown[:3]))}{', ...' if len(unknown) > 3 else ''}; "
+                "correct or remove these lines (a name is a path in the source, with or without "
+                "folders and suffix)"
+            )
+
     def patient_in(self, path: str) -> str | None:
         """Patient in a path. Raises ValueError when a pattern was given and does not match: a
         missing patient would be drawn into a split alone."""
@@ -105,6 +145,73 @@ class Splits(NamedTuple):
                 f"--patient-regex {self.pattern.pattern!r} finds no patient in {path!r}"
             )
         return match[1]
+
+
+def group_by_split(
+    source: str,
+    items: Sequence[Item],
+    splits: Splits,
+    *,
+    name_of: Callable[[Item], str],
+    patient_of: Callable[[Item], str | None],
+    what: str,
+    study_of: Callable[[Item], str | None] = lambda item: None,
+    mend: str = PATIENT_REGEX,
+) -> list[tuple[str, list[Item]]]:
+    """(split, items) in order of name. Tells of items that are in no list, of patients that are not
+    known and of shares that are not met; `what` the items are. Without a patient the study, if any,
+    is drawn. Raises ValueError as `check_lists`."""
+    splits.check_lists(map(name_of, items))
+    groups: dict[str | None, list[Item]] = {}
+    for item in items:
+        drawn = patient_of(item) or study_of(item)
+        groups.setdefault(splits.of(name_of(item), drawn), []).append(item)
+    unlisted = groups.pop(None, [])
+    if unlisted:
+        note(f"{source}: {len(unlisted)} {what} are in no --split-list, left out")
+    found = {str(split): chosen for split, chosen in groups.items()}
+    num_unknown = sum(patient_of(item) is None for item in items)
+    note_unknown_patients(source, splits, num_unknown, len(items), what, mend)
+    note_shares(source, splits.shares, {split: len(group) for split, group in found.items()}, what)
+    return sorted(found.items())
+
+
+def note_unknown_patients(
+    source: str, splits: Splits, num_unknown: int, num_items: int, what: str, mend: str
+) -> None:
+    """Say so when a split is drawn of items whose patient nothing tells. `mend`: what would."""
+    if num_unknown and any(splits.shares.values()):
+        note(
+            f"{source}: the patient of {num_unknown} of {num_items} {what} is not known, so {what} "
+            f"of one patient may land on both sides of the split; {mend}"
+        )
+
+
+def note_shares(
+    source: str, shares: Mapping[str, float], counts: Mapping[str, int], what: str
+) -> None:
+    """Say so when drawn splits are far from the shares asked for, or one is empty. `counts`: items
+    per split; what `shares` leave is train."""
+    total = sum(counts.values())
+    if not (total and any(shares.values())):
+        return
+    asked = {"train": 1 - sum(shares.values()), **shares}
+    found = {split: counts.get(split, 0) / total for split in asked}
+    far = any(
+        abs(found[split] - asked[split]) > SHARE_TOLERANCE
+        or (shares.get(split, 0) > 0 and not counts.get(split))
+        for split in asked
+    )
+    if far:
+        told = ", ".join(
+            f"{split} {counts.get(split, 0)} ({found[split]:.0%}, asked {asked[split]:.0%})"
+            for split in asked
+            if asked[split] > 0 or counts.get(split)
+        )
+        note(
+            f"{source}: the splits of {total} {what} are not near the shares asked for: {told}. "
+            "Every patient is drawn for itself: with few of them that is chance"
+        )
 
 
 def parse_labels(text: str) -> dict[Value, str]:

@@ -32,8 +32,11 @@ class ImageFinder:
     def __init__(self, source: Path, folders: Sequence[str], archives: str) -> None:
         """`folders` and `archives`, a pattern, are relative to `source`; "" is `source` itself.
 
-        Raises ValueError when there is neither folder nor archive, or an archive is damaged.
+        Raises ValueError when `source` is no folder, has neither folder nor archive, or when an
+        archive is damaged.
         """
+        if not source.is_dir():
+            raise ValueError(f"{source} is not a folder; --source is the folder of the raw release")
         self._places: dict[str, Place] = {}
         packed = sorted(source.glob(archives))
         for path in packed:
@@ -46,7 +49,9 @@ class ImageFinder:
             for name in os.listdir(source / folder):
                 self._places[name] = Place(f"{folder}/{name}" if folder else name, "")
         if not (packed or found):
-            raise ValueError(f"{source} has neither {' nor '.join(folders)} nor {archives}")
+            raise ValueError(
+                f"{source} has neither {' nor '.join(filter(None, folders))} nor {archives}"
+            )
 
     def place(self, path: str) -> Place | None:
         """Place of an image by the last part of its path; None when it is nowhere."""
