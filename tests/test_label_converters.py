@@ -485,3 +485,13 @@ def test_help_states_the_layout_it_expects(name: str) -> None:
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "Layout of --source" in text
     assert "--num-workers" in text
+
+
+def test_an_interrupted_program_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        run_program(interrupted)
+    assert end.value.code == 130
+    assert "the same command goes on" in capsys.readouterr().err

@@ -14,8 +14,12 @@ from collections.abc import Callable
 
 
 def run_program(main: Callable[[], None]) -> None:
-    """Call `main`; a ValueError or OSError is its message on stderr and exit code 1."""
+    """Call `main`; a ValueError or OSError is its message on stderr and exit code 1, Ctrl-C code
+    130."""
     try:
         main()
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on with what is missing", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError) as error:
         sys.exit(str(error))
