@@ -85,6 +85,20 @@ class Vocabulary(NamedTuple):
     sides_agree: Callable[[list[tuple[str, NDArray[np.bool_]]]], list[bool]]
 
 
+class Finding(NamedTuple):
+    """One thing noticed."""
+
+    code: str
+    level: str  # error | warning | allowed
+    where: str  # source/split, or several
+    num: int  # cases: images, masks, names, ...
+    examples: list[str]
+
+    @property
+    def message(self) -> str:
+        return CODES[self.code][1]
+
+
 class LintSettings(NamedTuple):
     """What is checked against."""
 
@@ -120,6 +134,11 @@ class _Chunk(NamedTuple):
     training_areas: Counter[int]
     num_thin: int
     sides: Counter[bool]
+
+
+def name_of(records: Records) -> str:
+    """source/split of a folder."""
+    return f"{records.manifest['source']}/{records.manifest['split']}"
 
 
 class Issues:
