@@ -2,7 +2,7 @@
 
     python scripts/evaluate.py outputs/demo/stage2/export \\
         --segmentation outputs/demo/data/test --language outputs/demo/data/test \\
-        --train outputs/demo/data/train --output outputs/demo/test
+        --train outputs/demo/data/train --output outputs/evaluation
 
     python scripts/evaluate.py weights/lite_medsam.pth --vision litemedsam --prompt box \\
         --segmentation outputs/data/pack/btcv/test --output outputs/litemedsam
