@@ -58,7 +58,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--max-questions", type=int, default=0, help="of an image in one conversation; 0: all"
     )
-    parser.add_argument("--steps", type=int, default=550, help="optimizer steps; 0: random")
+    parser.add_argument("--steps", type=int, default=750, help="optimizer steps; 0: random")
     parser.add_argument("--batch-size", type=int, default=16, help="images per step")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
