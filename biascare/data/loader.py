@@ -116,10 +116,12 @@ class TrainingStream(Dataset):
 
     def _draw_targets(self, names: list[str], key: int) -> list[int]:
         """K targets of an image, rare ones favoured; an image with fewer repeats its own."""
+        wanted = self.settings.targets_per_image
+        if len(names) == 1:
+            return [0] * wanted
         rng = np.random.default_rng(sample_key(key, "targets"))
         counts = np.array([max(self.counts.get(name, 1), 1) for name in names], float)
         weight = counts**-self.settings.target_sampling_power
-        wanted = self.settings.targets_per_image
         order = rng.choice(
             len(names), min(len(names), wanted), replace=False, p=weight / weight.sum()
         )

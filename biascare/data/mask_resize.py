@@ -127,14 +127,20 @@ def _densest(covered: NDArray[np.float64], origin: tuple[int, int]) -> NDArray[n
     missing = int(_num_cells(covered.sum())) - np.count_nonzero(chosen)
     row, column = np.nonzero((covered > _NEGLIGIBLE) & ~chosen)
     if missing > 0 and len(row):
-        padded = np.zeros((covered.shape[0] + 2, covered.shape[1] + 2))
-        padded[1:-1, 1:-1] = np.where(chosen, 1.0, covered)
-        tallest = np.maximum(np.maximum(padded[:-2], padded[1:-1]), padded[2:])
-        largest = np.maximum(np.maximum(tallest[:, :-2], tallest[:, 1:-1]), tallest[:, 2:])
+        width = covered.shape[1] + 2
+        padded = np.zeros((covered.shape[0] + 2, width))
+        padded[1:-1, 1:-1] = covered
+        near = ((row + 1) * width + column + 1)[:, None] + _around(width)
+        largest = padded.ravel()[near].max(axis=1)
         cell = row + origin[0], column + origin[1]
-        densest = _order(covered[row, column], largest[row, column], cell)[:missing]
+        densest = _order(covered[row, column], largest, cell)[:missing]
         chosen[row[densest], column[densest]] = True
     return chosen
+
+
+def _around(width: int) -> NDArray[np.int64]:
+    """[9] steps to a cell and its eight neighbours in a raveled grid of this width."""
+    return (np.arange(-1, 2)[:, None] * width + np.arange(-1, 2)).ravel()
 
 
 def _num_cells(area: Any) -> Any:
@@ -159,7 +165,7 @@ def _order(
     step or two instead of teeth.
     """
     level = np.floor(8 * covered / largest + 0.5 + _NEGLIGIBLE)
-    run = np.where(largest > 1 - _NEGLIGIBLE, _RUN, 1)
+    run = np.where(largest > 1 - _NEGLIGIBLE, _RUN, 1)  # a neighbour is full
     row, column = cell[0] // run, cell[1] // run
     # Steps of the plastic number: the two-dimensional counterpart of the golden ratio.
     spread = (0.7548776662 * (row + 1) + 0.5698402910 * (column + 1)) % 1
@@ -232,7 +238,7 @@ def _neighbourhood_max(rim: _RimCells, full_component: NDArray[np.int32]) -> NDA
     width, num_labels = full_component.shape[1], int(rim.components.max(initial=0)) + 1
     key = rim.cells * num_labels + rim.components
     largest = rim.covered.copy()
-    for offset in (-width - 1, -width, -width + 1, -1, 1, width - 1, width, width + 1):
+    for offset in _around(width):
         wanted = key + offset * num_labels
         place = np.minimum(np.searchsorted(key, wanted), len(key) - 1)
         there = np.where(key[place] == wanted, rim.covered[place], 0.0)
