@@ -95,7 +95,7 @@ def open_model(options: argparse.Namespace) -> BiasCareVL:
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     from biascare.data.chat import ChatBuilder
-    from biascare.data.heldout import HeldOutImages, HeldOutQuestions
+    from biascare.data.heldout import HeldOutImages, HeldOutQuestions, check_held_out
     from biascare.data.prevalence import groups_of, total_counts
     from biascare.data.records import Records
     from biascare.evaluation.figures import contact_sheet, mask_panels, representative_targets
@@ -110,6 +110,10 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     from biascare.models.mllm import load_processor
 
     train = [Records(path) for path in options.train]
+    segmentation, language = (
+        [Records(path) for path in paths] for paths in (options.segmentation, options.language)
+    )
+    check_held_out(train, segmentation + language)
     shares = EvalConfig()
     counts = total_counts(records.target_counts for records in train)
     groups = groups_of(options.prevalence, counts, shares.head_share, shares.tail_share)
@@ -129,11 +133,10 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     about: dict[str, Any] = {"image_size": size, "limit": options.limit}
-    images = HeldOutImages([Records(p) for p in options.segmentation], chat, groups, **about)
+    images = HeldOutImages(segmentation, chat, groups, **about)
     if options.language and chat is None:
         print(f"{options.model} answers no questions: --language is left out", file=sys.stderr)
-    asked = options.language if chat else []
-    questions = HeldOutQuestions([Records(p) for p in asked], chat, groups, **about)
+    questions = HeldOutQuestions(language if chat else [], chat, groups, **about)
     discs = fit_disc(training_masks(train)) if train and options.segmentation else None
     masks = segmentation_rows(model, images, settings, discs) if len(images) else []
     answers = answer_rows(model, questions, settings) if len(questions) else []

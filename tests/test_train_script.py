@@ -110,7 +110,7 @@ def test_evaluating_on_training_records_is_refused_before_a_model_is_built(
     config = world.config(Job("overlap"), 1)
     done = start("--config", str(config), f"data.eval_segmentation=[{{path: {place}}}]")
     assert done.returncode == 1
-    assert f"{place} is trained on too (as {world.records})" in done.stderr
+    assert f"{place} is held out, but is trained on too (as {world.records})" in done.stderr
     assert "parameters" not in done.stdout
 
 

@@ -44,8 +44,8 @@ def check_held_out(training: Sequence[Records], held_out: Sequence[Records]) -> 
         twin = trained.get(source.manifest["content_hash"])
         if twin is not None:
             raise ValueError(
-                f"data.eval_*: {source.folder} is trained on too (as {twin}); evaluate on other "
-                "records, or its numbers would say what the model remembers"
+                f"{source.folder} is held out, but is trained on too (as {twin}); evaluate on "
+                "other records, or its numbers would say what the model remembers"
             )
 
 
