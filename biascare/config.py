@@ -375,12 +375,12 @@ def _paths(config: Config) -> Iterator[_Finding]:
     for name in ("segmentation", "language", "eval_segmentation", "eval_language"):
         seen: set[Path] = set()
         for index, source in enumerate(getattr(config.data, name)):
-            key, path = f"data.{name}[{index}].path", Path(source.path)
+            key, path = f"data.{name}[{index}].path", Path(source.path).resolve()
             if not path.is_dir():
                 yield (key,), _absent("folder", source.path)
-            elif path.resolve() in seen:
+            elif path in seen:
                 yield (key,), f"{source.path!r} is listed twice; give it a weight instead"
-            seen.add(path.resolve())
+            seen.add(path)
     mllm, weights, resume = config.model.mllm, config.model.vision_weights, config.train.resume
     if mllm is not None and not Path(mllm).is_dir():
         if mllm.startswith((".", "/", "~")) or Path(mllm).exists():

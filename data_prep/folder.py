@@ -43,6 +43,7 @@ from data_prep.common.user_options import (
     cut_masks,
     group_by_split,
     parse_labels,
+    releases_of,
 )
 from data_prep.common.vocabulary import canonical_target
 
@@ -108,18 +109,14 @@ def releases(
         patient_of=lambda item: item.patient,
         what="images",
     )
-    return [
-        Release(
-            source=source.name,
-            split=split,
-            version=version,
-            licence=licence,
-            items=chosen,
-            convert=partial(convert, source, split),
-            name_of=name_of,
-        )
-        for split, chosen in groups
-    ]
+    return releases_of(
+        groups,
+        source=source.name,
+        version=version,
+        licence=licence,
+        convert=partial(convert, source),
+        name_of=name_of,
+    )
 
 
 def list_items(source: Source, mask_suffix: str, splits: Splits) -> list[Item]:

@@ -48,6 +48,7 @@ from data_prep.common.user_options import (
     add_split_arguments,
     note_shares,
     note_unknown_patients,
+    releases_of,
     sex_of,
     split_name,
     stem_of,
@@ -100,18 +101,14 @@ def releases(
     source: Source, rows: Iterable[Row], splits: Splits, version: str, licence: str
 ) -> list[Release]:
     """One release per split, in order of name."""
-    return [
-        Release(
-            source=source.name,
-            split=split,
-            version=version,
-            licence=licence,
-            items=items,
-            convert=partial(convert, source, split),
-            name_of=name_of,
-        )
-        for split, items in sorted(gather_rows(source.name, rows, splits).items())
-    ]
+    return releases_of(
+        sorted(gather_rows(source.name, rows, splits).items()),
+        source=source.name,
+        version=version,
+        licence=licence,
+        convert=partial(convert, source),
+        name_of=name_of,
+    )
 
 
 def read_rows(path: Path, columns: dict[str, str]) -> Iterator[Row]:

@@ -44,6 +44,7 @@ from data_prep.common.user_options import (
     cut_masks,
     group_by_split,
     parse_labels,
+    releases_of,
     stem_of,
 )
 from data_prep.common.volume_slices import (
@@ -121,19 +122,15 @@ def releases(
         study_of=lambda item: item.study,
         mend=DICOM_PATIENTS if source.is_dicom else PATIENT_REGEX,
     )
-    return [
-        Release(
-            source=source.name,
-            split=split,
-            version=version,
-            licence=licence,
-            items=chosen,
-            convert=partial(convert, source, split),
-            name_of=name_of,
-            how_to_learn=DICOM_MASKS if source.is_dicom else NIFTI_MASKS,
-        )
-        for split, chosen in groups
-    ]
+    return releases_of(
+        groups,
+        source=source.name,
+        version=version,
+        licence=licence,
+        convert=partial(convert, source),
+        name_of=name_of,
+        how_to_learn=DICOM_MASKS if source.is_dicom else NIFTI_MASKS,
+    )
 
 
 def list_nifti(source: Source, image_suffix: str, splits: Splits) -> list[Item]:

@@ -67,9 +67,9 @@ def check_skipped(path: Path, *, num_items: int, limit: float) -> None:
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     if len(lines) <= limit * num_items:
         return
-    reasons = Counter(json.loads(line)["reason"] for line in lines)
-    common = "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common(3))
-    num_others = len(lines) - sum(n for _, n in reasons.most_common(3))
+    reasons = Counter(json.loads(line)["reason"] for line in lines).most_common(3)
+    common = "; ".join(f"{n} x {reason}" for reason, n in reasons)
+    num_others = len(lines) - sum(n for _, n in reasons)
     if num_others:
         common += f"; and {num_others} other{'s' if num_others > 1 else ''}"
     raise ValueError(

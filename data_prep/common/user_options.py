@@ -11,14 +11,16 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from biascare.data.records import Record
 from data_prep.common.conversations import drawn_split
 from data_prep.common.release_files import note
-from data_prep.common.shards import UnusableItemError
+from data_prep.common.shards import Release, UnusableItemError
 from data_prep.common.vocabulary import canonical_modality, canonical_target
 
 Item = TypeVar("Item")
@@ -174,6 +176,32 @@ def group_by_split(
     note_unknown_patients(source, splits, num_unknown, len(items), what, mend)
     note_shares(source, splits.shares, {split: len(group) for split, group in found.items()}, what)
     return sorted(found.items())
+
+
+def releases_of(
+    groups: Iterable[tuple[str, list[Item]]],
+    *,
+    source: str,
+    version: str,
+    licence: str,
+    convert: Callable[..., Record | Iterable[Record] | None],
+    name_of: Callable[[Item], str],
+    how_to_learn: str = "",
+) -> list[Release]:
+    """One release per (split, items). `convert` takes the split, then the item."""
+    return [
+        Release(
+            source=source,
+            split=split,
+            version=version,
+            licence=licence,
+            items=items,
+            convert=partial(convert, split),
+            name_of=name_of,
+            how_to_learn=how_to_learn,
+        )
+        for split, items in groups
+    ]
 
 
 def note_unknown_patients(
