@@ -28,6 +28,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from biascare.interfaces import IGNORE_INDEX
+from biascare.uncertainty import _mean_query, _unit, joint_uncertainty, semantic_uncertainty
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,11 +37,6 @@ DICE_EPS = 1e-3
 """Smoothing of Eq. 9, in pixels. The usual 1.0 gives a missed one-pixel lesion a loss of only 0.5;
 this value gives it 0.999, and an empty mask with an empty prediction still gives 0."""
 
-POOLING_EPS = 1e-6
-"""Denominator of Eq. 3, in pixels: an empty prediction gives the zero vector."""
-
-NORM_EPS = 1e-8
-"""A vector shorter than this has no direction: its cosine is 0 and it receives no gradient."""
 
 ALIGNMENT_TEMPERATURE = 0.07
 """Scale of the cosines in the contrastive alignment."""
@@ -77,84 +73,6 @@ def dice_loss_per_row(mask_logits: Tensor, masks: Tensor, *, eps: float = DICE_E
     overlap = (probs * target).sum(dim=(1, 2))
     size = probs.sum(dim=(1, 2)) + target.sum(dim=(1, 2))
     return 1 - (2 * overlap + eps) / (size + eps)
-
-
-def mask_weighted_embedding(
-    image_embedding: Tensor, mask_probs: Tensor, *, row_image: Tensor | None = None
-) -> Tensor:
-    """Eq. 3: the image embedding averaged under the predicted mask.
-
-    The paper upsamples the embedding to the mask and sums. Bilinear upsampling is linear, so the
-    same sum is taken on the small grid with its adjoint applied to the mask; `[C, H, W]` never
-    exists. Gradients reach both arguments; detach the probabilities to train the embedding alone.
-
-    Args:
-        image_embedding: `[R, C, h, w]`, or `[S, C, h, w]` together with `row_image`.
-        mask_probs: `[R, H, W]` in [0, 1].
-        row_image: `[R]` int64, the image of each row; embeddings are then not copied per row.
-
-    Returns:
-        `[R, C]` fp32.
-
-    Raises:
-        ValueError: without `row_image`, the number of embeddings is not the number of rows.
-    """
-    num_images, channels, height, width = image_embedding.shape
-    num_rows = mask_probs.shape[0]
-    if row_image is None and num_images != num_rows:
-        raise ValueError(
-            f"mask_weighted_embedding got {num_images} image embeddings for {num_rows} masks, "
-            "expected one each; pass row_image= to let rows share an image"
-        )
-    # Autocast would run these matrix products in bf16.
-    with torch.autocast(image_embedding.device.type, enabled=False):
-        probs, embedding = mask_probs.float(), image_embedding.float().flatten(2)
-        rows = bilinear_matrix(height, probs.shape[1], device=probs.device)
-        columns = bilinear_matrix(width, probs.shape[2], device=probs.device)
-        share = (rows.T @ probs @ columns).flatten(1)  # [R, h*w], the adjoint of upsampling
-        if row_image is None:
-            total = torch.einsum("rp,rcp->rc", share, embedding)
-        else:
-            # All row-image products, then each row's own: R*S*C numbers instead of R*C*h*w.
-            products = share @ embedding.reshape(num_images * channels, height * width).T
-            products = products.reshape(num_rows, num_images, channels)
-            total = products.take_along_dim(row_image[:, None, None], dim=1).squeeze(1)
-    return total / (probs.sum(dim=(1, 2)) + POOLING_EPS)[:, None]
-
-
-def bilinear_matrix(
-    num_source: int, num_target: int, *, device: torch.device | str = "cpu"
-) -> Tensor:
-    """`[num_target, num_source]` fp32 matrix of 1-d bilinear resizing, align_corners=False.
-
-    Pixel centres sit at half-integers and the border value is repeated, as in `F.interpolate`.
-    """
-    target = torch.arange(num_target, device=device, dtype=torch.float32)
-    centre = ((target + 0.5) * (num_source / num_target) - 0.5).clamp(0, num_source - 1)
-    source = torch.arange(num_source, device=device, dtype=torch.float32)
-    return (1 - (centre[:, None] - source[None, :]).abs()).clamp(min=0)
-
-
-def semantic_uncertainty(image_vector: Tensor, text_vector: Tensor) -> Tensor:
-    """Eqs. 4-5: u_vl = 1 - cos(image vector, text vector); all that exists without labels.
-
-    Args:
-        image_vector: `[R, C]`, Eq. 3.
-        text_vector: `[R, C]`, or `[R, Q, C]` whose queries are averaged first, Eq. 2.
-
-    Returns:
-        `[R]` fp32 in [0, 2]; 1 where a vector is zero.
-    """
-    cosine = (_unit(image_vector) * _unit(_mean_query(text_vector))).sum(dim=-1)
-    return 1 - cosine.clamp(-1, 1)
-
-
-def joint_uncertainty(semantic: Tensor, dice: Tensor, beta_vl: float) -> Tensor:
-    """Eq. 6: u = beta_vl * u_vl + l_dice, `[R]` fp32.
-
-    With `1 - predicted_dice` in place of the Dice loss it is the label-free form used at inference.
-    """
-    return beta_vl * semantic.float() + dice.float()
 
 
 def uncertainty_weight(uncertainty: Tensor, lambda_u: float) -> Tensor:
@@ -356,21 +274,6 @@ def _reduce(values: Tensor, valid: Tensor, reduction: str) -> Tensor:
     _check_choice("reduction", reduction, REDUCTIONS)
     total = torch.where(valid, values.float(), 0.0).sum()
     return total if reduction == "sum" else total / valid.sum().clamp(min=1)
-
-
-def _unit(vector: Tensor) -> Tensor:
-    """Unit vectors along the last axis, fp32; a zero vector stays zero with zero gradient."""
-    vector = vector.float()
-    norm = vector.norm(dim=-1, keepdim=True)
-    # Clamping the norm instead would give a zero vector a gradient of 1 / NORM_EPS.
-    usable = norm > NORM_EPS
-    return torch.where(usable, vector / torch.where(usable, norm, 1.0), 0.0)
-
-
-def _mean_query(text_vector: Tensor) -> Tensor:
-    """`[R, Q, C]` or `[R, C]` -> `[R, C]` fp32."""
-    text_vector = text_vector.float()
-    return text_vector.mean(dim=1) if text_vector.ndim == 3 else text_vector
 
 
 def _without_channel(masks: Tensor) -> Tensor:

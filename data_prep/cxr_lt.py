@@ -27,20 +27,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from biascare.data.records import Record
-from data_prep.common import shards
-from data_prep.common.conversations import FINDING_QUESTIONS, draw_for, pair
-from data_prep.common.mimic_patients import NOBODY, Patient, read_patients
-from data_prep.common.program import run_program
-from data_prep.common.release_files import (
-    file_inside,
-    find_table,
-    note,
-    note_count,
-    read_image,
-    read_table,
-)
-from data_prep.common.shards import Release, UnusableItemError
+from biascare.records import Record
+from data_prep.mimic.patients import NOBODY, Patient, read_patients
 from data_prep.mimic_cxr import (
     KEYS,
     METADATA,
@@ -50,6 +38,18 @@ from data_prep.mimic_cxr import (
     read_metadata,
     study_key,
 )
+from data_prep.pipeline import shards
+from data_prep.pipeline.program import run_program
+from data_prep.pipeline.release_files import (
+    file_inside,
+    find_table,
+    note,
+    note_count,
+    read_image,
+    read_table,
+)
+from data_prep.pipeline.shards import Release, UnusableItemError
+from data_prep.wording.conversations import FINDING_QUESTIONS, draw_for, pair
 
 TABLES = {
     ("cxr_lt_task1", "train"): "train_labeled.csv",

@@ -29,13 +29,11 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from biascare.data.records import MAX_IMAGE_PIXELS, Record, image_size
-from data_prep.common import shards
-from data_prep.common.orientation import TURNS, turn_image, turn_mask
-from data_prep.common.program import run_program
-from data_prep.common.release_files import file_inside, read_image
-from data_prep.common.shards import Release, UnusableItemError
-from data_prep.common.user_options import (
+from biascare.records import MAX_IMAGE_PIXELS, Record, image_size
+from biascare.records.vocabulary import canonical_target
+from data_prep.formats.orientation import TURNS, turn_image, turn_mask
+from data_prep.pipeline import shards
+from data_prep.pipeline.options import (
     Splits,
     Value,
     add_source_arguments,
@@ -45,7 +43,9 @@ from data_prep.common.user_options import (
     parse_labels,
     releases_of,
 )
-from data_prep.common.vocabulary import canonical_target
+from data_prep.pipeline.program import run_program
+from data_prep.pipeline.release_files import file_inside, read_image
+from data_prep.pipeline.shards import Release, UnusableItemError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")

@@ -20,9 +20,20 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from biascare.data.records import Record, Turn
-from data_prep.common import shards
-from data_prep.common.conversations import (
+from biascare.records import Record, Turn
+from data_prep.formats.zip_images import ImageFinder, Place, read_place
+from data_prep.pipeline import shards
+from data_prep.pipeline.options import add_share_arguments, note_shares
+from data_prep.pipeline.program import run_program
+from data_prep.pipeline.release_files import (
+    find_file,
+    note_count,
+    number_of,
+    read_image,
+    read_table,
+)
+from data_prep.pipeline.shards import Release, UnusableItemError
+from data_prep.wording.conversations import (
     DIAGNOSES,
     DIAGNOSIS_QUESTIONS,
     LOCALIZATION_QUESTIONS,
@@ -33,11 +44,6 @@ from data_prep.common.conversations import (
     drawn_split,
     pair,
 )
-from data_prep.common.program import run_program
-from data_prep.common.release_files import find_file, note_count, number_of, read_image, read_table
-from data_prep.common.shards import Release, UnusableItemError
-from data_prep.common.user_options import add_share_arguments, note_shares
-from data_prep.common.zip_images import ImageFinder, Place, read_place
 
 METADATA = "HAM10000_metadata.csv"
 COLUMNS = ("lesion_id", "image_id", "dx", "dx_type", "age", "sex", "localization")

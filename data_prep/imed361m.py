@@ -26,18 +26,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import Console
 
-from biascare.data.records import Record, Records, decode_mask, image_size
-from data_prep.common import shards
-from data_prep.common.orientation import (
+from biascare.records import Record, Records, decode_mask, image_size
+from biascare.records.vocabulary import SIDES, canonical_modality, canonical_target
+from data_prep.formats.orientation import (
     orientation_of,
     parse_overrides,
     sides_agree,
     turn_image,
     turn_mask,
 )
-from data_prep.common.program import run_program
-from data_prep.common.shards import Release, UnusableItemError
-from data_prep.common.vocabulary import SIDES, canonical_modality, canonical_target
+from data_prep.pipeline import shards
+from data_prep.pipeline.program import run_program
+from data_prep.pipeline.shards import Release, UnusableItemError
 
 SPLITS = {"train": "training", "test": "test"}
 """Split of the records -> key of the list in dataset.json."""

@@ -22,11 +22,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from biascare.data.records import Record
-from data_prep.common import shards
-from data_prep.common.conversations import DIAGNOSES, DIAGNOSIS_QUESTIONS, choice_turns, draw_for
-from data_prep.common.program import run_program
-from data_prep.common.release_files import (
+from biascare.records import Record
+from data_prep.pipeline import shards
+from data_prep.pipeline.program import run_program
+from data_prep.pipeline.release_files import (
     file_inside,
     find_table,
     note,
@@ -34,7 +33,8 @@ from data_prep.common.release_files import (
     read_image,
     read_table,
 )
-from data_prep.common.shards import Release, UnusableItemError
+from data_prep.pipeline.shards import Release, UnusableItemError
+from data_prep.wording.conversations import DIAGNOSES, DIAGNOSIS_QUESTIONS, choice_turns, draw_for
 
 SPLITS = {"train": "Training", "val": "Validation", "test": "Test"}
 NUM_IMAGES = {"train": 10_015, "val": 193, "test": 1_512}

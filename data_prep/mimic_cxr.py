@@ -32,19 +32,12 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from biascare.data.records import Record
-from data_prep.common import shards
-from data_prep.common.conversations import REPORT_QUESTIONS, draw_for, pair
-from data_prep.common.mimic_patients import (
-    NOBODY,
-    Patient,
-    read_patients,
-    unknown_subjects,
-    year_of,
-)
-from data_prep.common.mimic_reports import report_sections
-from data_prep.common.program import run_program
-from data_prep.common.release_files import (
+from biascare.records import Record
+from data_prep.mimic.patients import NOBODY, Patient, read_patients, unknown_subjects, year_of
+from data_prep.mimic.reports import report_sections
+from data_prep.pipeline import shards
+from data_prep.pipeline.program import run_program
+from data_prep.pipeline.release_files import (
     file_inside,
     find_table,
     note,
@@ -53,7 +46,8 @@ from data_prep.common.release_files import (
     read_image,
     read_table,
 )
-from data_prep.common.shards import Release, UnusableItemError
+from data_prep.pipeline.shards import Release, UnusableItemError
+from data_prep.wording.conversations import REPORT_QUESTIONS, draw_for, pair
 
 SPLITS = {"train": "train", "validate": "val", "test": "test"}
 """Word of the release -> split of the records."""

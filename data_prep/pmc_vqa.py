@@ -22,9 +22,19 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from biascare.data.records import Record
-from data_prep.common import shards
-from data_prep.common.conversations import (
+from biascare.records import Record
+from data_prep.formats.zip_images import ImageFinder, Place, read_place
+from data_prep.pipeline import shards
+from data_prep.pipeline.program import run_program
+from data_prep.pipeline.release_files import (
+    find_table,
+    note_count,
+    note_repeated,
+    read_image,
+    read_table,
+)
+from data_prep.pipeline.shards import Release, UnusableItemError
+from data_prep.wording.conversations import (
     LETTERS,
     UNSPECIFIED_MODALITY,
     Asked,
@@ -37,16 +47,6 @@ from data_prep.common.conversations import (
     one_line,
     turns_of,
 )
-from data_prep.common.program import run_program
-from data_prep.common.release_files import (
-    find_table,
-    note_count,
-    note_repeated,
-    read_image,
-    read_table,
-)
-from data_prep.common.shards import Release, UnusableItemError
-from data_prep.common.zip_images import ImageFinder, Place, read_place
 
 TABLES = {"train": "train_2.csv", "test": "test_2.csv"}
 NUM_QUESTIONS = {"train": 152_603, "test": 33_430}

@@ -35,11 +35,13 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from biascare.data.records import MAX_IMAGE_PIXELS, Record, Turn
-from data_prep.common import shards
-from data_prep.common.conversations import UNSPECIFIED_MODALITY, drawn_split, one_line, pair
-from data_prep.common.program import run_program
-from data_prep.common.release_files import (
+from biascare.records import MAX_IMAGE_PIXELS, Record, Turn
+from biascare.records.vocabulary import canonical_modality
+from data_prep.formats.zip_images import ImageFinder, Place, read_place
+from data_prep.pipeline import shards
+from data_prep.pipeline.options import add_share_arguments, note_shares
+from data_prep.pipeline.program import run_program
+from data_prep.pipeline.release_files import (
     EncodedImage,
     find_file,
     note,
@@ -47,10 +49,8 @@ from data_prep.common.release_files import (
     png_bytes,
     read_image,
 )
-from data_prep.common.shards import Release, UnusableItemError
-from data_prep.common.user_options import add_share_arguments, note_shares
-from data_prep.common.vocabulary import canonical_modality
-from data_prep.common.zip_images import ImageFinder, Place, read_place
+from data_prep.pipeline.shards import Release, UnusableItemError
+from data_prep.wording.conversations import UNSPECIFIED_MODALITY, drawn_split, one_line, pair
 
 JSON_NAME = "PubMedVision_Alignment_VQA.json"
 NUM_RECORDS = 647_031

@@ -22,9 +22,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from biascare.data.records import Record, Turn, image_size
-from data_prep.common import shards
-from data_prep.common.conversations import (
+from biascare.records import Record, Turn, image_size
+from biascare.records.vocabulary import canonical_modality, canonical_target
+from data_prep.formats.orientation import orientation_of, turn_image, turn_mask
+from data_prep.pipeline import shards
+from data_prep.pipeline.program import run_program
+from data_prep.pipeline.shards import Release, UnusableItemError
+from data_prep.wording.conversations import (
     DIAGNOSES,
     FINDING_QUESTIONS,
     LOCALIZATION_QUESTIONS,
@@ -36,10 +40,6 @@ from data_prep.common.conversations import (
     question_of,
     turns_of,
 )
-from data_prep.common.orientation import orientation_of, turn_image, turn_mask
-from data_prep.common.program import run_program
-from data_prep.common.shards import Release, UnusableItemError
-from data_prep.common.vocabulary import canonical_modality, canonical_target
 
 NIH_FINDINGS = (
     "Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion", "Emphysema", "Fibrosis",

@@ -28,19 +28,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from biascare.data.records import Record
-from data_prep.common import shards
-from data_prep.common.conversations import (
-    Asked,
-    ImageQuestions,
-    Refused,
-    asked,
-    gather,
-    name_of,
-    turns_of,
-)
-from data_prep.common.program import run_program
-from data_prep.common.release_files import (
+from biascare.records import Record
+from biascare.records.vocabulary import canonical_modality, canonical_target
+from data_prep.pipeline import shards
+from data_prep.pipeline.program import run_program
+from data_prep.pipeline.release_files import (
     EncodedImage,
     file_inside,
     find_file,
@@ -50,8 +42,16 @@ from data_prep.common.release_files import (
     read_image,
     read_json,
 )
-from data_prep.common.shards import Release, UnusableItemError
-from data_prep.common.vocabulary import canonical_modality, canonical_target
+from data_prep.pipeline.shards import Release, UnusableItemError
+from data_prep.wording.conversations import (
+    Asked,
+    ImageQuestions,
+    Refused,
+    asked,
+    gather,
+    name_of,
+    turns_of,
+)
 
 SPLITS = {"train": "train.json", "val": "validation.json", "test": "test.json"}
 LANGUAGES = ("en", "zh", "all")

@@ -26,21 +26,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from biascare.data.records import KINDS, MAX_AGE, Record
-from data_prep.common import shards
-from data_prep.common.conversations import (
-    LETTERS,
-    Question,
-    choice_of,
-    one_line,
-    question_of,
-    turns_of,
-)
-from data_prep.common.program import run_program
-from data_prep.common.release_files import file_inside, note_repeated, read_image, read_numbered
-from data_prep.common.safe_input import open_member
-from data_prep.common.shards import Release, UnusableItemError
-from data_prep.common.user_options import (
+from biascare.records import KINDS, MAX_AGE, Record
+from biascare.records.vocabulary import canonical_modality
+from data_prep.formats.archives import open_member
+from data_prep.pipeline import shards
+from data_prep.pipeline.options import (
     PATIENT_REGEX,
     UNKNOWN,
     Splits,
@@ -53,7 +43,17 @@ from data_prep.common.user_options import (
     split_name,
     stem_of,
 )
-from data_prep.common.vocabulary import canonical_modality
+from data_prep.pipeline.program import run_program
+from data_prep.pipeline.release_files import file_inside, note_repeated, read_image, read_numbered
+from data_prep.pipeline.shards import Release, UnusableItemError
+from data_prep.wording.conversations import (
+    LETTERS,
+    Question,
+    choice_of,
+    one_line,
+    question_of,
+    turns_of,
+)
 
 REQUIRED = ("image", "question", "answer")
 ATTRIBUTES = ("patient_id", "study_id", "sex", "age", "race", "modality", "anatomy")

@@ -28,26 +28,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from biascare.data.records import Record
-from data_prep.common import shards
-from data_prep.common.dicom_series import Facts, list_series, read_key, read_series
-from data_prep.common.nifti_volumes import SUFFIXES, read_label_volume, read_nifti
-from data_prep.common.program import run_program
-from data_prep.common.release_files import file_inside
-from data_prep.common.shards import Release, UnusableItemError
-from data_prep.common.user_options import (
-    PATIENT_REGEX,
-    Splits,
-    Value,
-    add_source_arguments,
-    add_split_arguments,
-    cut_masks,
-    group_by_split,
-    parse_labels,
-    releases_of,
-    stem_of,
-)
-from data_prep.common.volume_slices import (
+from biascare.records import Record
+from data_prep.formats.dicom import Facts, list_series, read_key, read_series
+from data_prep.formats.nifti import SUFFIXES, read_label_volume, read_nifti
+from data_prep.formats.slices import (
     PLANES,
     Range,
     Volume,
@@ -60,6 +44,22 @@ from data_prep.common.volume_slices import (
     spacing_of,
     to_grey,
 )
+from data_prep.pipeline import shards
+from data_prep.pipeline.options import (
+    PATIENT_REGEX,
+    Splits,
+    Value,
+    add_source_arguments,
+    add_split_arguments,
+    cut_masks,
+    group_by_split,
+    parse_labels,
+    releases_of,
+    stem_of,
+)
+from data_prep.pipeline.program import run_program
+from data_prep.pipeline.release_files import file_inside
+from data_prep.pipeline.shards import Release, UnusableItemError
 
 NIFTI_MASKS = "--masks with --labels adds masks"
 DICOM_MASKS = "convert the series to NIfTI, then --nifti with --masks and --labels adds masks"

@@ -27,9 +27,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from biascare.data.records import Record
-from data_prep.common import shards
-from data_prep.common.conversations import (
+from biascare.records import Record
+from data_prep.formats.parquet import ImagePlace, image_bytes, read_questions, split_files
+from data_prep.pipeline import shards
+from data_prep.pipeline.program import run_program
+from data_prep.pipeline.release_files import (
+    file_inside,
+    note_count,
+    note_repeated,
+    read_image,
+    read_json,
+)
+from data_prep.pipeline.shards import Release, UnusableItemError
+from data_prep.wording.conversations import (
     Asked,
     Gathered,
     ImageQuestions,
@@ -40,16 +50,6 @@ from data_prep.common.conversations import (
     questions_of,
     turns_of,
 )
-from data_prep.common.parquet_vqa import ImagePlace, image_bytes, read_questions, split_files
-from data_prep.common.program import run_program
-from data_prep.common.release_files import (
-    file_inside,
-    note_count,
-    note_repeated,
-    read_image,
-    read_json,
-)
-from data_prep.common.shards import Release, UnusableItemError
 
 JSON_NAME = "VQA_RAD Dataset Public.json"
 IMAGE_FOLDER = "VQA_RAD Image Folder"

@@ -86,7 +86,7 @@ def build_encoder(library: str, image_size: int) -> nn.Module:
     from torch import nn
 
     if library == "ours":
-        from biascare.models.encoder import ImageEncoder
+        from biascare.models.vision.encoder import ImageEncoder
 
         return ImageEncoder(img_size=image_size, **ENCODER_SIZES)
     if library == "segment_anything":
@@ -175,9 +175,9 @@ def make_batch(mllm_folder: str, image_size: int, num_images: int) -> Batch:
 
     from biascare.data.chat import ChatBuilder
     from biascare.data.loader import collate
-    from biascare.data.records import Turn
     from biascare.interfaces import Sample
-    from biascare.models.mllm import load_processor
+    from biascare.models.language.pathway import load_processor
+    from biascare.records import Turn
 
     chat = ChatBuilder(load_processor(mllm_folder), image_size=image_size, max_tokens=4096)
     generator = torch.Generator().manual_seed(0)
@@ -226,7 +226,7 @@ def bare_backbones(model: BiasCareVL, batch: Batch) -> None:
 def joint_step(repeats: int) -> None:
     """A joint training step against the sum of its two bare backbones, on the same tensors."""
     from biascare.models.biascarevl import TRAINABLE_PARTS, build_model
-    from biascare.models.tiny import build_tiny_mllm
+    from biascare.models.language.tiny import build_tiny_mllm
     from biascare.training.step import HITLSettings, ObjectiveSettings, TrainStep
 
     for name, size in SIZES.items():
@@ -272,8 +272,8 @@ def packing(repeats: int) -> None:
     """Forward and backward of the adapted LLM, padded against packed, on the same tokens."""
     import torch
 
-    from biascare.models.mllm import LoraSettings, MLLMPathway
-    from biascare.models.tiny import build_tiny_mllm
+    from biascare.models.language.pathway import LoraSettings, MLLMPathway
+    from biascare.models.language.tiny import build_tiny_mllm
 
     for hidden_size, num_layers in ((128, 4), (512, 12)):
         with tempfile.TemporaryDirectory() as folder:
@@ -308,7 +308,7 @@ def write_photographs(folder: str, side: int, num_images: int) -> None:
     import numpy as np
     from PIL import Image
 
-    from biascare.data.records import Record, RecordWriter
+    from biascare.records import Record, RecordWriter
 
     rng = np.random.default_rng(0)
     mask = np.zeros((side, side), np.bool_)
@@ -343,8 +343,8 @@ def loader(repeats: int) -> None:
 
     from biascare.data.loader import StreamSettings, TrainingStream
     from biascare.data.mixture import Mixture
-    from biascare.data.records import Records
-    from biascare.training.process import keep_freed_memory
+    from biascare.records import Records
+    from biascare.runs.process import keep_freed_memory
 
     keep_freed_memory()  # as in every program on a CPU; both sides gain
     for side in (512, 1024, 2048):
@@ -386,7 +386,7 @@ def main() -> None:
     parser.add_argument("--only", choices=sorted(BENCHMARKS), help="one benchmark")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from biascare.training.process import prepare_process
+    from biascare.runs.process import prepare_process
 
     prepare_process()
     for name, benchmark in BENCHMARKS.items():

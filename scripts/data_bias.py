@@ -20,11 +20,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from biascare.config import Config, EvalConfig, load_config
+from biascare.config import load_config
+from biascare.settings.keys import Config, EvalConfig
 
 if TYPE_CHECKING:
-    from biascare.data.records import Records
-    from biascare.data.statistics import Distribution, SourceUse
+    from biascare.checks.statistics import Distribution, SourceUse
+    from biascare.records import Records
 
 MAX_NAMES = 3  # sources in the title
 
@@ -47,9 +48,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def sources_of(config: Config) -> list[SourceUse]:
     """The folders of a run with the number of samples it draws from each."""
+    from biascare.checks.statistics import SourceUse
     from biascare.data.mixture import Mixture
-    from biascare.data.records import Records
-    from biascare.data.statistics import SourceUse
+    from biascare.records import Records
 
     data = config.data
     opened: dict[str, Records] = {}
@@ -113,7 +114,7 @@ def describe_folders(folders: list[Records]) -> list[dict[str, Any]]:
 
 
 def as_json(profile: dict[str, Distribution], sources: list[dict[str, Any]]) -> dict[str, Any]:
-    from biascare.data.statistics import imbalance
+    from biascare.checks.statistics import imbalance
 
     return {
         "sources": sources,
@@ -135,7 +136,7 @@ def imbalance_table(profile: dict[str, Distribution]) -> Any:
     """One line per axis: on disk, and where there is a run, what it draws."""
     from rich.table import Table
 
-    from biascare.data.statistics import imbalance
+    from biascare.checks.statistics import imbalance
 
     table = Table(title="How uneven")
     columns = ("axis", "of", "categories", "largest : smallest", "evenness", "effective", "unknown")
@@ -182,10 +183,10 @@ def title_of(sources: list[dict[str, Any]]) -> str:
 def run(options: argparse.Namespace) -> None:
     from rich.console import Console
 
+    from biascare.checks.statistics import profile_folders, profile_sources
     from biascare.data.prevalence import save_prevalence, total_counts
-    from biascare.data.records import Records
-    from biascare.data.statistics import profile_folders, profile_sources
-    from biascare.evaluation.bias_report import figure_files, write_page
+    from biascare.records import Records
+    from biascare.reports.composition import figure_files, write_page
 
     if options.config:
         config = load_config(options.config, options.items)

@@ -60,7 +60,7 @@ def save_untrained(folder: Path, seed: int = 0, **weights: Any) -> Path:
     import torch
 
     from biascare.models.biascarevl import build_model
-    from biascare.models.mllm import load_processor
+    from biascare.models.language.pathway import load_processor
 
     torch.manual_seed(seed)
     build_model(**weights).save_pretrained(folder)

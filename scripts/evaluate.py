@@ -20,15 +20,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from biascare.config import EvalConfig
+from biascare.settings.keys import EvalConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import numpy as np
 
-    from biascare.data.records import Records
     from biascare.models import BiasCareVL
+    from biascare.records import Records
 
 ROWS = "predictions.jsonl"
 
@@ -71,8 +71,8 @@ def training_masks(
     sources: list[Records], limit: int = 1000
 ) -> Iterator[tuple[str, np.ndarray, tuple[int, int]]]:
     """(target, mask, first click) of at most `limit` evenly spaced training images."""
-    from biascare.data.records import decode_mask
-    from biascare.data.transforms import first_point
+    from biascare.data.prompts import first_point
+    from biascare.records import decode_mask
 
     rows = [(records, int(i)) for records in sources for i in records.segmentation_units]
     for records, i in rows[:: -(-len(rows) // limit)]:
@@ -97,8 +97,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     from biascare.data.chat import ChatBuilder
     from biascare.data.heldout import HeldOutImages, HeldOutQuestions, check_held_out
     from biascare.data.prevalence import groups_of, total_counts
-    from biascare.data.records import Records
-    from biascare.evaluation.figures import contact_sheet, mask_panels, representative_targets
+    from biascare.evaluation.metrics.segmentation import fit_disc
     from biascare.evaluation.runner import (
         RunnerSettings,
         answer_rows,
@@ -106,8 +105,9 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         summarise,
         write_rows,
     )
-    from biascare.evaluation.segmentation import fit_disc
-    from biascare.models.mllm import load_processor
+    from biascare.models.language.pathway import load_processor
+    from biascare.records import Records
+    from biascare.reports.sheets import contact_sheet, mask_panels, representative_targets
 
     train = [Records(path) for path in options.train]
     segmentation, language = (
@@ -156,12 +156,12 @@ def main() -> None:
     earlier = Path(options.output) / ROWS
     if earlier.exists() and not options.overwrite:
         sys.exit(f"{earlier} holds an earlier evaluation; name another --output or --overwrite it")
-    from biascare.training.process import prepare_process
+    from biascare.runs.process import prepare_process
 
     prepare_process()
     from rich.console import Console
 
-    from biascare.training.progress import evaluation_table
+    from biascare.reports.tables import evaluation_table
 
     try:
         summary = evaluate(options)

@@ -20,9 +20,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from biascare.config import Config, to_dict
-from biascare.schema import build
-from biascare.strict_yaml import ConfigError, read_tree
+from biascare.config import to_dict
+from biascare.settings.keys import Config
+from biascare.settings.schema import build
+from biascare.settings.strict_yaml import ConfigError, read_tree
 
 if TYPE_CHECKING:
     import torch
@@ -129,7 +130,7 @@ def load_trained(model: BiasCareVL, checkpoint: Path) -> None:
 
 def cast(model: BiasCareVL, dtype: torch.dtype) -> None:
     """Weights to `dtype`; buffers are positions and stay as they are."""
-    from biascare.training.distributed import fp32_buffers
+    from biascare.training.engine import fp32_buffers
 
     with fp32_buffers(model):
         model.to(dtype)
@@ -142,9 +143,10 @@ def export_released(options: argparse.Namespace) -> Path:
     import torch
 
     from biascare.models.biascarevl import build_model
-    from biascare.models.mllm import load_processor
-    from biascare.models.released_checkpoint import load_released
-    from biascare.training.export import refuse_existing, released_card, write_export
+    from biascare.models.language.pathway import load_processor
+    from biascare.models.weights.released import load_released
+    from biascare.reports.model_card import released_card
+    from biascare.runs.export import refuse_existing, write_export
 
     output, source = Path(options.output), Path(options.source)
     refuse_existing(output)
@@ -170,7 +172,8 @@ def export(options: argparse.Namespace) -> Path:
     import torch
     from train import build_chat, build_model
 
-    from biascare.training.export import read_run, refuse_existing, write_export
+    from biascare.runs.export import refuse_existing, write_export
+    from biascare.runs.origin import read_run
 
     output = Path(options.output)
     refuse_existing(output)
@@ -197,7 +200,7 @@ def export(options: argparse.Namespace) -> Path:
 
 def main() -> None:
     options = parse(sys.argv[1:])
-    from biascare.training.process import prepare_process
+    from biascare.runs.process import prepare_process
 
     prepare_process()
     try:

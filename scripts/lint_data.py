@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from biascare.data.lint import LintSettings, Report
-    from biascare.data.records import Records
-    from biascare.evaluation.figures import Overlay
+    from biascare.checks.lint import LintSettings, Report
+    from biascare.records import Records
+    from biascare.reports.sheets import Overlay
 
 IMAGES_PER_SOURCE = 4
 IMAGES_PER_SHEET = 48
@@ -57,9 +57,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def settings_of(options: argparse.Namespace) -> LintSettings:
-    from biascare.data.lint import LintSettings, Vocabulary
-    from data_prep.common.orientation import sides_agree
-    from data_prep.common.vocabulary import canonical_modality, canonical_target
+    from biascare.checks.lint import LintSettings, Vocabulary
+    from biascare.records.vocabulary import canonical_modality, canonical_target
+    from data_prep.formats.orientation import sides_agree
 
     return LintSettings(
         vocabulary=Vocabulary(canonical_target, canonical_modality, sides_agree),
@@ -74,7 +74,7 @@ def check(options: argparse.Namespace) -> Report:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    from biascare.data.lint import check_codes, lint
+    from biascare.checks.lint import check_codes, lint
 
     check_codes(options.allow)  # before the bar
     columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn())
@@ -94,10 +94,10 @@ def check(options: argparse.Namespace) -> Report:
 
 def overlay_of(records: Records, index: int, note: str = "") -> Overlay:
     """One stored image with all its masks at native size."""
-    from biascare.data.lint import name_of
-    from biascare.data.records import decode_mask
+    from biascare.checks.lint import name_of
     from biascare.data.transforms import decode_image
-    from biascare.evaluation.figures import Overlay
+    from biascare.records import decode_mask
+    from biascare.reports.sheets import Overlay
 
     row = records[index]
     size = row["height"], row["width"]
@@ -120,7 +120,7 @@ def orientation_overlays(report: Report) -> list[Overlay]:
     import numpy as np
     import pyarrow.compute as pc
 
-    from biascare.data.statistics import column_table
+    from biascare.checks.statistics import column_table
 
     first: dict[str, Records] = {}
     for records in report.records:
@@ -145,7 +145,7 @@ def near_overlays(report: Report) -> list[Overlay]:
 
 
 def write_sheets(report: Report, folder: Path) -> list[Path]:
-    from biascare.evaluation.figures import overlay_sheet
+    from biascare.reports.sheets import overlay_sheet
 
     written = []
     for name, overlays, title in (

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from biascare.data.chat import ChatBuilder
-    from biascare.data.records import Records, Turn
     from biascare.interfaces import Batch
-    from biascare.models.mllm import MLLMPathway
+    from biascare.models.language.pathway import MLLMPathway
+    from biascare.records import Records, Turn
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -114,7 +114,7 @@ def derived_turns(row: dict[str, Any], names: list[str], rng: np.random.Generato
     `names` are the structures the row's source annotates; one that this image lacks is asked for
     too. Of structures nobody annotated there, a missing mask would say nothing.
     """
-    from biascare.data.records import Turn
+    from biascare.records import Turn
 
     present = [target["name"] for target in row["targets"]]
     absent = [name for name in names if name not in present]
@@ -137,7 +137,7 @@ def shuffled_turns(
 ) -> list[Turn]:
     """The row's question-answer pairs in random order, as one conversation: an image read once
     teaches several answers."""
-    from biascare.data.records import Turn
+    from biascare.records import Turn
 
     if lesson.derived:
         turns = derived_turns(row, sorted(lesson.records.target_counts), rng)
@@ -188,7 +188,7 @@ def train(options: argparse.Namespace, sources: list[Records]) -> MLLMPathway:
     import torch
 
     from biascare.data.chat import ChatBuilder
-    from biascare.models.mllm import MLLMPathway, load_processor
+    from biascare.models.language.pathway import MLLMPathway, load_processor
 
     torch.manual_seed(options.seed)
     processor = load_processor(options.output)
@@ -227,7 +227,7 @@ def train(options: argparse.Namespace, sources: list[Records]) -> MLLMPathway:
 def build(options: argparse.Namespace, sources: list[Records]) -> None:
     """The untrained model, in the output folder."""
     if options.language_model is not None:
-        from biascare.models.llava_assembly import build_llava
+        from biascare.models.language.assembly import build_llava
 
         print(f"building a LLaVA around {options.language_model}")
         build_llava(
@@ -238,7 +238,7 @@ def build(options: argparse.Namespace, sources: list[Records]) -> None:
             seed=options.seed,
         )
         return
-    from biascare.models.tiny import build_tiny_mllm
+    from biascare.models.language.tiny import build_tiny_mllm
 
     build_tiny_mllm(
         options.output,
@@ -253,10 +253,10 @@ def build(options: argparse.Namespace, sources: list[Records]) -> None:
 def main() -> None:
     options = parse(sys.argv[1:])
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the gguf reader, which has no switch
-    from biascare.training.process import prepare_process
+    from biascare.runs.process import prepare_process
 
     prepare_process()
-    from biascare.data.records import Records
+    from biascare.records import Records
 
     if options.vision_tower is not None and options.language_model is None:
         sys.exit("--vision-tower goes with --language-model; the tiny model has its own")

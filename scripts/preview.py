@@ -17,7 +17,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from biascare.config import Config, load_config
+from biascare.config import load_config
+from biascare.settings.keys import Config
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
     from biascare.data.chat import ChatBuilder
     from biascare.data.loader import TrainingStream
-    from biascare.evaluation.figures import Overlay
     from biascare.interfaces import Sample
+    from biascare.reports.sheets import Overlay
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -62,7 +63,7 @@ def build_stream(config: Config) -> tuple[TrainingStream, ChatBuilder | None]:
 
 def overlays_of(stream: TrainingStream, position: int, sample: Sample) -> list[Overlay]:
     """One picture per (image, target); a language sample has none in the vision pathway."""
-    from biascare.evaluation.figures import Overlay
+    from biascare.reports.sheets import Overlay
 
     if sample.image is None or sample.masks is None:
         return []
@@ -112,7 +113,7 @@ def watch_images(chat: ChatBuilder) -> list[np.ndarray]:
 
 
 def question_overlay(position: int, sample: Sample, image: np.ndarray) -> Overlay:
-    from biascare.evaluation.figures import Overlay
+    from biascare.reports.sheets import Overlay
 
     meta = sample.meta[0]
     title = f"position {position}  {meta['source']}  {meta['modality']}\n{meta['target']} question"
@@ -177,8 +178,8 @@ def run(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)  # before anything heavy
     from rich.console import Console
 
-    from biascare.evaluation.figures import overlay_sheet
-    from biascare.training.process import prepare_process
+    from biascare.reports.sheets import overlay_sheet
+    from biascare.runs.process import prepare_process
 
     prepare_process()
     stream, chat = build_stream(config)

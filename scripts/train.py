@@ -21,26 +21,20 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from biascare.config import (
-    Config,
-    describe_config,
-    dump_config,
-    load_config,
-    resolve_deepspeed,
-    to_dict,
-)
-from biascare.schema import UNSET
-from biascare.strict_yaml import read_tree
-from biascare.training.process import prepare_process
+from biascare.config import describe_config, dump_config, load_config, resolve_deepspeed, to_dict
+from biascare.runs.process import prepare_process
+from biascare.settings.keys import Config
+from biascare.settings.schema import UNSET
+from biascare.settings.strict_yaml import read_tree
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from biascare.data.chat import ChatBuilder
     from biascare.data.mixture import Mixture
-    from biascare.data.records import Records
     from biascare.models.biascarevl import BiasCareVL
-    from biascare.training.distributed import OptimizerSettings
+    from biascare.records import Records
+    from biascare.training.optimizer import OptimizerSettings
     from biascare.training.progress import RunLog
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,7 +112,7 @@ def fail(error: Exception, folder: str | None = None) -> NoReturn:
 
 
 def open_sources(sources: tuple[Any, ...]) -> list[Records]:
-    from biascare.data.records import Records
+    from biascare.records import Records
 
     return [Records(source.path) for source in sources]
 
@@ -165,7 +159,7 @@ def build_chat(config: Config) -> ChatBuilder | None:
     if config.train.stage == "vision":
         return None
     from biascare.data.chat import ChatBuilder
-    from biascare.models.mllm import load_processor
+    from biascare.models.language.pathway import load_processor
 
     assert config.model.mllm is not None
     return ChatBuilder(
@@ -189,7 +183,7 @@ def build_loader(
 
     from biascare.data.loader import StreamSettings, TrainingStream, training_loader
     from biascare.data.mixture import GlobalBatchSampler
-    from biascare.training.distributed import rank, world_size
+    from biascare.training.ranks import rank, world_size
 
     mix = asdict(config.data.prompts)
     settings = StreamSettings(
@@ -216,7 +210,7 @@ def build_model(config: Config) -> BiasCareVL:
     import torch
 
     from biascare.models.biascarevl import build_model
-    from biascare.models.mllm import LoraSettings
+    from biascare.models.language.pathway import LoraSettings
 
     torch.manual_seed(config.train.seed)
     model = config.model
@@ -242,7 +236,7 @@ def build_model(config: Config) -> BiasCareVL:
 
 
 def optimizer_settings(config: Config) -> OptimizerSettings:
-    from biascare.training.distributed import OptimizerSettings
+    from biascare.training.optimizer import OptimizerSettings
 
     optim = config.optim
     return OptimizerSettings(
@@ -259,7 +253,7 @@ def optimizer_settings(config: Config) -> OptimizerSettings:
 
 def deepspeed_settings(config: Config) -> dict[str, Any]:
     """The resolved DeepSpeed file; checked before any model is loaded."""
-    from biascare.training.distributed import can_discard, resolve_deepspeed_config
+    from biascare.training.engine import can_discard, resolve_deepspeed_config
 
     train = config.train
     path = resolve_deepspeed(train.deepspeed)
@@ -283,7 +277,8 @@ def build_engine(
 ) -> Any:
     """Engine around the training step; prints what is trainable."""
     from biascare.models.biascarevl import MLLM_PARTS, TRAINABLE_PARTS
-    from biascare.training.distributed import build_engine, parameter_groups
+    from biascare.training.engine import build_engine
+    from biascare.training.optimizer import parameter_groups
     from biascare.training.progress import trainable_table
     from biascare.training.step import HITLSettings, ObjectiveSettings, TrainStep
 
@@ -349,8 +344,8 @@ class Evaluator:
             summarise,
             write_rows,
         )
-        from biascare.training.distributed import gather_objects, rank
-        from biascare.training.progress import evaluation_table
+        from biascare.reports.tables import evaluation_table
+        from biascare.training.ranks import gather_objects, rank
 
         model = self.engine.module.model
         settings = self.settings()
@@ -367,7 +362,7 @@ class Evaluator:
 
     def settings(self) -> Any:
         from biascare.evaluation.runner import RunnerSettings
-        from biascare.training.distributed import rank, world_size
+        from biascare.training.ranks import rank, world_size
 
         options = self.config.eval
         return RunnerSettings(
@@ -460,8 +455,9 @@ def about_source(task: str, records: Records, weight: float | None) -> dict[str,
 
 def export(config: Config, engine: Any, chat: ChatBuilder | None) -> None:
     """OUTPUT_DIR/export: the portable folder that `BiasCareVL.from_pretrained` opens."""
-    from biascare.training.distributed import gathered_state
-    from biascare.training.export import read_run, write_export
+    from biascare.runs.export import write_export
+    from biascare.runs.origin import read_run
+    from biascare.training.engine import gathered_state
 
     def exported(name: str, parameter: Any) -> bool:
         frozen_base = name.startswith("mllm.") and ".lora_" not in name
@@ -483,19 +479,10 @@ def export(config: Config, engine: Any, chat: ChatBuilder | None) -> None:
 def run(config: Config) -> None:
     from biascare.data.loader import to_device
     from biascare.training.checkpoint import CheckpointStore
-    from biascare.training.distributed import (
-        from_rank_zero,
-        init_process_group,
-        leave_process_group,
-    )
+    from biascare.training.hooks import CheckpointHook, EvalHook, LedgerHook, LogHook
     from biascare.training.progress import RunLog
-    from biascare.training.trainer import (
-        CheckpointHook,
-        EvalHook,
-        LedgerHook,
-        LogHook,
-        Trainer,
-    )
+    from biascare.training.ranks import from_rank_zero, init_process_group, leave_process_group
+    from biascare.training.trainer import Trainer
 
     train = config.train
     folder = Path(train.output_dir)
@@ -595,9 +582,9 @@ def plan(planned: Planned, options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from biascare.models.biascarevl import MLLM_PARTS, TRAINABLE_PARTS
-    from biascare.models.blank import BatchShape, blank_batch, mllm_config, weights_left_out
-    from biascare.training.distributed import parameter_groups
-    from biascare.training.plan import fits, make_plan, read_zero_settings, tables
+    from biascare.planning.blank import BatchShape, blank_batch, mllm_config, weights_left_out
+    from biascare.planning.plan import fits, make_plan, read_zero_settings, tables
+    from biascare.training.optimizer import parameter_groups
     from biascare.training.step import HITLSettings, ObjectiveSettings, TrainStep
 
     config, train = planned.config, planned.config.train
@@ -646,7 +633,7 @@ def passes(planned: Planned) -> dict[str, float]:
     for part, task in enumerate(("segmentation", "language")):
         folders = planned.sources.get(task, [])
         if folders and len(folders) == len(getattr(config.data, task)):
-            from biascare.data.records import Records
+            from biascare.records import Records
 
             units = sum(len(getattr(Records(folder), f"{task}_units")) for folder in folders)
             share = config.data.ratio[part] / sum(config.data.ratio)
@@ -667,7 +654,8 @@ def main() -> None:
             raise SystemExit(1) from None
         fail(error)
     prepare_process()
-    from biascare.training.trainer import BadDataError, NonFiniteError
+    from biascare.training.hooks import BadDataError
+    from biascare.training.trainer import NonFiniteError
 
     try:
         run(config)

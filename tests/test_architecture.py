@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from biascare.config import describe_config, load_config
-from biascare.strict_yaml import read_tree
+from biascare.settings.strict_yaml import read_tree
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -25,10 +25,13 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 CORE = ("biascare.config", "biascare.interfaces")
 TABLE: dict[str, tuple[tuple[str, ...], str]] = {
     "biascare": ((), "importing biascare must stay free"),
-    "biascare.strict_yaml": ((), "reading YAML knows nothing of this project"),
-    "biascare.schema": (("biascare.strict_yaml",), "checking dataclasses knows no key by name"),
+    "biascare.settings.strict_yaml": ((), "reading YAML knows nothing of this project"),
+    "biascare.settings.schema": (
+        ("biascare.settings.strict_yaml",),
+        "checking dataclasses knows no key by name",
+    ),
     "biascare.config": (
-        ("biascare.schema", "biascare.strict_yaml"),
+        ("biascare.settings.schema", "biascare.settings.strict_yaml"),
         "every package imports config, so config imports none",
     ),
     "biascare.interfaces": ((), "every package imports the nouns, so they import none"),
@@ -65,7 +68,7 @@ TABLE: dict[str, tuple[tuple[str, ...], str]] = {
         ("biascare.hitl.session", "biascare.evaluation"),
         "the page is a shell around the session",
     ),
-    "data_prep": (("biascare.data.records",), "a new dataset touches the record format only"),
+    "data_prep": (("biascare.records",), "a new dataset touches the record format only"),
 }
 
 
@@ -145,7 +148,7 @@ def test_the_import_walk_sees_relative_and_function_level_imports(tmp_path: Path
         "def f():\n    from biascare import losses\n    import biascare.config\n"
     )
     known = dict.fromkeys(
-        ["biascare.hitl.session", "biascare.data.records", "biascare.losses", "biascare.config"],
+        ["biascare.hitl.session", "biascare.records", "biascare.losses", "biascare.config"],
         source,
     )
     assert imports("biascare.hitl.clicks", source, known) == set(known)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from biascare import losses
-from biascare.config import ObjectiveConfig
 from biascare.interfaces import IGNORE_INDEX
+from biascare.settings.keys import ObjectiveConfig
 
 SETTINGS = settings(deadline=None, max_examples=25, derandomize=True)
 unit_floats = st.floats(0.001, 0.999)

@@ -22,11 +22,11 @@ from PIL import Image
 from biascare.data.chat import SEGMENTATION_INSTRUCTIONS, ChatBuilder
 from biascare.data.loader import StreamSettings, TrainingStream
 from biascare.data.mixture import Mixture
-from biascare.data.records import Record, Records, RecordWriter, Turn
 from biascare.interfaces import POINT_POSITIVE, Batch, Sample
 from biascare.models.biascarevl import BiasCareVL, build_model
-from biascare.models.mllm import LoraSettings, load_processor
-from biascare.models.tiny import build_tiny_mllm
+from biascare.models.language.pathway import LoraSettings, load_processor
+from biascare.models.language.tiny import build_tiny_mllm
+from biascare.records import Record, Records, RecordWriter, Turn
 
 FAMILIES = ("qwen2_5_vl", "llava")
 IMAGE_SIZE = 64

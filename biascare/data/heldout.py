@@ -20,15 +20,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from biascare.data.chat import ChatBuilder, segmentation_instruction
 from biascare.data.loader import collate, first, row_meta
-from biascare.data.records import Records, Turn, decode_mask
-from biascare.data.transforms import (
-    Geometry,
-    apply_mask,
-    apply_points,
-    first_point,
-    read_image,
-)
+from biascare.data.prompts import first_point
+from biascare.data.transforms import Geometry, apply_mask, apply_points, read_image
 from biascare.interfaces import POINT_POSITIVE, Batch, Sample
+from biascare.records import Records, Turn, decode_mask
 
 ANSWERED_KINDS = ("closed", "choice", "open")
 """Questions scored by their answer; reports are scored by text metrics elsewhere."""

@@ -24,16 +24,10 @@ from torch.utils.data import DataLoader, Dataset
 from biascare.data.chat import ChatBuilder, segmentation_instruction
 from biascare.data.mixture import GlobalBatchSampler, Mixture, StreamItem, sample_key
 from biascare.data.prevalence import total_counts
-from biascare.data.records import Records, Turn, decode_mask
-from biascare.data.transforms import (
-    Geometry,
-    apply_mask,
-    draw_geometry,
-    draw_prompts,
-    names_side,
-    read_image,
-)
+from biascare.data.prompts import draw_prompts
+from biascare.data.transforms import Geometry, apply_mask, draw_geometry, names_side, read_image
 from biascare.interfaces import IGNORE_INDEX, Batch, Prompts, Sample
+from biascare.records import Records, Turn, decode_mask
 
 MAX_REPLACEMENTS = 16
 """Unreadable units in a row of one source before the run stops."""

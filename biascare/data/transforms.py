@@ -17,12 +17,11 @@ or gland disappears (see `apply_mask`).
 
 from __future__ import annotations
 
-import difflib
 import functools
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -30,13 +29,11 @@ import torch
 from numpy.random import PCG64, Generator, SeedSequence
 from numpy.typing import NDArray
 from PIL import Image
-from scipy import ndimage
 
-from biascare.data.mask_resize import EIGHT_CONNECTED, filled_box, resize_components
-from biascare.interfaces import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, POINT_PADDING, POINT_POSITIVE
+from biascare.data.mask_resize import resize_components
 
 if TYPE_CHECKING:
-    from biascare.config import PromptMixConfig
+    pass
 
 Array = NDArray[Any]
 
@@ -49,8 +46,6 @@ REDUCED_MARGIN = 1.25
 CROP_SCALE = (0.6, 1.0)
 CROP_ASPECT = (3 / 4, 4 / 3)
 MIN_TARGET_SHARE = 0.5
-BOX_JITTER = 0.1
-PROMPT_KINDS = ("point", "box", "point_and_box", "text")
 
 _GEOMETRY, _INTENSITY, _PROMPTS = range(3)  # random streams of one key
 _NUM_NOISE = 2**21  # stored normal deviates, of which each image takes a stretch
@@ -361,141 +356,6 @@ def names_side(text: str) -> bool:
     readers ("RUL", "OD", "L"). Generous on purpose: a needless hit costs one mirrored sample.
     """
     return bool(_SIDE_WORDS.search(text) or _SIDE_SIGNS.search(text))
-
-
-def draw_prompts(
-    masks: Array, key: int, mix: Mapping[str, float] | PromptMixConfig
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Visual prompts of K training rows: each row draws its own kind.
-
-    Args:
-        masks: [K, H, W] of {0, 1} at the model input size.
-        key: of the sample.
-        mix: relative frequency of each of `PROMPT_KINDS`; what is not named has none.
-
-    Returns:
-        point_coords [K, 3, 2] float32, x, y pixels of the model input, and point_labels [K, 3]
-        int64: slot 0 the click, slots 1 and 2 the corners of the box; unused slots are (0, 0)
-        with the padding label. An empty mask has padding only.
-
-    Raises:
-        ValueError: an unknown kind, or weights that are negative or all zero.
-    """
-    shares = _prompt_shares(mix)
-    generator = _generator(key, _PROMPTS)
-    point_coords = np.zeros((len(masks), 3, 2), np.float32)
-    point_labels = np.full((len(masks), 3), POINT_PADDING, np.int64)
-    for row, mask in enumerate(masks):
-        kind = PROMPT_KINDS[generator.choice(len(PROMPT_KINDS), p=shares)]
-        if not np.any(mask):
-            continue
-        if kind in ("point", "point_and_box"):
-            point_coords[row, 0] = _draw_point(mask, generator)
-            point_labels[row, 0] = POINT_POSITIVE
-        if kind in ("box", "point_and_box"):
-            point_coords[row, 1:] = np.reshape(_draw_box(mask, generator), (2, 2))
-            point_labels[row, 1:] = BOX_TOP_LEFT, BOX_BOTTOM_RIGHT
-    return point_coords, point_labels
-
-
-def box_from_mask(mask: Array) -> NDArray[np.float32]:
-    """[H, W] -> tight box [4] XYXY float32: x1, y1 are the last column and row, not one past.
-
-    Raises:
-        ValueError: the mask is empty.
-    """
-    if not np.any(mask):
-        raise _empty_mask("box")
-    rows, columns = filled_box(mask)
-    return np.array([columns.start, rows.start, columns.stop - 1, rows.stop - 1], np.float32)
-
-
-def first_point(mask: Array) -> tuple[int, int]:
-    """[H, W] -> x, y of the pixel farthest from the outside; the first in reading order of equals.
-
-    The image border counts as outside. Deterministic: the first click of evaluation.
-
-    Raises:
-        ValueError: the mask is empty.
-    """
-    if not np.any(mask):
-        raise _empty_mask("click")
-    rows, columns = filled_box(mask)
-    depth = _depth(mask[rows, columns])
-    row, column = np.unravel_index(int(np.argmax(depth)), depth.shape)
-    return columns.start + int(column), rows.start + int(row)
-
-
-def _draw_point(mask: Array, generator: Generator) -> tuple[int, int]:
-    """x, y inside the mask: a component by the root of its area, then a pixel by its depth.
-
-    The root lets small lesions beside a large one be clicked too; the depth keeps off the border.
-    """
-    filled = filled_box(mask)
-    labels, num_components = ndimage.label(mask[filled], EIGHT_CONNECTED)
-    roots = np.sqrt(np.bincount(labels.ravel(), minlength=num_components + 1)[1:])
-    index = int(generator.choice(num_components, p=roots / roots.sum())) + 1
-    rows, columns = ndimage.find_objects(labels, index)[index - 1]
-    # Steps to the outside instead of exact distances: faster, and a click is random.
-    component = labels[rows, columns] == index
-    outlined = np.zeros((component.shape[0] + 2, component.shape[1] + 2), bool)
-    outlined[1:-1, 1:-1] = component
-    depth = ndimage.distance_transform_cdt(outlined)[1:-1, 1:-1]
-    total = np.cumsum(depth)
-    pixel = int(np.searchsorted(total, generator.integers(int(total[-1])), side="right"))
-    row, column = divmod(pixel, depth.shape[1])
-    return filled[1].start + columns.start + column, filled[0].start + rows.start + row
-
-
-def _depth(mask: Array) -> NDArray[np.float64]:
-    """[h, w] -> Euclidean distance of each pixel to the nearest pixel outside, 0 outside."""
-    depth: NDArray[np.float64] = ndimage.distance_transform_edt(np.pad(np.asarray(mask) != 0, 1))
-    return depth[1:-1, 1:-1]
-
-
-def _draw_box(mask: Array, generator: Generator) -> list[float]:
-    """XYXY: the tight box, each edge moved by up to `BOX_JITTER` of its side, in the image."""
-    x0, y0, x1, y1 = box_from_mask(mask).tolist()
-    left, right = _jitter(x0, x1, mask.shape[1] - 1, generator)
-    top, bottom = _jitter(y0, y1, mask.shape[0] - 1, generator)
-    return [left, top, right, bottom]
-
-
-def _jitter(low: float, high: float, limit: int, generator: Generator) -> tuple[float, float]:
-    """Two edges moved within 0 .. limit, at least one pixel apart."""
-    shifts = generator.uniform(-BOX_JITTER, BOX_JITTER, 2) * (high - low + 1)
-    low, high = np.clip((low + shifts[0], high + shifts[1]), 0, limit).tolist()
-    if high - low >= 1:
-        return low, high
-    # A target one pixel wide has a tight box without extent, which no drawn box has.
-    low = max(min((low + high) / 2 - 0.5, limit - 1), 0)
-    return low, low + 1
-
-
-def _prompt_shares(mix: Mapping[str, float] | PromptMixConfig) -> NDArray[np.float64]:
-    """[4] probabilities in the order of `PROMPT_KINDS`."""
-    named = mix if isinstance(mix, Mapping) else {kind: getattr(mix, kind) for kind in PROMPT_KINDS}
-    for kind in named:
-        if kind not in PROMPT_KINDS:
-            close = difflib.get_close_matches(kind, PROMPT_KINDS, n=1, cutoff=0)[0]
-            raise ValueError(
-                f"data.prompts: got kind {kind!r}, expected one of {', '.join(PROMPT_KINDS)}; "
-                f"did you mean {close!r}?"
-            )
-    weights = np.array([float(named.get(kind, 0.0)) for kind in PROMPT_KINDS])
-    if not (np.isfinite(weights).all() and weights.min() >= 0 and weights.sum() > 0):
-        raise ValueError(
-            f"data.prompts: got {dict(named)}, expected frequencies of 0 or more with a sum above "
-            f"0; set at least one of {', '.join(PROMPT_KINDS)}"
-        )
-    return weights / weights.sum()
-
-
-def _empty_mask(prompt: str) -> ValueError:
-    return ValueError(
-        f"mask: got no pixel to place a {prompt} on, expected a non-empty mask; leave out empty "
-        f"targets (records list only non-empty ones)"
-    )
 
 
 def _generator(key: int, stream: int) -> Generator:

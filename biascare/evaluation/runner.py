@@ -20,15 +20,15 @@ from torch import Tensor
 
 from biascare.data.heldout import HeldOut, HeldOutImages, HeldOutQuestions, heldout_loader
 from biascare.data.loader import to_device
-from biascare.data.records import decode_mask
-from biascare.data.transforms import Geometry, apply_points, box_from_mask, restore_mask
-from biascare.evaluation.segmentation import (
+from biascare.data.prompts import box_from_mask
+from biascare.data.transforms import Geometry, apply_points, restore_mask
+from biascare.evaluation.metrics.answers import is_correct, summarise_answers
+from biascare.evaluation.metrics.segmentation import (
     DiscBaseline,
     dice_score,
     disc,
     summarise_segmentation,
 )
-from biascare.evaluation.text import is_correct, summarise_answers
 from biascare.hitl.clicks import refine_once
 from biascare.interfaces import (
     BOX_BOTTOM_RIGHT,
@@ -40,7 +40,8 @@ from biascare.interfaces import (
     Prediction,
     Prompts,
 )
-from biascare.losses import joint_uncertainty, mask_weighted_embedding, semantic_uncertainty
+from biascare.records import decode_mask
+from biascare.uncertainty import joint_uncertainty, mask_weighted_embedding, semantic_uncertainty
 
 
 class RunnerSettings(NamedTuple):

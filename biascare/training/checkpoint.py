@@ -24,7 +24,7 @@ import torch
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from torch import Tensor
 
-from biascare.training.distributed import from_rank_zero, gather_objects, world_size
+from biascare.training.ranks import from_rank_zero, gather_objects, world_size
 
 TAG = "engine"
 """Subfolder that DeepSpeed fills."""

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from biascare.training.distributed import gather_objects, rank
+from biascare.training.ranks import gather_objects, rank
 from biascare.training.step import RowOutcome
 
 AXES = ("modality", "group")
@@ -175,33 +175,3 @@ def trainable_table(parts: Mapping[str, tuple[int, int, float]]) -> Table:
     table.add_section()
     table.add_row("all", f"{int(everything):,}", f"{int(trained):,}", "")
     return table
-
-
-def evaluation_table(summary: Mapping[str, Any], title: str) -> Table:
-    """Dice by prevalence group and modality, accuracy by kind beside constant answers."""
-    table = Table(title=title)
-    for column in ("what", "group", "n", "score", "reference"):
-        table.add_column(column, justify="left" if column in ("what", "group") else "right")
-    segmentation = summary.get("segmentation", {})
-    for metric in (name for name in segmentation if name.startswith("dice")):
-        scores = segmentation[metric]
-        table.add_row(metric, "all masks", str(segmentation["num_masks"]), _f(scores["mean"]), "")
-        table.add_row("", "mean over targets", "", _f(scores["mean_over_targets"]), "")
-        if metric == "dice":
-            for axis in ("by_group", "by_modality"):
-                for name, cell in scores[axis].items():
-                    table.add_row("", name, str(cell["num"]), _f(cell["mean"]), "")
-    for name in ("semantic", "joint_label_free"):
-        if name in segmentation:
-            cell = segmentation[name]
-            auroc = cell["failure_auroc"]
-            score = "-" if auroc is None else _f(auroc)
-            table.add_row(f"{name} uncertainty", "AUROC of failures", "", score, "0.500 by chance")
-    for kind, cell in summary.get("answers", {}).items():
-        constant = f"{_f(cell['best_constant'])} best constant"
-        table.add_row(f"{kind} answers", "all", str(cell["num"]), _f(cell["accuracy"]), constant)
-    return table
-
-
-def _f(value: float) -> str:
-    return f"{value:.3f}"

@@ -17,17 +17,15 @@ from biascare.interfaces import Batch, DualPathModel, Features, Prediction, Prom
 from biascare.losses import (
     alignment_loss,
     dice_loss_per_row,
-    joint_uncertainty,
     language_loss,
-    mask_weighted_embedding,
     quality_loss,
     refinement_loss,
     row_weight,
-    semantic_uncertainty,
     token_nll_sum,
     total_objective,
     weighted_dice,
 )
+from biascare.uncertainty import joint_uncertainty, mask_weighted_embedding, semantic_uncertainty
 
 
 class ObjectiveSettings(NamedTuple):

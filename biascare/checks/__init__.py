@@ -1,0 +1,1 @@
+"""Checks before training: rows, columns, leaks between folders."""

@@ -1,0 +1,282 @@
+"""What folders share: patients, studies and images across splits, duplicates, contradictions.
+
+    findings, near = cross_findings(records, scans, settings)
+
+About 100 bytes per image and per question are kept. Ids are compared within a source, and between
+sources only where they are known to share them (`ID_FAMILIES`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from biascare.checks.duplicates import key_of, near_pairs, shared_keys
+from biascare.checks.findings import CODES, Finding, LintSettings
+from biascare.checks.rows import FolderScan, name_of
+from biascare.checks.statistics import column_table
+from biascare.records import Records
+
+ID_FAMILIES = {
+    "mimic": ("mimic", "cxr_lt", "cxr-lt", "cxrlt"),  # CXR-LT labels images of MIMIC-CXR-JPG
+    "pmc": ("pmc_vqa", "pmc-vqa", "pubmedvision"),  # figures of PubMed Central
+    "isic": ("isic", "ham10000"),  # HAM10000 is the training set of ISIC 2018 task 3
+}
+"""Sources that name the same images and patients: family -> beginnings of source names."""
+
+MIN_SHARED_ID = 6
+"""Characters. Equal ids of unrelated sources are worth a look from this length; "12" is chance."""
+
+MAX_WITHOUT_PATIENT = 0.1
+"""Share of the records of a folder. Above it, leaks by patient count as not checked."""
+
+_ID_KINDS = {"id": "leak-id", "patient_id": "leak-patient", "study_id": "leak-study"}
+
+
+def patient_findings(records: Sequence[Records]) -> list[Finding]:
+    """Sources with several splits here, of which a folder hardly names patients."""
+    splits: dict[str, set[str]] = {}
+    for r in records:
+        splits.setdefault(r.manifest["source"], set()).add(r.manifest["split"])
+    findings, code = [], "no-patient"
+    for r in records:
+        missing = column_table(r, ("patient_id",))["patient_id"].null_count
+        several = len(splits[r.manifest["source"]]) > 1
+        if several and missing > MAX_WITHOUT_PATIENT * len(r):
+            example = f"{missing:,} of {len(r):,} records"
+            findings.append(Finding(code, CODES[code][0], name_of(r), missing, [example]))
+    return findings
+
+
+class _Rows(NamedTuple):
+    """The rows of all folders as one list."""
+
+    folder: NDArray[np.int64]  # [n] index of the folder
+    row: NDArray[np.int64]  # [n] row in it
+    split: NDArray[np.int64]  # [n]
+    source: NDArray[np.int64]  # [n]
+
+    def select(self, items: NDArray[Any]) -> _Rows:
+        return _Rows(*(column[items] for column in self))
+
+
+def cross_findings(
+    records: Sequence[Records], scans: Sequence[FolderScan], settings: LintSettings
+) -> tuple[list[Finding], list[tuple[tuple[int, int], tuple[int, int]]]]:
+    """Leaks and duplicates, and the near pairs to look at."""
+    rows = _all_rows(records)
+    report = _Shared(records, rows, settings.num_examples)
+    for column, code in _ID_KINDS.items():
+        keys = np.concatenate([_id_keys(r, column) for r in records])
+        report.leak(code, keys, keys != 0, rows.split)
+    loose = np.concatenate([_loose_patient_keys(r) for r in records])
+    report.leak("shared-patient-id", loose, loose != 0, rows.split, between=rows.source)
+    exact = np.concatenate([scan.exact for scan in scans])
+    decoded = exact.any(axis=1)
+    report.leak("leak-image", exact, decoded, rows.split)
+    _contradictions(report, exact)
+    report.leak("image-twice", exact, decoded, np.arange(len(exact)), inside=rows.split)
+    hashes = np.concatenate([scan.perceptual for scan in scans])
+    comparable = np.flatnonzero(np.concatenate([scan.comparable for scan in scans]))
+    near = _near(hashes[comparable], exact[comparable], rows.select(comparable))
+    near = comparable[near]
+    crossing = rows.split[near[:, 0]] != rows.split[near[:, 1]]
+    report.pairs("leak-near", near[crossing])
+    report.pairs("near-between-sources", near[~crossing])
+    shown = np.concatenate([near[crossing], near[~crossing]])[:_MOST_SHOWN]
+    places = [
+        (
+            (int(rows.folder[a]), int(rows.row[a])),
+            (int(rows.folder[b]), int(rows.row[b])),
+        )
+        for a, b in shown
+    ]
+    return report.findings, places
+
+
+_MOST_SHOWN = 24  # near pairs on the sheet
+_ROWS_READ = 1024  # conversations held as text at a time
+
+
+def _all_rows(records: Sequence[Records]) -> _Rows:
+    splits = sorted({r.manifest["split"] for r in records})
+    sources = sorted({r.manifest["source"] for r in records})
+    lengths = [len(r) for r in records]
+
+    def spread(values: Iterable[int]) -> NDArray[np.int64]:
+        return np.repeat(np.array(list(values), np.int64), lengths)
+
+    return _Rows(
+        folder=spread(range(len(records))),
+        row=np.concatenate([np.arange(n) for n in lengths]),
+        split=spread(splits.index(r.manifest["split"]) for r in records),
+        source=spread(sources.index(r.manifest["source"]) for r in records),
+    )
+
+
+def _near(hashes: NDArray[np.uint64], exact: NDArray[np.uint64], rows: _Rows) -> NDArray[np.int64]:
+    """[p, 2] near pairs, not equal, of different splits or different sources."""
+
+    def keep(first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.bool_]:
+        apart = (rows.split[first] != rows.split[second]) | (
+            rows.source[first] != rows.source[second]
+        )
+        return apart & (exact[first] != exact[second]).any(axis=1)
+
+    return near_pairs(hashes, keep)
+
+
+class _Shared:
+    """Turns shared keys and pairs into findings."""
+
+    def __init__(self, records: Sequence[Records], rows: _Rows, num_examples: int) -> None:
+        self.records, self.rows, self.num_examples = records, rows, num_examples
+        self.findings: list[Finding] = []
+
+    def leak(
+        self,
+        code: str,
+        keys: NDArray[np.uint64],
+        valid: Any,  # [n] bool
+        parts: NDArray[np.int64],
+        *,
+        between: NDArray[np.int64] | None = None,
+        inside: NDArray[np.int64] | None = None,
+    ) -> None:
+        """Rows whose key stands in several parts; with `between` only keys that several of those
+        share too, with `inside` only rows that share the key within one of those."""
+        items = np.flatnonzero(valid)
+        columns = keys[items, None] if keys.ndim == 1 else keys[items]
+        if inside is not None:
+            columns = np.column_stack([columns, inside[items].astype(np.uint64)])
+        if between is not None:
+            several = shared_keys(columns, between[items]).items
+            items, columns = items[several], columns[several]
+        found = shared_keys(columns, parts[items], limit=self.num_examples)
+        self._add(code, items[found.items], [(items[a], items[b]) for a, b in found.examples])
+
+    def pairs(self, code: str, pairs: NDArray[np.int64]) -> None:
+        examples = [(a, b) for a, b in pairs[: self.num_examples]]
+        self._add(code, np.unique(pairs), examples)
+
+    def answers(
+        self, keys: NDArray[np.uint64], answers: NDArray[np.int64], places: NDArray[np.int64]
+    ) -> None:
+        """Questions whose key [q, 3] has several answers [q]; `places` [q, 2] are row and turn."""
+        found = shared_keys(keys, answers, limit=self.num_examples)
+        examples = [(places[a], places[b]) for a, b in found.examples]
+        notes = [self._note(a, b) for a, b in examples]
+        rows = [(a[0], b[0]) for a, b in examples]
+        self._add("answers-differ", places[found.items, 0], rows, notes)
+
+    def _note(self, first: NDArray[np.int64], second: NDArray[np.int64]) -> str:
+        """Question and both answers of two places."""
+        (question, one), (_, other) = (
+            [str(turn["text"])[:60] for turn in self._value(row, "conversations")[turn : turn + 2]]
+            for row, turn in (first.tolist(), second.tolist())
+        )
+        return f": {question!r}: {one!r}, {other!r}"
+
+    def _add(
+        self,
+        code: str,
+        items: NDArray[np.int64],
+        examples: list[tuple[Any, Any]],
+        notes: Iterable[str] = repeat(""),
+    ) -> None:
+        if not len(items):
+            return
+        folders = [name_of(self.records[f]) for f in np.unique(self.rows.folder[items])]
+        where = ", ".join(folders[:4]) + (f" and {len(folders) - 4} more" * (len(folders) > 4))
+        shown = [
+            f"{self._id(a)} = {self._id(b)}{note}"
+            for (a, b), note in zip(examples, notes, strict=False)
+        ]
+        self.findings.append(Finding(code, CODES[code][0], where, len(items), shown))
+
+    def _id(self, item: int) -> str:
+        return f"{name_of(self.records[int(self.rows.folder[item])])}:{self._value(item, 'id')}"
+
+    def _value(self, item: int, column: str) -> Any:
+        table = column_table(self.records[int(self.rows.folder[item])], (column,))
+        return table[column][int(self.rows.row[item])].as_py()
+
+
+def _contradictions(report: _Shared, exact: NDArray[np.uint64]) -> None:
+    """The same pixels and the same question, but another answer, in one folder or in several."""
+    asked = [np.zeros((0, 4), np.uint64)]
+    start = 0
+    for records in report.records:
+        for texts in column_table(records, ("conversations",)).to_batches(_ROWS_READ):
+            asked.append(_asked(texts["conversations"].to_pylist(), start))
+            start += len(texts)
+    row, turn, question, answer = np.concatenate(asked).T
+    decoded = exact[row].any(axis=1)
+    keys = np.column_stack([exact[row], question])[decoded]
+    places = np.column_stack([row, turn]).astype(np.int64)[decoded]
+    report.answers(keys, answer[decoded].view(np.int64), places)
+
+
+def _asked(conversations: Sequence[list[dict[str, Any]]], start: int) -> NDArray[np.uint64]:
+    """[q, 4] row, turn and keys of question and answer. Reports may differ, so they stay out."""
+    asked = [
+        (start + row, turn, _text_key(turns[turn]["text"]), _text_key(turns[turn + 1]["text"]))
+        for row, turns in enumerate(conversations)
+        for turn in range(0, len(turns) - 1, 2)
+        if turns[turn]["kind"] != "report"
+    ]
+    return np.array(asked, np.uint64).reshape(-1, 4)
+
+
+def _text_key(text: str | None) -> int:
+    """The same for another case, spacing or final mark."""
+    return key_of(" ".join((text or "").lower().split()).rstrip(" .?!"))
+
+
+def _family(source: str) -> str:
+    """What ids of a source are compared within."""
+    for family, beginnings in ID_FAMILIES.items():
+        if source.lower().startswith(beginnings):
+            return family
+    return f"source {source}"
+
+
+def _id_keys(records: Records, column: str) -> NDArray[np.uint64]:
+    """[rows] key of an id within its family; 0 where it is unknown."""
+    family = _family(records.manifest["source"])
+    shared = family in ID_FAMILIES
+
+    def key(value: str) -> int:
+        return key_of(family, column, plain_id(value, column) if shared else value)
+
+    return _keys(records, column, key)
+
+
+def _loose_patient_keys(records: Records) -> NDArray[np.uint64]:
+    """[rows] key of a patient id whatever the source; 0 where it is unknown or short."""
+
+    def key(value: str) -> int:
+        return key_of("any", value) if len(value) >= MIN_SHARED_ID else 0
+
+    return _keys(records, "patient_id", key)
+
+
+def _keys(records: Records, column: str, key: Callable[[str], int]) -> NDArray[np.uint64]:
+    encoded = column_table(records, (column,))[column].dictionary_encode().unify_dictionaries()
+    keys = [key(value) for value in encoded.chunk(0).dictionary.to_pylist()]
+    table = np.array([*keys, 0], np.uint64)
+    codes = [c.indices.fill_null(len(keys)).to_numpy(zero_copy_only=False) for c in encoded.chunks]
+    return table[np.concatenate(codes)]
+
+
+def plain_id(value: str, column: str) -> str:
+    """An id as every source of a family writes it: `p10000032` and `10000032` are one patient; of
+    an image id the last part counts."""
+    if column == "id":
+        return value.rsplit("/", 1)[-1].lower()
+    return re.sub(r"^[a-z](?=\d+$)", "", value.rsplit("/", 1)[-1].lower())

@@ -1,0 +1,275 @@
+"""Checks of prepared folders: what is wrong, what is doubtful, what leaks between splits.
+
+    report = lint(["prepared/btcv/train", "prepared/btcv/test"], settings)
+    report.findings[0]       # Finding(code="leak-patient", level="error", num=3, ...)
+
+Rows are checked in parallel by `lint_rows.py`, all folders together by `leaks.py`. Here: columns
+(ids, units, histograms, names), and the report of everything.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.compute as pc
+
+from biascare.checks.findings import CODES, Finding, Issues, LintSettings, Vocabulary
+from biascare.checks.leaks import ID_FAMILIES, cross_findings, patient_findings, plain_id
+from biascare.checks.rows import RADIOLOGICAL, FolderScan, name_of, scan_folders
+from biascare.checks.statistics import column_table, profile_folders
+from biascare.records import Records
+
+TRAIN = "train"
+_SIDE = re.compile(r"\b(left|right)\b")
+_HISTOGRAMS = {"targets": "target", "labels": "label", "modality": "modality", "sex": "sex"}
+
+
+class FolderSummary(NamedTuple):
+    """Facts of one folder that are no findings."""
+
+    where: str
+    folder: str
+    num_rows: int
+    num_masks: int
+    native_areas: dict[int, int]  # pixels, rounded down to a power of two -> masks
+    training_areas: dict[int, int]
+    num_thin: int  # masks that nearest-neighbour resizing would have erased
+    sides_right: int  # pairs with the right structure at image left
+    sides_wrong: int
+
+
+class Report(NamedTuple):
+    """Everything a run of the linter found."""
+
+    findings: list[Finding]  # errors first, then by code
+    folders: list[FolderSummary]
+    near: list[tuple[tuple[int, int], tuple[int, int]]]  # ((folder, row), (folder, row)) to look at
+    records: list[Records]  # the folders that could be opened, in order
+
+    def num_findings(self, level: str) -> int:
+        """Kinds of finding, not cases, of a level."""
+        return sum(finding.level == level for finding in self.findings)
+
+
+def lint(
+    paths: Sequence[str | Path],
+    settings: LintSettings,
+    *,
+    allowed: Iterable[str] = (),
+    begin: Callable[[int], None] = lambda total: None,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> Report:
+    """Check folders one by one and together.
+
+    `allowed` are codes whose findings are shown but no longer count. `begin` hears the number of
+    rows, `advance` those done. Raises ValueError for an unknown code.
+    """
+    check_codes(allowed := tuple(allowed))
+    findings, records = _open(paths)
+    begin(sum(len(r) for r in records))
+    scans = scan_folders(records, settings, advance)
+    names = [name_of(r) for r in records]
+    for r, scan, name in zip(records, scans, names, strict=True):
+        issues = Issues(settings.num_examples)
+        issues.merge(scan.issues)
+        for code, example, count in (*_column_issues(r), *_side_issues(scan)):
+            issues.add(code, example, count)
+        findings += _findings(issues, name)
+    findings += _vocabulary_findings(records, settings)
+    findings += patient_findings(records)
+    near: list[Any] = []
+    if records:
+        found, near = cross_findings(records, scans, settings)
+        findings += found
+    findings = [f._replace(level="allowed") if f.code in allowed else f for f in findings]
+    order = list(CODES)
+    findings.sort(key=lambda f: (_LEVELS.index(f.level), order.index(f.code), f.where))
+    summaries = [_summary(r, scan) for r, scan in zip(records, scans, strict=True)]
+    return Report(findings=findings, folders=summaries, near=near, records=records)
+
+
+_LEVELS = ("error", "warning", "allowed")
+
+
+def check_codes(codes: Iterable[str]) -> None:
+    """Raises ValueError for a code that no finding has, naming the nearest."""
+    import difflib
+
+    for code in codes:
+        if code not in CODES:
+            near = difflib.get_close_matches(code, CODES, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"--allow: got {code!r}{hint} Known codes: {', '.join(CODES)}")
+
+
+def _open(paths: Sequence[str | Path]) -> tuple[list[Finding], list[Records]]:
+    findings, records = [], []
+    for path in dict.fromkeys(Path(p).absolute() for p in paths):
+        try:
+            records.append(Records(path))
+        except (ValueError, OSError) as error:
+            code = "folder-unreadable"
+            findings.append(Finding(code, CODES[code][0], path.name, 1, [str(error)]))
+    return findings, records
+
+
+def _findings(issues: Issues, where: str) -> list[Finding]:
+    return [
+        Finding(code=code, level=CODES[code][0], where=where, num=count, examples=examples)
+        for code, (count, examples) in issues.found.items()
+    ]
+
+
+def _summary(records: Records, scan: FolderScan) -> FolderSummary:
+    return FolderSummary(
+        where=name_of(records),
+        folder=str(records.folder),
+        num_rows=len(records),
+        num_masks=scan.native_areas.total(),
+        native_areas=dict(sorted(scan.native_areas.items())),
+        training_areas=dict(sorted(scan.training_areas.items())),
+        num_thin=scan.num_thin,
+        sides_right=scan.sides[True],
+        sides_wrong=scan.sides[False],
+    )
+
+
+# ---------------------------------------------------------------- one folder
+
+
+def _column_issues(records: Records) -> Iterator[tuple[str, str, int]]:
+    """(code, example, count) of what columns show."""
+    table = column_table(records, ("id", "targets", "conversations"))
+    ids = table["id"].value_counts()
+    repeated = ids.filter(pc.greater(ids.field("counts"), 1))
+    for entry in repeated.to_pylist():
+        yield "duplicate-id", str(entry["values"]), entry["counts"]
+    targets = np.asarray(pc.list_value_length(table["targets"]).to_numpy())
+    if not np.array_equal(np.flatnonzero(targets), records.segmentation_units):
+        yield "units", "segmentation", 1
+    pairs = np.asarray(pc.list_value_length(table["conversations"]).to_numpy()) // 2
+    rows = np.repeat(np.arange(len(pairs)), pairs)
+    if not np.array_equal(rows, records.language_units[:, 0]):
+        yield "units", "language", 1
+    if not len(records.segmentation_units) and not len(records.language_units):
+        yield "no-units", f"{len(records):,} images, 0 masks, 0 questions", len(records)
+    profile = profile_folders([records])
+    for name, axis in _HISTOGRAMS.items():
+        stated = records.manifest.get(name, {})
+        found = dict(profile[axis].raw)
+        if axis == "label":
+            found.pop("missing", None)
+        for category in sorted({*stated, *found}):
+            if stated.get(category, 0) != found.get(category, 0):
+                counts = f"{stated.get(category, 0)} stated, {found.get(category, 0):.0f} found"
+                yield "manifest-counts", f"{name}: {category}: {counts}", 1
+
+
+def _side_issues(scan: FolderScan) -> Iterator[tuple[str, str, int]]:
+    if scan.sides[False] > scan.sides[True]:
+        total = scan.sides.total()
+        example = f"right lies at image right in {scan.sides[False]} of {total} pairs"
+        yield "sides-disagree", example, scan.sides[False]
+
+
+# ---------------------------------------------------------------- names
+
+
+def _vocabulary_findings(records: Sequence[Records], settings: LintSettings) -> list[Finding]:
+    """Names of all folders together: a variant in the test folder is as bad as one in the same."""
+    issues = Issues(settings.num_examples)
+    targets: Counter[str] = Counter()
+    for r in records:
+        targets.update(r.target_counts)
+    modalities = {name for r in records for name in r.manifest.get("modality", {})}
+    for code, example, count in (
+        *_modality_issues(modalities, settings.vocabulary),
+        *_target_issues(targets, settings.vocabulary),
+        *_unseen_issues(records),
+    ):
+        issues.add(code, example, count)
+    return _findings(issues, "all folders")
+
+
+def _modality_issues(
+    names: Iterable[str], vocabulary: Vocabulary
+) -> Iterator[tuple[str, str, int]]:
+    for name in sorted(names):
+        try:
+            wanted = vocabulary.modality(name)
+        except ValueError as error:
+            yield "modality-name", f"{name!r}: {str(error)[:80]}", 1
+        else:
+            if wanted != name:
+                yield "modality-name", f"{name!r}: {wanted!r} in the vocabulary", 1
+
+
+def _target_issues(targets: Counter[str], vocabulary: Vocabulary) -> Iterator[tuple[str, str, int]]:
+    canonical = {name: vocabulary.target(name) for name in targets}
+    for name, wanted in sorted(canonical.items()):
+        if wanted != name:
+            yield "target-name", f"{name!r} ({targets[name]}): {wanted!r} in the vocabulary", 1
+    for first, second in target_variants(canonical.values()):
+        yield "target-variants", f"{first!r} and {second!r}", 1
+    for name in sorted(set(canonical.values())):
+        other = _other_side(name)
+        if other != name and other not in canonical.values():
+            yield "target-one-side", f"{name!r} without {other!r}", 1
+
+
+def target_variants(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Pairs of names that may be one: the same letters, words or word stems in another form."""
+    by_form: dict[tuple[str, ...], str] = {}
+    pairs = []
+    for name in sorted(set(names)):
+        words = re.findall(r"[a-z0-9]+", name.lower())
+        stems = [_stem(word) for word in words if word not in ("the", "of", "and")]
+        form = tuple(sorted(stems))
+        joined = ("".join(stems),)
+        for key in dict.fromkeys((form, joined)):
+            if key in by_form and (by_form[key], name) not in pairs:
+                pairs.append((by_form[key], name))
+            by_form.setdefault(key, name)
+    return pairs
+
+
+def _stem(word: str) -> str:
+    """British to American, plural to singular: enough to compare by."""
+    word = word.replace("oe", "e").replace("ae", "e").replace("our", "or")
+    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
+
+
+def _other_side(name: str) -> str:
+    return _SIDE.sub(lambda match: {"left": "right", "right": "left"}[match[1]], name)
+
+
+def _unseen_issues(records: Sequence[Records]) -> Iterator[tuple[str, str, int]]:
+    trained = [r for r in records if r.manifest["split"] == TRAIN]
+    seen = {name for r in trained for name in r.target_counts}
+    for r in records if trained else ():
+        if r.manifest["split"] != TRAIN:
+            for name, count in sorted(r.target_counts.items()):
+                if name not in seen:
+                    yield "target-unseen", f"{name!r} in {name_of(r)} ({count})", 1
+
+
+__all__ = [
+    "CODES",
+    "ID_FAMILIES",
+    "RADIOLOGICAL",
+    "Finding",
+    "FolderSummary",
+    "LintSettings",
+    "Report",
+    "Vocabulary",
+    "check_codes",
+    "lint",
+    "name_of",
+    "plain_id",
+    "target_variants",
+]

@@ -1,0 +1,1 @@
+"""The multimodal language model and its adapter."""

@@ -1,0 +1,330 @@
+"""MLLM pathway: any Hugging Face image-text model with a LoRA adapter on its language model.
+
+    mllm = MLLMPathway.load("path/or/hub-id", lora=LoraSettings(), dtype=torch.bfloat16)
+    hidden = mllm.hidden_states(inputs, image_slots)      # [B, L, d]
+    logits = mllm.answer_logits(hidden, answer_positions) # [T, V], answer tokens only
+
+The base model runs once and gives its last hidden state; the language head runs on the answer
+positions alone, so no [B, L, V] tensor and no tuple of layers is ever made. Each distinct image
+goes through the LLM's vision tower once, however many instructions of the micro-batch show it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.import_utils import is_flash_attn_2_available
+
+from biascare.models.language.packing import enable_packing, pack, unpack
+from biascare.models.weights.llava import (
+    is_original_llava,
+    load_original_llava,
+    load_original_llava_processor,
+    read_config,
+)
+from biascare.models.weights.report import LoadReport
+
+LORA_TARGETS = r".*language_model.*\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+"""Attention and MLP projections of the language model. Anchored: a bare suffix list would also
+adapt the vision tower, whose projections have the same names."""
+
+MLLM_FAMILIES = ("qwen2_5_vl", "llava")
+"""`model_type` of the families whose image features and positions are tested here."""
+
+
+LOGGER = logging.getLogger("biascare")
+
+
+class LoraSettings(NamedTuple):
+    """The paper's adapter."""
+
+    rank: int = 8
+    alpha: int = 16
+    dropout: float = 0.01
+
+
+def load_processor(path: str) -> Any:
+    """The checkpoint's own processor: tokenizer, image processor and chat template.
+
+    For a checkpoint in LLaVA's original layout it is put together from the parts that are there.
+    Raises ValueError when it cannot be opened or has no chat template.
+    """
+    alone = Path(path).is_dir() and not (Path(path) / "config.json").exists()  # as exports keep it
+    if not alone and is_original_llava(_opened(path, read_config)):
+        processor: Any = load_original_llava_processor(path)
+    else:
+        processor = _opened(path, AutoProcessor.from_pretrained)
+    if getattr(processor, "chat_template", None) is None:
+        raise ValueError(
+            f"the processor in {path!r} has no chat template; add chat_template.jinja to that "
+            "folder (instruction-tuned checkpoints ship one)"
+        )
+    if processor.tokenizer.pad_token_id is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    return processor
+
+
+def _opened(path: str, opener: Callable[..., Any], **keywords: Any) -> Any:
+    """`opener(path, ...)`, with one kind of error that says what could not be opened."""
+    try:
+        return opener(path, **keywords)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"cannot open the image-text model {path!r} ({reason}); give model.mllm a folder in "
+            "Hugging Face format, or the id of a model on the Hub that this machine can reach"
+        ) from error
+
+
+def _check_attention(attention: str) -> None:
+    """Refuse a kernel that is not installed before gigabytes are read."""
+    if attention == "flash_attention_2" and not is_flash_attn_2_available():
+        raise ValueError(
+            "model.attention: got 'flash_attention_2', but the package flash-attn (2.x, for CUDA "
+            "GPUs) cannot be used here; install it (pip install flash-attn --no-build-isolation) "
+            "or set model.attention=sdpa"
+        )
+
+
+def _check_family(path: str, config: dict[str, Any]) -> None:
+    """A model of the wrong kind is refused by its config.json, before its weights are read."""
+    family = config.get("model_type")
+    if family not in MLLM_FAMILIES:
+        raise ValueError(
+            f"the model at {path!r} is of type {family!r}, expected an image-text model of type "
+            f"{' or '.join(MLLM_FAMILIES)}; choose another model.mllm"
+        )
+
+
+def _open_base(path: str, dtype: torch.dtype, attention: str) -> tuple[Any, LoadReport | None]:
+    """The image-text model at `path`; weights missing from its files are an error."""
+    _check_attention(attention)
+    config = _opened(path, read_config)
+    if is_original_llava(config):
+        return load_original_llava(path, dtype=dtype, attention=attention)
+    _check_family(path, config)
+    model, report = _opened(
+        path,
+        AutoModelForImageTextToText.from_pretrained,
+        dtype=dtype,
+        attn_implementation=attention,
+        output_loading_info=True,
+    )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"the weights in {path!r} lack {len(missing)} of the model's tensors, such as "
+            f"{missing[0]!r}; convert the checkpoint to the names of transformers, or copy it again"
+        )
+    return model, None
+
+
+def _enable_checkpointing(model: Any) -> None:
+    """Recompute decoder layers in the backward pass."""
+    # Newer transformers deprecate "gradient checkpointing" for the same under this name.
+    new = getattr(model, "activation_checkpointing_enable", None)
+    (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+class MLLMPathway(nn.Module):
+    """A multimodal LLM, its adapter, and the three ways the project uses it."""
+
+    def __init__(self, model: nn.Module, path: str, report: LoadReport | None = None):
+        """`model`: a `PeftModel` or a bare image-text model; `path`: where its base came from;
+        `report`: what a conversion from a foreign layout did, if there was one."""
+        super().__init__()
+        self.model = model
+        self.path = path
+        self.packing = True  # see `biascare.models.language.packing`; generation is always padded
+        enable_packing(self.base.model.language_model)
+        self.report = report
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        *,
+        lora: LoraSettings | None = None,
+        adapter: str | Path | None = None,
+        attention: str = "sdpa",
+        dtype: torch.dtype = torch.float32,
+        activation_checkpointing: bool = False,
+    ) -> MLLMPathway:
+        """Load a base model with a fresh adapter (`lora`), a saved one (`adapter`), or none.
+
+        Everything but the adapter is frozen. A checkpoint in LLaVA's original layout is converted
+        on the way. Raises ValueError when `path` cannot be opened, is not of `MLLM_FAMILIES`, or
+        when the attention kernel is not installed.
+        """
+        base, report = _open_base(path, dtype, attention)
+        if report is not None:
+            LOGGER.info("model.mllm %s\n%s", path, report)
+        base.requires_grad_(False)
+        model: nn.Module = base
+        if adapter is not None:
+            model = PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
+        elif lora is not None:
+            model = get_peft_model(
+                base,
+                LoraConfig(
+                    r=lora.rank,
+                    lora_alpha=lora.alpha,
+                    lora_dropout=lora.dropout,
+                    target_modules=LORA_TARGETS,
+                ),
+            )
+        if activation_checkpointing:
+            # After the adapter: peft would otherwise make the frozen vision tower's input require a
+            # gradient, and the tower would be kept, recomputed and differentiated for nothing.
+            _enable_checkpointing(base)
+        return cls(model, path, report)
+
+    @property
+    def base(self) -> Any:
+        """The Hugging Face model itself, inside or outside an adapter."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def hidden_size(self) -> int:
+        return self.base.config.get_text_config().hidden_size
+
+    def _image_features(self, inputs: dict[str, Tensor], image_slots: list[int]) -> dict[str, Any]:
+        """Encode distinct images once, then repeat their features per placeholder."""
+        grid = inputs.get("image_grid_thw")
+        keywords = {} if grid is None else {"image_grid_thw": grid}
+        pixels = inputs["pixel_values"].to(self.base.dtype)
+        encoded = self.base.model.get_image_features(
+            pixel_values=pixels, return_dict=True, **keywords
+        )
+        per_image = list(encoded.pooler_output)
+        placed = BaseModelOutputWithPooling(
+            pooler_output=tuple(per_image[slot] for slot in image_slots)  # type: ignore[arg-type]
+        )
+        return {"mm_encoder_outputs": {"image": placed}}
+
+    def _with_image_features(
+        self, inputs: dict[str, Tensor], image_slots: list[int]
+    ) -> dict[str, Any]:
+        """Inputs with features per image placeholder in place of the distinct images' pixels."""
+        if "pixel_values" not in inputs:
+            return dict(inputs)
+        placed = {k: v for k, v in inputs.items() if k != "pixel_values"}
+        if "image_grid_thw" in inputs:
+            placed["image_grid_thw"] = inputs["image_grid_thw"][image_slots]
+        return placed | self._image_features(inputs, image_slots)
+
+    def hidden_states(self, inputs: dict[str, Tensor], image_slots: list[int]) -> Tensor:
+        """Last hidden state after the final norm, [B, L, d]; what stands on padding is arbitrary.
+
+        `inputs` come from the collator: `input_ids`, `attention_mask` [B, L] and whatever the
+        processor adds (`pixel_values` of the distinct images, `image_grid_thw`,
+        `mm_token_type_ids`). `image_slots`: see `Batch`.
+        """
+        placed = self._with_image_features(inputs, image_slots)
+        mask = inputs["attention_mask"]
+        if not self.packing or bool(mask.all()):
+            return self.base.model(**placed, use_cache=False).last_hidden_state
+        packed = pack(self.base.model, placed)
+        return unpack(self.base.model(**packed, use_cache=False).last_hidden_state, mask)
+
+    def answer_logits(self, hidden_states: Tensor, answer_positions: Tensor) -> Tensor:
+        """Next-token logits [T, V] at the flat positions [T] that precede an answer token."""
+        return self.base.lm_head(hidden_states.flatten(0, 1)[answer_positions])
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: dict[str, Tensor],
+        image_slots: list[int],
+        *,
+        max_new_tokens: int,
+        **keywords: Any,
+    ) -> Tensor:
+        """New token ids [B, <= max_new_tokens]; greedy unless `keywords` say otherwise.
+
+        `inputs` must be left-padded, as for any decoder-only generation.
+        """
+        tokens = self.base.generate(
+            **self._with_image_features(inputs, image_slots),
+            max_new_tokens=max_new_tokens,
+            **({"do_sample": False} | keywords),
+        )
+        return tokens[:, inputs["input_ids"].shape[1] :]
+
+    def save(self, folder: Path, state: dict[str, Tensor]) -> None:
+        """Write the adapter (PEFT format) and any other trained weights of this pathway.
+
+        `state` [name -> tensor] is this module's full state; names as in `state_dict()`.
+        """
+        if isinstance(self.model, PeftModel):
+            inner = {k.removeprefix("model."): v for k, v in state.items()}
+            # Trained embeddings are written below; PEFT's own search for them would ask the Hub.
+            self.model.save_pretrained(
+                str(folder / "adapter"), state_dict=inner, save_embedding_layers=False
+            )
+        trained = {
+            name: state[name].contiguous()
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad and ".lora_" not in name
+        }
+        if trained:
+            save_file(trained, folder / "mllm_trained.safetensors")
+
+    @classmethod
+    def restore(cls, folder: Path, path: str, **keywords: Any) -> MLLMPathway:
+        """Base model at `path` with what `save` wrote to `folder`.
+
+        What was trained stays trainable, so that saving again writes it again.
+        """
+        adapter = folder / "adapter"
+        pathway = cls.load(path, adapter=adapter if adapter.is_dir() else None, **keywords)
+        trained = folder / "mllm_trained.safetensors"
+        if trained.is_file():
+            state = load_file(trained)
+            unexpected = pathway.load_state_dict(state, strict=False).unexpected_keys
+            if unexpected:
+                raise ValueError(
+                    f"{trained} does not fit the model at {path!r}, which has no {unexpected[:3]}; "
+                    "pass mllm= the base model it was trained on"
+                )
+            for name in state:
+                pathway.get_parameter(name).requires_grad_(True)
+        return pathway
+
+    def part_parameters(self, part: str) -> list[nn.Parameter]:
+        """Parameters of `lora`, `mllm_vision_tower` or `embeddings`."""
+        named = dict(self.named_parameters())
+        if part == "lora":
+            return [p for name, p in named.items() if ".lora_" in name]
+        if part == "mllm_vision_tower":
+            towers = (".visual.", ".vision_tower.", ".multi_modal_projector.")
+            unused = {id(p) for p in self._unread_tower_parameters()}
+            return [
+                p
+                for name, p in named.items()
+                if any(tower in name for tower in towers) and id(p) not in unused
+            ]
+        if part == "embeddings":
+            return [p for name, p in named.items() if "embed_tokens" in name or "lm_head" in name]
+        raise ValueError(f"unknown part {part!r}")
+
+    def _unread_tower_parameters(self) -> list[nn.Parameter]:
+        """LLaVA reads an inner layer of its vision tower; what follows it has no gradient."""
+        layer = getattr(self.base.config, "vision_feature_layer", None)
+        if not isinstance(layer, int):
+            return []
+        tower = self.base.model.vision_tower
+        layers = tower.encoder.layers
+        # Layer numbers count the embeddings as 0, so layer n is the output of block n - 1.
+        last = layer if layer >= 0 else len(layers) + 1 + layer
+        return [p for part in (*layers[last:], tower.post_layernorm) for p in part.parameters()]

@@ -1,0 +1,223 @@
+"""Vision pathway: SAM's image encoder, prompt encoder and mask decoder, for rows instead of images.
+
+    vision = VisionPathway("sam_vit_b", image_size=256)
+    embedding = vision.encode_images(images)                     # once per image
+    prediction = vision.decode(embedding, row_image, prompts)    # once per row and round
+
+The modules are segment_anything's own, so SAM, MedSAM and IMIS-Net weights carry the same names
+(`checkpoints.py` loads them). IMIS-Net adds semantic tokens and a text branch to the decoder;
+LiteMedSAM has another image encoder. Three things differ from `Sam`: gradients flow; R rows share S
+image embeddings; and rows may have different numbers of prompts, because padding is masked in every
+attention. A row's mask is therefore the same alone and in any batch, which SAM's own padding tokens
+do not give.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, pad
+
+from biascare.interfaces import Prediction, Prompts
+from biascare.models.vision.decoder import MaskedTwoWayTransformer, RowMaskDecoder, RowPromptEncoder
+from biascare.models.vision.encoder import ImageEncoder
+from biascare.models.vision.tiny_vit import TinyViT
+
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
+"""ImageNet statistics on the 0-255 scale, as SAM was trained with."""
+
+
+class VisionArchitecture(NamedTuple):
+    """Sizes of one SAM-style pathway."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    global_attn_indexes: tuple[int, ...]
+    prompt_dim: int = 256
+    patch_size: int = 16
+    window_size: int = 14
+    decoder_mlp_dim: int = 2048
+    decoder_heads: int = 8
+    num_semantic_tokens: int = 0  # learned prompts that stand before the user's
+    text_branch: bool = False  # the text also adds to the mask itself
+    encoder: Literal["vit", "tiny_vit"] = "vit"  # heads and windows of a TinyViT are its own
+    pixels: Literal["imagenet", "min_max"] = "imagenet"  # what the encoder was trained to see
+
+
+VISION_ARCHITECTURES = {
+    "sam_vit_b": VisionArchitecture(768, 12, 12, (2, 5, 8, 11)),
+    "sam_vit_l": VisionArchitecture(1024, 24, 16, (5, 11, 17, 23)),
+    "sam_vit_h": VisionArchitecture(1280, 32, 16, (7, 15, 23, 31)),
+    "imis_b": VisionArchitecture(
+        768,
+        12,
+        12,
+        (2, 5, 8, 11),
+        prompt_dim=768,
+        num_semantic_tokens=4,
+        text_branch=True,
+    ),
+    "litemedsam": VisionArchitecture(
+        320, 12, 10, (), patch_size=4, encoder="tiny_vit", pixels="min_max"
+    ),
+    "tiny": VisionArchitecture(
+        96,
+        3,
+        3,
+        (2,),
+        prompt_dim=96,
+        patch_size=8,
+        window_size=8,
+        decoder_mlp_dim=256,
+        decoder_heads=2,
+    ),
+}
+
+
+def build_encoder(architecture: VisionArchitecture, image_size: int) -> ImageEncoder | TinyViT:
+    """Image encoder for square inputs of `image_size` pixels."""
+    if architecture.encoder == "tiny_vit":
+        return TinyViT(out_dim=architecture.prompt_dim)
+    return ImageEncoder(
+        img_size=image_size,
+        patch_size=architecture.patch_size,
+        embed_dim=architecture.embed_dim,
+        depth=architecture.depth,
+        num_heads=architecture.num_heads,
+        out_chans=architecture.prompt_dim,
+        window_size=architecture.window_size,
+        global_attn_indexes=architecture.global_attn_indexes,
+    )
+
+
+def normalise(images: Tensor, pixels: Literal["imagenet", "min_max"]) -> Tensor:
+    """`images` [S, 3, H, W] uint8 -> float32 as an encoder was trained to see them.
+
+    "imagenet": by the statistics of SAM's training; "min_max": every image from its own darkest to
+    its own brightest value, 0 to 1 (a constant image is 0).
+    """
+    x = images.float()
+    if pixels == "min_max":
+        low, high = (f(x, dim=(1, 2, 3), keepdim=True) for f in (torch.amin, torch.amax))
+        return (x - low) / (high - low).clamp(min=1)
+    mean, std = (x.new_tensor(v)[:, None, None] for v in (PIXEL_MEAN, PIXEL_STD))
+    return (x - mean) / std
+
+
+def _architecture(name: str) -> VisionArchitecture:
+    if name in VISION_ARCHITECTURES:
+        return VISION_ARCHITECTURES[name]
+    near = difflib.get_close_matches(name, VISION_ARCHITECTURES, n=1, cutoff=0)[0]
+    raise ValueError(
+        f"model.vision: got {name!r}, expected one of {', '.join(VISION_ARCHITECTURES)}; "
+        f"did you mean {near!r}?"
+    )
+
+
+class VisionPathway(nn.Module):
+    """Image encoder, prompt encoder and mask decoder of one architecture."""
+
+    def __init__(self, architecture: str, image_size: int, activation_checkpointing: bool = False):
+        """`architecture`: a name of `VISION_ARCHITECTURES`; `image_size`: pixels, square."""
+        super().__init__()
+        sizes = _architecture(architecture)
+        if image_size < 1 or image_size % sizes.patch_size:
+            nearest = max(1, round(image_size / sizes.patch_size)) * sizes.patch_size
+            raise ValueError(
+                f"model.image_size: got {image_size}, expected a multiple of the patches of "
+                f"{architecture!r}, {sizes.patch_size} pixels; the nearest is {nearest}"
+            )
+        self.architecture = architecture
+        self.image_size = image_size
+        self.prompt_dim = sizes.prompt_dim
+        self.pixels = sizes.pixels
+        self.reads_text = True
+        grid = image_size // sizes.patch_size
+        self.image_encoder = build_encoder(sizes, image_size)
+        self.image_encoder.activation_checkpointing = activation_checkpointing
+        self.prompt_encoder = RowPromptEncoder(
+            sizes.prompt_dim, (grid, grid), (image_size, image_size), mask_in_chans=16
+        )
+        self._silence_mask_prompt()
+        self.mask_decoder = RowMaskDecoder(
+            transformer_dim=sizes.prompt_dim,
+            transformer=MaskedTwoWayTransformer(
+                2, sizes.prompt_dim, sizes.decoder_heads, sizes.decoder_mlp_dim
+            ),
+            num_semantic_tokens=sizes.num_semantic_tokens,
+            text_branch=sizes.text_branch,
+        )
+
+    @torch.no_grad()
+    def _silence_mask_prompt(self) -> None:
+        """Start with mask prompts that say what no mask prompt says.
+
+        Only the hardest rows ever see one in training; from random weights it would first of all
+        disturb the rows whose mask was good. Pretrained weights replace this.
+        """
+        last = self.prompt_encoder.mask_downscaling[-1]
+        nn.init.zeros_(last.weight)
+        last.bias.copy_(self.prompt_encoder.no_mask_embed.weight[0])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.prompt_encoder.no_mask_embed.weight.dtype
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """`images` [S, 3, H, W] uint8 RGB -> [S, C, h, w]."""
+        return self.image_encoder(normalise(images, self.pixels).to(self.dtype))
+
+    def decode(
+        self,
+        image_embedding: Tensor,
+        row_image: Tensor,
+        prompts: Prompts,
+        text_embedding: Tensor | None = None,
+        mask_prompt: Tensor | None = None,
+    ) -> Prediction:
+        """Decode R rows.
+
+        `image_embedding` [S, C, h, w]; `row_image` [R]; `text_embedding` [R, Q, C] joins the sparse
+        prompts (Eq. 2), and its mean over Q is what a text branch reads; `mask_prompt` [R, 4h, 4w]
+        are logits of the round before.
+        """
+        sparse, token_mask, dense = self.prompt_encoder(prompts, mask_prompt)
+        text = None
+        if text_embedding is not None:
+            text_embedding = text_embedding.to(sparse.dtype)
+            text = text_embedding.mean(1)
+            sparse = torch.cat([sparse, text_embedding], 1)
+            token_mask = pad(token_mask, (0, text_embedding.shape[1]), value=True)
+        low_res_logits, predicted_dice = self.mask_decoder(
+            image_embedding,
+            row_image,
+            self.prompt_encoder.dense_pe(sparse.dtype),
+            sparse,
+            token_mask,
+            dense,
+            text,
+        )
+        return Prediction(
+            mask_logits=self.resize_logits(low_res_logits, self.image_size),
+            low_res_logits=low_res_logits,
+            predicted_dice=predicted_dice.float(),
+        )
+
+    @staticmethod
+    def resize_logits(logits: Tensor, size: int) -> Tensor:
+        """[R, h, w] -> [R, size, size] fp32, bilinear."""
+        resized = interpolate(logits[:, None].float(), size=(size, size), mode="bilinear")
+        return resized[:, 0]
+
+    def unused_parameters(self) -> list[nn.Parameter]:
+        """Heads of SAM's three alternative masks, kept for its checkpoints and never run here, and
+        the text branch of a pathway that is trained without text (`reads_text`)."""
+        idle: list[nn.Module] = list(self.mask_decoder.output_hypernetworks_mlps)[1:]
+        if self.mask_decoder.text_output is not None and not self.reads_text:
+            idle.append(self.mask_decoder.text_output)
+        return [p for module in idle for p in module.parameters()]

@@ -1,0 +1,320 @@
+"""The composition of a mixture as figures and a page, as in the paper's Fig. 1a-f for any data.
+
+    figure_files(profile, groups, "outputs/bias", title="stage 2")     # bias.png, bias.svg
+    write_page("outputs/bias/bias.html", profile, groups, sources, "outputs/bias/bias.png", "...")
+
+Bars are what lies on disk. Diamonds are what the run draws, on the scale of the bars: there the bar
+would end if the data on disk had the shares of the run, which stand beside as numbers of the same
+colour. Every category of an axis is drawn or stands in a last bar that says how many more there
+are; unknown values have their own, light bar.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from biascare.checks.statistics import MISSING, Distribution, imbalance
+
+# Okabe and Ito's palette: told apart with any colour vision, and in grey.
+GROUP_COLORS = {"head": "#0072B2", "medium": "#56B4E9", "tail": "#E69F00"}
+STREAM_COLOR = "#D55E00"
+# Colours have a meaning for targets only, so other bars are grey.
+BAR_COLOR, MISSING_COLOR = "#5A6570", "#C4C4C4"
+
+MAX_BARS = 64
+"""Longest panel; what is rarer is summed up in one bar."""
+
+LOG_SPAN = 50
+"""Largest over smallest value from which a logarithmic axis is used."""
+
+TITLES = {
+    "modality": "Modality",
+    "anatomy": "Anatomy",
+    "target": "Target",
+    "label": "Finding or diagnosis",
+    "age": "Age in years",
+    "sex": "Sex",
+    "race": "Race",
+}
+SEX_NAMES = {"F": "female", "M": "male"}
+_COLUMNS = (("modality", "anatomy"), ("target",), ("label",), ("age", "sex", "race"))
+_BAR_HEIGHT, _ABOVE, _BELOW = 0.17, 0.4, 0.46  # inches: a bar, a panel's title, its axis
+_TOP = 0.55  # inches: title and legend
+_NAMES, _BARS, _COUNTS, _SHARES = 1.8, 1.52, 0.96, 0.42  # inches: parts of a column, left to right
+
+
+def bars_of(distribution: Distribution, limit: int = MAX_BARS) -> list[tuple[str, float, float]]:
+    """(category, count on disk, share of the stream) of each bar, in order; none is lost."""
+    stream = distribution.stream
+    names = [name for name in {**distribution.raw, **stream} if name != MISSING]
+    known = [(name, distribution.raw.get(name, 0.0), stream.get(name, 0.0)) for name in names]
+    if len(known) > limit:
+        rest = known[limit - 1 :]
+        label = f"{len(rest)} rarer ones together"
+        known = [*known[: limit - 1], (label, sum(r[1] for r in rest), sum(r[2] for r in rest))]
+    if MISSING in distribution.raw or MISSING in stream:
+        known.append((MISSING, distribution.raw.get(MISSING, 0.0), stream.get(MISSING, 0.0)))
+    return known
+
+
+def bias_figure(
+    profile: Mapping[str, Distribution], groups: Mapping[str, str], title: str = ""
+) -> Any:
+    """A matplotlib figure with one panel per axis that holds anything."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = [[axis for axis in column if profile[axis].raw] for column in _COLUMNS]
+    columns = [column for column in columns if column]
+    heights = [[_panel_height(profile[axis]) for axis in column] for column in columns]
+    height = max(sum(column) for column in heights)
+    whole = height + _TOP
+    has_stream = any(distribution.stream for distribution in profile.values())
+    pitch = _NAMES + _BARS + _COUNTS + (_SHARES if has_stream else 0.0)
+    inches = pitch * len(columns)
+    figure = plt.figure(figsize=(inches, whole))
+    letters = iter("abcdefgh")
+    for number, (axes, sizes) in enumerate(zip(columns, heights, strict=True)):
+        top = height
+        for axis, size in zip(axes, sizes, strict=True):
+            bottom, inner = top - size + _BELOW, size - _BELOW - _ABOVE
+            left = (number * pitch + _NAMES) / inches
+            place = figure.add_axes((left, bottom / whole, _BARS / inches, inner / whole))
+            _draw_panel(place, axis, profile[axis], groups, next(letters))
+            top -= size
+    figure.text(0.1 / inches, 1 - 0.1 / whole, title, fontsize=11, va="top", weight="bold")
+    _draw_legend(figure, profile, groups)
+    return figure
+
+
+def figure_files(
+    profile: Mapping[str, Distribution],
+    groups: Mapping[str, str],
+    folder: str | Path,
+    title: str = "",
+) -> list[Path]:
+    """Write bias.png (200 dpi) and bias.svg (text stays text); their paths."""
+    import matplotlib
+    import matplotlib.pyplot as plt
+
+    paths = [Path(folder) / "bias.png", Path(folder) / "bias.svg"]
+    with matplotlib.rc_context({"font.family": "DejaVu Sans", "svg.fonttype": "none"}):
+        figure = bias_figure(profile, groups, title)
+        for path in paths:
+            figure.savefig(path, dpi=200)
+        plt.close(figure)
+    return paths
+
+
+def _panel_height(distribution: Distribution) -> float:
+    """Inches of a panel with its title and axis."""
+    return len(bars_of(distribution)) * _BAR_HEIGHT + _ABOVE + _BELOW
+
+
+def _draw_panel(
+    place: Any, axis: str, distribution: Distribution, groups: Mapping[str, str], letter: str
+) -> None:
+    bars = bars_of(distribution)
+    total = sum(distribution.raw.values()) if axis != "label" else None
+    counts = [count for _, count, _ in bars]
+    ys = list(range(len(bars)))
+    names = [_shown(axis, name) for name, _, _ in bars]
+    colors = [_color(axis, name, groups) for name, _, _ in bars]
+    place.barh(ys, counts, height=0.72, color=colors, linewidth=0)
+    place.set_yticks(ys, names, fontsize=7)
+    place.set_ylim(len(bars) - 0.5, -0.5)
+    whole = total or max(counts)
+    shares = [share * whole for _, _, share in bars]
+    if axis != "label" and any(shares):
+        shown = [(share, y) for share, y in zip(shares, ys, strict=True) if share > 0]
+        place.plot(*zip(*shown, strict=True), "D", ms=3.2, mfc="white", mec=STREAM_COLOR, mew=1.0)
+    else:
+        shares = []
+    _scale(place, [*counts, *shares], may_be_log=axis not in ("age", "sex", "race"))
+    for y, count in zip(ys, counts, strict=True):
+        text = f"{count:,.0f}" + (f"  {count / total:.1%}" if total else "")
+        _beside(place, y, text, inches=_BARS + 0.03, color="#444444")
+    for y, (_, _, share) in zip(ys, bars, strict=True) if shares else ():
+        _beside(place, y, f"{share:.1%}", inches=_BARS + _COUNTS, color=STREAM_COLOR)
+    unit = "masks" if axis == "target" else "images"
+    place.set_xlabel(unit, fontsize=7, labelpad=1)
+    place.tick_params(axis="x", labelsize=6.5, length=2, pad=1.5)
+    place.tick_params(axis="y", length=0)
+    for side in ("top", "right", "left"):
+        place.spines[side].set_visible(False)
+    _above(place, f"{letter}  {TITLES[axis]}", points=13, fontsize=9, weight="bold")
+    _above(place, _summary_line(distribution), points=4, fontsize=6.5, color="#444444")
+
+
+def _above(place: Any, text: str, *, points: float, **style: Any) -> None:
+    """Text so far above the panel, from the left edge of its names."""
+    left = (0.15 - _NAMES) / _BARS
+    place.annotate(
+        text,
+        (left, 1),
+        xytext=(0, points),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        **style,
+    )
+
+
+def _beside(place: Any, y: int, text: str, *, inches: float, color: str) -> None:
+    """Text at the height of a bar, so far right of the panel's left edge."""
+    place.annotate(
+        text,
+        (inches / _BARS, y),
+        xycoords=("axes fraction", "data"),
+        fontsize=6.5,
+        va="center",
+        color=color,
+    )
+
+
+def _scale(place: Any, values: Sequence[float], *, may_be_log: bool) -> None:
+    """Logarithmic where the positive values span decades; else bars start at zero."""
+    positive = [value for value in values if value > 0]
+    if may_be_log and positive and max(positive) / min(positive) > LOG_SPAN:
+        place.set_xscale("log")
+        low = 10 ** math.floor(math.log10(min(positive)) - 1e-9)
+        place.set_xlim(low if min(positive) > 1 else 0.5 * min(positive), 1.3 * max(positive))
+        place.xaxis.set_minor_locator(_no_ticks())
+    else:
+        place.set_xlim(0, 1.08 * max(positive, default=1))
+        place.locator_params(axis="x", nbins=4)
+
+
+def _no_ticks() -> Any:
+    from matplotlib.ticker import NullLocator
+
+    return NullLocator()
+
+
+def _draw_legend(
+    figure: Any, profile: Mapping[str, Distribution], groups: Mapping[str, str]
+) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles: list[Any] = [
+        Patch(color=color, label=f"{group} targets")
+        for group, color in GROUP_COLORS.items()
+        if group in groups.values()
+    ]
+    if any(MISSING in distribution.raw for distribution in profile.values()):
+        handles.append(Patch(color=MISSING_COLOR, label="unknown"))
+    if any(distribution.stream for distribution in profile.values()):
+        style: dict[str, Any] = {"mfc": "white", "mec": STREAM_COLOR, "ls": "", "ms": 4}
+        label = "what the run draws, on the scale of the bars, and its share"
+        handles.append(Line2D([], [], marker="D", label=label, **style))
+    figure.legend(
+        handles=handles,
+        loc="upper left",
+        bbox_to_anchor=(0.0, 1 - 0.27 / figure.get_figheight()),
+        ncols=max(len(handles), 1),
+        fontsize=7,
+        frameon=False,
+        handlelength=1.2,
+    )
+
+
+def _shown(axis: str, name: str) -> str:
+    if name == MISSING:
+        return "no finding listed" if axis == "label" else "unknown"
+    text = SEX_NAMES.get(name, name) if axis == "sex" else name
+    return text if len(text) <= 34 else text[:32].rstrip() + " …"
+
+
+def _color(axis: str, name: str, groups: Mapping[str, str]) -> str:
+    if name == MISSING:
+        return MISSING_COLOR
+    return GROUP_COLORS.get(groups.get(name, ""), BAR_COLOR) if axis == "target" else BAR_COLOR
+
+
+def _summary_line(distribution: Distribution) -> str:
+    numbers = imbalance(distribution.raw)
+    if numbers.ratio is None or numbers.effective_number is None:
+        return "unknown throughout"
+    if numbers.num_categories == 1:
+        return "1 category"
+    return (
+        f"{numbers.num_categories} categories, worth {numbers.effective_number:.1f} equal ones; "
+        f"largest : smallest {_ratio(numbers.ratio)}"
+    )
+
+
+def _ratio(ratio: float) -> str:
+    return f"{ratio:,.0f} : 1" if ratio >= 10 else f"{ratio:.1f} : 1"
+
+
+# ---------------------------------------------------------------- page
+
+
+def write_page(
+    path: str | Path,
+    profile: Mapping[str, Distribution],
+    groups: Mapping[str, str],
+    sources: Sequence[Mapping[str, Any]],
+    picture: str | Path,
+    title: str,
+) -> None:
+    """One HTML file that needs no other: the figure, a table of sources, a table per axis.
+
+    `sources`: rows of equal keys, shown as they are.
+    """
+    image = base64.b64encode(Path(picture).read_bytes()).decode()
+    parts = [f"<h1>{html.escape(title)}</h1>", _table(sources)]
+    parts.append(f'<img alt="distributions" src="data:image/png;base64,{image}">')
+    for axis, distribution in profile.items():
+        if distribution.raw or distribution.stream:
+            parts.append(f"<h2>{TITLES[axis]}</h2><p>{_summary_line(distribution)}</p>")
+            parts.append(_table(_axis_rows(axis, distribution, groups)))
+    Path(path).write_text(
+        "<!doctype html><html lang='en'><meta charset='utf-8'>"
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style>"
+        f"<main>{''.join(parts)}</main></html>\n",
+        encoding="utf-8",
+    )
+
+
+def _axis_rows(
+    axis: str, distribution: Distribution, groups: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    total = sum(distribution.raw.values())
+    rows = []
+    for name, count, share in bars_of(distribution, limit=1 << 30):
+        row: dict[str, Any] = {TITLES[axis].lower(): _shown(axis, name), "on disk": f"{count:,.0f}"}
+        if axis == "target":
+            row["group"] = groups.get(name, "")
+        if axis != "label":
+            row["share"] = f"{count / total:.2%}" if total else ""
+        if distribution.stream:
+            row["share of the run"] = f"{share:.2%}"
+        rows.append(row)
+    return rows
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    if not rows:
+        return ""
+    head = "".join(f"<th>{html.escape(str(name))}</th>" for name in rows[0])
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in row.values()) + "</tr>"
+        for row in rows
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+_STYLE = (
+    "body{font:15px/1.45 system-ui,sans-serif;color:#222;margin:0}main{max-width:1200px;"
+    "margin:auto;padding:1.5rem}img{max-width:100%}table{border-collapse:collapse;margin:.6rem 0}"
+    "th,td{padding:.15rem .8rem .15rem 0;border-bottom:1px solid #ddd;text-align:left;"
+    "font-variant-numeric:tabular-nums}h2{margin-top:2rem}"
+)

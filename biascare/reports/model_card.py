@@ -1,0 +1,168 @@
+"""README.md of an export: where the model comes from, its data, what it can and what not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from biascare.training.checkpoint import PARTIAL
+
+RESEARCH_ONLY = (
+    "For research on bias-aware segmentation and question answering. Not a medical device: it must "
+    "not be used for diagnosis or treatment, and it was not validated clinically. Licences of the "
+    "base model and of the data apply to these weights too."
+)
+
+
+NUM_WEAKEST = 5
+"""Targets of lowest Dice that the card names."""
+
+
+class RunFacts(NamedTuple):
+    """What a run's folder knows about the model of one step."""
+
+    name: str
+    step: int
+    config: dict[str, Any]  # resolved
+    config_file: Path  # the same, as the run wrote it
+    about: dict[str, Any]  # run.json
+    evaluation: dict[str, Any] | None  # the newest up to that step, with its "step"
+
+
+def model_card(run: RunFacts, folder: Path) -> str:
+    """README.md of an export: origin, data, results, use, limits. `folder` holds its files."""
+    merged = (folder / "mllm").is_dir()
+    sections = (
+        _front_matter(run),
+        f"# {run.name}, step {run.step}",
+        "BiasCareVL (arXiv 2604.16884), trained with `biascare`, an independent implementation.",
+        _usage(folder.name.removesuffix(PARTIAL), merged),
+        "## Origin",
+        _table(("what", "value"), _origin(run, merged)),
+        "## Training data",
+        _table(_DATA_COLUMNS, _data(run)),
+        "## Results on held-out records",
+        *_results(run.evaluation),
+        "## Intended use and limits",
+        *_limits(run),
+        "The configuration of the run is in `training_config.yaml`.",
+    )
+    return "\n\n".join(sections) + "\n"
+
+
+def released_card(source: Path, report: str, folder: Path) -> str:
+    """README.md of an authors' checkpoint in our format. `report` says what was loaded."""
+    sections = (
+        f"# {source.name}",
+        "BiasCareVL (arXiv 2604.16884): weights of its authors, in the format of `biascare`, an "
+        "independent implementation. Nothing was trained here, and nothing evaluated.",
+        _usage(folder.name.removesuffix(PARTIAL), merged=True),
+        "## Origin",
+        f"```\n{report}\n```",
+        "## Intended use and limits",
+        RESEARCH_ONLY,
+    )
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(run: RunFacts) -> str:
+    lines = ["library_name: biascare", "tags: [medical, segmentation, visual-question-answering]"]
+    base = run.config["model"]["mllm"]
+    # A path on the training machine is no model id.
+    if base and re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).is_dir():
+        lines.append(f"base_model: {base}")
+    return "\n".join(["---", *lines, "---"])
+
+
+def _usage(name: str, merged: bool) -> str:
+    lines = [
+        "```python",
+        "from biascare.models import BiasCareVL",
+        "",
+        f'model = BiasCareVL.from_pretrained("{name}")',
+        "```",
+    ]
+    if merged:
+        lines += [
+            "",
+            "`mllm/` is a plain Hugging Face folder: the language side alone opens with "
+            "`AutoModelForImageTextToText` and `AutoProcessor`.",
+        ]
+    return "\n".join(lines)
+
+
+def _origin(run: RunFacts, merged: bool) -> Iterator[tuple[Any, ...]]:
+    model, train = run.config["model"], run.config["train"]
+    absent = () if train["stage"] == "joint" else ("lora", "query_attention")
+    trained = [part for part, on in train["trainable"].items() if on and part not in absent]
+    yield "stage", train["stage"]
+    if model["mllm"]:
+        yield "base MLLM", f"{model['mllm']}{' (adapter folded in)' if merged else ''}"
+        yield "LoRA", f"rank {model['lora_rank']}, alpha {model['lora_alpha']}"
+    yield "vision pathway", f"{model['vision']} at {model['image_size']} px"
+    yield "its initial weights", model["vision_weights"] or "random"
+    yield "trained parts", ", ".join(trained)
+    yield "steps x global batch", f"{run.step} of {train['max_steps']} x {train['global_batch']}"
+    yield "precision, seed", f"{train['precision']}, {train['seed']}"
+    yield "code", f"commit {run.about.get('git_commit', 'unknown')}"
+
+
+_DATA_COLUMNS = ("task", "source", "split", "version", "images", "weight", "licence", "content")
+
+
+def _data(run: RunFacts) -> Iterator[tuple[Any, ...]]:
+    """One row per record folder; its content hash identifies the data exactly."""
+    for source in run.about.get("data", []):
+        yield tuple(source[column] for column in _DATA_COLUMNS)
+
+
+def _results(evaluation: dict[str, Any] | None) -> Iterator[str]:
+    if evaluation is None:
+        yield "This run was not evaluated up to this step."
+        return
+    yield (
+        f"At step {evaluation['step']}, on the folders of `data.eval_segmentation` and "
+        "`data.eval_language`, none of which was trained on. Whether they share patients or images "
+        "with the training data is what `scripts/lint_data.py` checks."
+    )
+    masks = evaluation.get("segmentation", {})
+    if masks.get("num_masks"):
+        rows = []
+        for metric in (name for name in masks if name.startswith("dice")):
+            scores = masks[metric]
+            rows.append((metric, "all", masks["num_masks"], scores["mean"]))
+            for axis in ("by_group", "by_modality"):
+                for name, cell in scores[axis].items():
+                    rows.append((metric, name, cell["num"], cell["mean"]))
+        yield _table(("metric", "group", "masks", "mean"), iter(rows))
+    answers = evaluation.get("answers", {})
+    if answers:
+        kinds = ((k, c["num"], c["accuracy"], c["best_constant"]) for k, c in answers.items())
+        yield _table(("questions", "n", "accuracy", "best constant answer"), kinds)
+
+
+def _limits(run: RunFacts) -> Iterator[str]:
+    yield (
+        f"{RESEARCH_ONLY} It knows the modalities, targets and phrasings of the data above and "
+        "nothing else; its errors on other scanners, populations and questions are unknown."
+    )
+    masks = (run.evaluation or {}).get("segmentation", {})
+    targets = masks.get("dice", {}).get("by_target", {})
+    weakest = sorted(targets.items(), key=lambda item: item[1]["mean"])[:NUM_WEAKEST]
+    if weakest:
+        named = ", ".join(f"{name} {c['mean']:.2f} (n = {c['num']})" for name, c in weakest)
+        yield f"Weakest targets by Dice on the held-out records: {named}."
+
+
+def _table(columns: tuple[str, ...], rows: Iterator[tuple[Any, ...]]) -> str:
+    """Markdown; numbers that are no counts to three digits."""
+    cells = [
+        [f"{v:.3f}" if isinstance(v, float) else "-" if v is None else str(v) for v in row]
+        for row in rows
+    ]
+    lines = [columns, ["---"] * len(columns), *cells] if cells else []
+    # A bar inside a name would end its cell.
+    text = ["| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in lines]
+    return "\n".join(text) or "Not recorded."

@@ -1,0 +1,189 @@
+"""What happens after every optimizer step: progress, ledger, checkpoints, evaluation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from biascare.interfaces import Batch
+from biascare.training.checkpoint import CheckpointStore
+from biascare.training.progress import GroupMeter, RunLog, peak_memory_gib, progress_line
+from biascare.training.ranks import gather_objects, local_device, rank, world_size
+
+
+class StepState(NamedTuple):
+    """What hooks get to see after an optimizer step."""
+
+    step: int  # optimizer steps done
+    micro_batches: list[Batch]
+    outcomes: list[dict[str, Any]]  # of `TrainStep`, one per micro-batch
+    seconds: float  # of the whole step
+    data_seconds: float  # of it, waiting for the loader
+    learning_rates: dict[str, float]  # of this step, by pathway
+    skipped: bool  # non-finite: no weight changed
+
+
+class Hook(Protocol):
+    """Called after every optimizer step, on every rank."""
+
+    def __call__(self, state: StepState) -> None: ...
+
+
+class BadDataError(RuntimeError):
+    """More samples were unreadable than the run allows."""
+
+
+LEDGER_HORIZON = 1000
+"""The share of bad samples is judged as if at least so many had been seen: one early bad sample is
+not a high share yet."""
+
+
+class LogHook:
+    """Progress line and metrics every `every` steps; the first step too, to show life."""
+
+    def __init__(self, log: RunLog, engine: Any, every: int, max_steps: int):
+        self.log = log
+        self.engine = engine
+        self.every = every
+        self.max_steps = max_steps
+        self.meter = GroupMeter()
+        self.reset()
+
+    def reset(self) -> None:
+        self.terms: list[dict[str, Tensor]] = []  # per micro-batch
+        self.seconds = self.data_seconds = 0.0
+        self.num_steps = self.num_skipped = self.samples = self.positions = 0
+        self.tokens = torch.zeros((), device=local_device())  # of the positions, not padding
+
+    def __call__(self, state: StepState) -> None:
+        self.collect(state)
+        if state.step % self.every and state.step not in (1, self.max_steps):
+            return
+        values = self.summarise(state)
+        self.log.record("train", state.step, values)
+        self.log.say(progress_line(state.step, self.max_steps, values))
+        self.reset()
+
+    def collect(self, state: StepState) -> None:
+        self.num_steps += 1
+        self.num_skipped += state.skipped
+        self.seconds += state.seconds
+        self.data_seconds += state.data_seconds
+        for batch, outcome in zip(state.micro_batches, state.outcomes, strict=True):
+            self.samples += len(batch.meta)
+            if batch.mllm_inputs:
+                mask = batch.mllm_inputs["attention_mask"]
+                self.positions += mask.numel()
+                self.tokens += mask.sum()
+            if state.skipped:  # its NaN would hide the steps around it
+                continue
+            self.terms.append({"total": outcome["loss"]} | outcome["terms"])
+            if outcome["rows"] is not None:
+                self.meter.add(outcome["rows"], batch.meta)
+
+    def summarise(self, state: StepState) -> dict[str, Any]:
+        """Collective. Throughput of the interval is over all ranks; what it waited for, its padding
+        and its memory are of rank 0."""
+        tokens, samples = float(self.tokens), self.samples * world_size()
+        return {
+            "loss": self.mean_terms(),
+            "grad_norm": float(self.engine.get_global_grad_norm() or 0.0),
+            "lr": state.learning_rates,
+            "skipped_steps": self.num_skipped,
+            "samples_per_second": samples / self.seconds,
+            "tokens_per_second": tokens * world_size() / self.seconds,
+            "data_wait": self.data_seconds / self.seconds,
+            "pad_share": (self.positions - tokens) / max(1, self.positions),
+            "peak_memory_gib": peak_memory_gib(),
+            "eta_seconds": self.seconds / self.num_steps * (self.max_steps - state.step),
+            "by": self.meter.take(),
+        }
+
+    def mean_terms(self) -> dict[str, float]:
+        """Every loss term over the micro-batches of all ranks.
+
+        A micro-batch without a term adds 0 to it, as it does to the objective.
+        """
+        sums: dict[str, float] = {}
+        for terms in self.terms:
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+        total = 0
+        merged: dict[str, float] = {}
+        for num_micro_batches, mine in gather_objects((len(self.terms), sums)):
+            total += num_micro_batches
+            for name, value in mine.items():
+                merged[name] = merged.get(name, 0.0) + value
+        return {name: value / total for name, value in merged.items()}
+
+
+class LedgerHook:
+    """Samples that had to be replaced: written down, and too many of them end the run."""
+
+    def __init__(self, folder: Path, max_share: float):
+        self.path = folder / f"replaced_samples.rank{rank()}.jsonl"
+        self.max_share = max_share
+        self.seen = self.replaced = 0
+
+    def __call__(self, state: StepState) -> None:
+        for batch in state.micro_batches:
+            replaced = {meta["position"]: meta["replaced"] for meta in batch.meta}
+            bad = {position: reasons for position, reasons in replaced.items() if reasons}
+            self.seen += len(replaced)
+            self.replaced += len(bad)
+            if bad:
+                self.write(state.step, bad)
+
+    def write(self, step: int, bad: dict[int, list[str]]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            for position, reasons in bad.items():
+                line = {"step": step, "position": position, "reasons": reasons}
+                file.write(json.dumps(line) + "\n")
+        print(f"WARNING {len(bad)} unreadable samples replaced, see {self.path}", flush=True)
+        if self.replaced > self.max_share * max(self.seen, LEDGER_HORIZON):
+            raise BadDataError(
+                f"{self.replaced} of {self.seen} samples could not be read, more than "
+                f"data.max_bad_samples {self.max_share:.2%}; see {self.path}"
+            )
+
+
+class CheckpointHook:
+    """Save every `every` steps and at the end."""
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        engine: Any,
+        every: int,
+        max_steps: int,
+        fingerprint: dict[str, Any],
+    ):
+        self.store = store
+        self.engine = engine
+        self.every = every
+        self.max_steps = max_steps
+        self.fingerprint = fingerprint
+
+    def __call__(self, state: StepState) -> None:
+        due = self.every and state.step % self.every == 0
+        if due or state.step == self.max_steps:
+            self.store.save(self.engine, state.step, {"step": state.step}, self.fingerprint)
+
+
+class EvalHook:
+    """Run `evaluate(step)` every `every` steps and at the end."""
+
+    def __init__(self, evaluate: Callable[[int], Any], every: int, max_steps: int):
+        self.evaluate = evaluate
+        self.every = every
+        self.max_steps = max_steps
+
+    def __call__(self, state: StepState) -> None:
+        due = self.every and state.step % self.every == 0
+        if due or state.step == self.max_steps:
+            self.evaluate(state.step)

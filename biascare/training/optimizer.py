@@ -1,0 +1,79 @@
+"""AdamW's parameter groups and their learning rates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+
+NO_DECAY = "_no_decay"
+"""End of the name of a parameter group without weight decay."""
+
+
+class OptimizerSettings(NamedTuple):
+    """AdamW and its schedule."""
+
+    lr: float
+    mllm_lr: float
+    betas: tuple[float, float]
+    weight_decay: float
+    grad_clip: float
+    warmup_steps: int
+    final_lr_ratio: float
+    max_steps: int
+
+
+def learning_rate_factor(step: int, settings: OptimizerSettings) -> float:
+    """Linear warm-up, then linear decay to `final_lr_ratio` at `max_steps`."""
+    if step < settings.warmup_steps:
+        return (step + 1) / settings.warmup_steps
+    decay_steps = max(1, settings.max_steps - settings.warmup_steps)
+    progress = min(1.0, (step - settings.warmup_steps) / decay_steps)
+    return 1 - (1 - settings.final_lr_ratio) * progress
+
+
+def parameter_groups(
+    parts: Mapping[str, list[nn.Parameter]],
+    mllm_parts: tuple[str, ...],
+    settings: OptimizerSettings,
+) -> list[dict[str, Any]]:
+    """AdamW groups: two pathways, each with and without weight decay; frozen parameters left out.
+
+    `parts` maps part names to parameters; those of `mllm_parts` train at `mllm_lr`. Norms and
+    biases (everything below two dimensions) do not decay.
+    """
+    groups = []
+    for pathway, lr in (("vision", settings.lr), ("mllm", settings.mllm_lr)):
+        mine = [
+            p
+            for part, parameters in parts.items()
+            if (part in mllm_parts) == (pathway == "mllm")
+            for p in parameters
+            if p.requires_grad
+        ]
+        for decays in (True, False):
+            chosen = [p for p in mine if (_ndim(p) >= 2) == decays]
+            if chosen:
+                groups.append(
+                    {
+                        "params": chosen,
+                        "lr": lr,
+                        "weight_decay": settings.weight_decay if decays else 0.0,
+                        "name": pathway if decays else pathway + NO_DECAY,
+                    }
+                )
+    if not groups:
+        raise ValueError("nothing is trainable; switch on at least one part of train.trainable")
+    return groups
+
+
+def _ndim(parameter: nn.Parameter) -> int:
+    """Also under ZeRO-3, where a partitioned parameter is flat."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def learning_rates(engine: Any) -> dict[str, float]:
+    """Rate of each pathway in the step that comes next."""
+    groups = engine.optimizer.param_groups
+    return {group["name"].removesuffix(NO_DECAY): group["lr"] for group in groups}

@@ -1,1 +1,0 @@
-"""What the converters share: the shard protocol, careful readers, words."""

@@ -1,0 +1,1 @@
+"""Careful readers of foreign file formats."""

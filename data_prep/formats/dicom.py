@@ -1,0 +1,290 @@
+"""DICOM series -> volumes, without the patient: what may leave a file is listed, all else stays.
+
+    series = list_series(folder, key)                   # reads three identifiers per file
+    volume, facts = read_series(folder, series[0].files)
+
+De-identification is by allow-list: ALLOWED names the attributes that may enter records, and the
+three identifiers enter as keyed pseudonyms (HMAC-SHA256), which only the owner of the key can link.
+Pixels may name a patient too: images that say so, ultrasound and secondary captures are quarantined
+until a person has looked at them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from biascare.records import MAX_IMAGE_PIXELS
+from biascare.records.vocabulary import canonical_modality
+from data_prep.formats.slices import MAX_VOLUME_BYTES, Range, Volume, check_affine, import_medical
+from data_prep.pipeline.options import sex_of
+from data_prep.pipeline.shards import UnusableItemError
+
+ALLOWED = ("Modality", "BodyPartExamined", "PatientSex", "PatientAge")
+"""Attributes whose words enter records. All are coded strings, none is free text."""
+
+IDENTIFIERS = ("SeriesInstanceUID", "StudyInstanceUID", "PatientID")
+
+AGE_UNITS = {"Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}
+OLDEST = 90.0
+"""Years. Older patients are so few that their age names them; all are given this age."""
+
+MIN_KEY_BYTES = 16
+
+QUARANTINED_MODALITIES = ("US", "IVUS", "SC", "OT", "DOC", "XC")
+SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+ULTRASOUND = ("1.2.840.10008.5.1.4.1.1.6", "1.2.840.10008.5.1.4.1.1.3.1")
+
+SAME_IN_A_SERIES = ("Rows", "Columns", "PhotometricInterpretation", "Modality")
+
+
+class Series(NamedTuple):
+    """Files of one series, and its pseudonyms."""
+
+    files: tuple[str, ...]  # relative to the folder
+    series: str
+    study: str
+    patient: str | None
+
+
+class Facts(NamedTuple):
+    """What records say about a series."""
+
+    modality: str  # canonical
+    anatomy: str
+    sex: str | None
+    age: float | None  # years
+
+
+def read_key(path: Path) -> bytes:
+    """The secret of the pseudonyms. Raises ValueError when there is none or it is short."""
+    key = path.read_bytes() if path.is_file() else b""
+    if len(key.strip()) < MIN_KEY_BYTES:
+        raise ValueError(
+            f"{path} must hold a secret of at least {MIN_KEY_BYTES} bytes; make one with: "
+            f"head -c 32 /dev/urandom > {path}. Keep it: the same key gives the same pseudonyms"
+        )
+    return key
+
+
+def pseudonym(key: bytes, kind: str, value: str) -> str:
+    """80 bits of HMAC-SHA256 as hex. `kind` keeps equal values of two attributes apart."""
+    return hmac.new(key, f"{kind}:{value}".encode(), hashlib.sha256).hexdigest()[:20]
+
+
+def list_series(folder: Path, key: bytes) -> list[Series]:
+    """All series below a folder, in order of their first file. Files that are not DICOM are passed
+    over; files without a series are one series each."""
+    pydicom = import_medical("pydicom")
+    found: dict[str, tuple[list[str], Any]] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        if not pydicom.misc.is_dicom(path) or path.name == "DICOMDIR":
+            continue
+        relative = path.relative_to(folder).as_posix()
+        header = _read_header(path, IDENTIFIERS)
+        uid = str(header.get("SeriesInstanceUID", "") or relative)
+        found.setdefault(uid, ([], header))[0].append(relative)
+    return [_series(key, uid, files, header) for uid, (files, header) in found.items()]
+
+
+def read_series(folder: Path, files: Sequence[str], cleared: bool = False) -> tuple[Volume, Facts]:
+    """Slices in anatomical order, rescaled. `cleared`: a person has looked at a quarantined series.
+
+    Raises UnusableItemError for what is quarantined, of several frames or colours, cut off, or not
+    one stack of slices.
+    """
+    slices = [_read_slice(folder / name, cleared) for name in files]
+    _check_same(slices)
+    num_bytes = 4 * sum(int(s.Rows) * int(s.Columns) for s in slices)
+    if num_bytes > MAX_VOLUME_BYTES:
+        raise UnusableItemError(f"volume of {num_bytes:,} bytes is above {MAX_VOLUME_BYTES:,}")
+    slices, affine, even = _stack(slices)
+    volume = Volume(
+        voxels=np.stack([_values(one) for one in slices]),
+        slope=1.0,
+        intercept=0.0,
+        affine=affine,
+        shown=_stated_range(slices[0]),
+        inverted=str(slices[0].PhotometricInterpretation) == "MONOCHROME1",
+        even=even,
+    )
+    return volume, _facts(slices[0])
+
+
+def age_of(text: str) -> float | None:
+    """ "045Y", "018M" -> years, at most OLDEST; None for anything else."""
+    digits, unit = text[:-1], text[-1:].upper()
+    if not (digits.isdigit() and unit in AGE_UNITS):
+        return None
+    return min(int(digits) * AGE_UNITS[unit], OLDEST)
+
+
+def _series(key: bytes, uid: str, files: list[str], header: Any) -> Series:
+    study, patient = (str(header.get(name, "") or "") for name in IDENTIFIERS[1:])
+    return Series(
+        files=tuple(files),
+        series=pseudonym(key, "series", uid),
+        study=pseudonym(key, "study", study or uid),
+        patient=pseudonym(key, "patient", patient) if patient else None,
+    )
+
+
+def _read_header(path: Path, names: Iterable[str]) -> Any:
+    pydicom = import_medical("pydicom")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(names))
+    except Exception:  # a damaged file is met again, and reported, when it is converted
+        return pydicom.Dataset()
+
+
+def _read_slice(path: Path, cleared: bool) -> Any:
+    """One file, its header checked."""
+    pydicom = import_medical("pydicom")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of values that are not used here
+            dataset = pydicom.dcmread(path)
+            _check_header(dataset, cleared)
+    except UnusableItemError:
+        raise
+    except Exception as error:  # pydicom's parser raises whatever a damaged file makes it meet
+        raise UnusableItemError("DICOM file unreadable") from error
+    return dataset
+
+
+def _check_header(dataset: Any, cleared: bool) -> None:
+    reason = None if cleared else _quarantine(dataset)
+    if reason:
+        raise UnusableItemError(f"quarantined: {reason}; look at it, then list it in --cleared")
+    if "PixelData" not in dataset:
+        raise UnusableItemError("DICOM file without pixels")
+    if int(dataset.get("NumberOfFrames", 1) or 1) > 1:
+        raise UnusableItemError("several frames in one DICOM file; split it into single frames")
+    photometric = str(dataset.PhotometricInterpretation)
+    if photometric not in ("MONOCHROME1", "MONOCHROME2") or int(dataset.SamplesPerPixel) != 1:
+        raise UnusableItemError(f"photometric interpretation {photometric} is not monochrome")
+    num_pixels = int(dataset.Rows) * int(dataset.Columns)
+    if not 0 < num_pixels <= MAX_IMAGE_PIXELS:
+        raise UnusableItemError(f"image of {dataset.Rows} x {dataset.Columns} pixels refused")
+    compressed = dataset.file_meta.TransferSyntaxUID.is_compressed
+    if not compressed and len(dataset.PixelData) < num_pixels * int(dataset.BitsAllocated) // 8:
+        raise UnusableItemError("DICOM pixels are cut off")
+
+
+def _quarantine(dataset: Any) -> str | None:
+    """Why a person must look at the pixels first."""
+    sop_class = str(dataset.get("SOPClassUID", ""))
+    if str(dataset.get("BurnedInAnnotation", "")).strip().upper() == "YES":
+        return "burned-in annotation"
+    if sop_class.startswith(ULTRASOUND) or str(dataset.get("Modality", "")) in ("US", "IVUS"):
+        return "ultrasound, which often shows the name"
+    is_capture = sop_class.startswith(SECONDARY_CAPTURE) or "ConversionType" in dataset
+    if is_capture or str(dataset.get("Modality", "")) in QUARANTINED_MODALITIES:
+        return "secondary capture"
+    return None
+
+
+def _check_same(slices: Sequence[Any]) -> None:
+    for name in SAME_IN_A_SERIES:
+        values = {str(one.get(name, "")) for one in slices}
+        if len(values) > 1:
+            raise UnusableItemError(f"slices of one series differ in {name}")
+
+
+def _stack(slices: list[Any]) -> tuple[list[Any], np.ndarray | None, bool]:
+    """Slices in order along their normal, the affine of [slices, rows, columns], and whether the
+    distances are equal.
+
+    Images without geometry (radiographs) keep the order of their instance numbers; affine None.
+    """
+    if any(
+        one.get("ImageOrientationPatient") is None or one.get("ImagePositionPatient") is None
+        for one in slices
+    ):
+        return sorted(slices, key=lambda one: int(one.get("InstanceNumber", 0) or 0)), None, True
+    directions = np.array([one.ImageOrientationPatient for one in slices], dtype=np.float64)
+    positions = np.array([one.ImagePositionPatient for one in slices], dtype=np.float64)
+    if np.abs(directions - directions[0]).max() > 1e-3:
+        raise UnusableItemError("slices of one series lie in different directions")
+    along_columns, along_rows = directions[0, :3], directions[0, 3:]
+    normal = np.cross(along_columns, along_rows)
+    depths = positions @ normal
+    order = np.argsort(depths, kind="stable")
+    step, even = _step(depths[order], slices[0])
+    row_mm, column_mm = (float(mm) for mm in slices[0].get("PixelSpacing", (1.0, 1.0)))
+    lps = np.eye(4)
+    lps[:3, 0], lps[:3, 1], lps[:3, 2] = (
+        normal * step,
+        along_rows * row_mm,
+        along_columns * column_mm,
+    )
+    lps[:3, 3] = positions[order[0]]
+    # DICOM counts to the left and to the back, the affine here to the right and to the front.
+    affine = check_affine(np.diag([-1.0, -1.0, 1.0, 1.0]) @ lps)
+    return [slices[k] for k in order], affine, even
+
+
+def _step(depths: np.ndarray, first: Any) -> tuple[float, bool]:
+    """Millimetres between slices, and whether they are equal. Raises UnusableItemError for several
+    images at one place."""
+    if len(depths) == 1:
+        return float(first.get("SliceThickness", 1.0) or 1.0), True
+    steps = np.diff(depths)
+    if steps.min() < 1e-3:
+        raise UnusableItemError("several images at one place: time points or echoes in one series")
+    return float(np.median(steps)), bool(steps.max() <= 1.1 * steps.min())
+
+
+def _values(dataset: Any) -> np.ndarray:
+    """Pixels in the units of the modality, float32 [H, W]."""
+    pixels = import_medical("pydicom.pixels")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            values = pixels.apply_modality_lut(dataset.pixel_array, dataset)
+    except Exception as error:  # each decoder has its own errors
+        syntax = dataset.file_meta.TransferSyntaxUID.name
+        raise UnusableItemError(
+            f"pixels cannot be decoded ({syntax}); compressed ones may need: pip install pylibjpeg "
+            "pylibjpeg-libjpeg pylibjpeg-openjpeg"
+        ) from error
+    if values.shape != (int(dataset.Rows), int(dataset.Columns)):
+        raise UnusableItemError("DICOM pixels and header differ in size")
+    return np.asarray(values, dtype=np.float32)
+
+
+def _stated_range(dataset: Any) -> Range | None:
+    """First window of the file as (black, white), by the linear functions of DICOM PS3.3 C.11.2."""
+    center, width = dataset.get("WindowCenter"), dataset.get("WindowWidth")
+    if center is None or width is None:
+        return None
+    center, width = (float(np.atleast_1d(value)[0]) for value in (center, width))
+    function = str(dataset.get("VOILUTFunction", "LINEAR"))
+    if function == "LINEAR" and width > 1:
+        return (center - 0.5 - (width - 1) / 2, center - 0.5 + (width - 1) / 2)
+    if function == "LINEAR_EXACT" and width > 0:
+        return (center - width / 2, center + width / 2)
+    return None
+
+
+def _facts(dataset: Any) -> Facts:
+    words = {name: str(dataset.get(name, "") or "").strip() for name in ALLOWED}
+    try:
+        sex = sex_of(words["PatientSex"])
+        modality = canonical_modality(words["Modality"])
+    except ValueError as error:
+        raise UnusableItemError(str(error)) from error
+    return Facts(
+        modality=modality,
+        anatomy=words["BodyPartExamined"].lower(),
+        sex=sex,
+        age=age_of(words["PatientAge"]),
+    )

@@ -1,0 +1,168 @@
+"""Volumes -> slices as radiologists look at them: orientation, window, 8-bit grey.
+
+    slices = oriented(voxels, affine, "axial")            # [slices, H, W]: patient's right at left
+    grey = to_grey(slices[40] * slope + intercept, (-160.0, 240.0))
+
+Orientation is a permutation and flips of the stored axes, never an interpolation: every voxel is a
+pixel of exactly one slice, and an oblique volume is shown along its own nearest axes.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from data_prep.pipeline.shards import UnusableItemError
+
+PLANES = {"axial": "SPL", "coronal": "PIL", "sagittal": "LIP"}
+"""Plane -> where the slice number, the row and the column grow to. Axial: front up, patient's right
+at image left. Coronal: head up, patient's right at left. Sagittal: head up, front at left."""
+
+CT_WINDOW = (40.0, 400.0)
+"""Level and width in HU: soft tissue."""
+
+PERCENTILES = (0.5, 99.5)
+NUM_SAMPLES = 2_000_000
+"""Voxels that percentiles are taken from, evenly spaced."""
+
+MAX_VOLUME_BYTES = 4 * 2**30
+"""Of the unpacked voxels. A header may state any size; a CT of 2,000 slices has one gigabyte."""
+
+Range = tuple[float, float]
+"""Values shown as black and as white."""
+
+
+class Volume(NamedTuple):
+    """Voxels as stored, and what they mean."""
+
+    voxels: np.ndarray  # [I, J, K] numbers; value = voxels * slope + intercept
+    slope: float
+    intercept: float
+    affine: np.ndarray | None  # [4, 4] index (i, j, k) -> mm (right, anterior, superior); None:
+    # slices [I, J, K] = [slices, H, W] without geometry, shown as stored
+    shown: Range | None  # range that the file asks for
+    inverted: bool  # small values are white
+    even: bool = True  # slices along I have equal distances
+
+
+def oriented(array: np.ndarray, affine: np.ndarray | None, plane: str) -> np.ndarray:
+    """[I, J, K] -> view [slices, H, W] in the order of PLANES; without affine as it is."""
+    if affine is None:
+        return array
+    return np.asarray(_nibabel().apply_orientation(array, _transform(affine, plane)))
+
+
+def spacing_of(affine: np.ndarray, plane: str) -> tuple[float, float, float]:
+    """Millimetres between slices, rows and columns of the oriented volume."""
+    zooms = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    order = _transform(affine, plane)[:, 0].astype(int)
+    target = np.empty(3)
+    target[order] = zooms
+    return (float(target[0]), float(target[1]), float(target[2]))
+
+
+def check_even(volume: Volume, plane: str) -> None:
+    """Raises UnusableItemError for a reformation of slices that are not evenly spaced."""
+    if (
+        volume.affine is not None
+        and not volume.even
+        and _transform(volume.affine, plane)[0, 0] != 0
+    ):
+        raise UnusableItemError(f"slices are missing: no {plane} images can be cut from the others")
+
+
+def range_shown(volume: Volume, modality: str, window: str | Range | None) -> Range:
+    """Values that become black and white.
+
+    `window`: (level, width), "file", "percentile", or None: what the file asks for, else CT_WINDOW
+    for CT, else percentiles of the whole volume. Raises UnusableItemError when that says nothing.
+    """
+    if window is None:
+        window = "file" if volume.shown else CT_WINDOW if modality == "ct" else "percentile"
+    if window == "file":
+        if volume.shown is None:
+            raise UnusableItemError("the file states no window; give --window LEVEL,WIDTH")
+        return volume.shown
+    if window == "percentile":
+        return _percentiles(volume)
+    assert not isinstance(window, str)
+    level, width = window
+    return (level - width / 2, level + width / 2)
+
+
+def slice_values(volume: Volume, plane: str) -> Iterator[np.ndarray]:
+    """Slices in display order, float32 [H, W], in the units of the modality."""
+    for values in oriented(volume.voxels, volume.affine, plane):
+        yield values.astype(np.float32) * volume.slope + volume.intercept
+
+
+def to_grey(values: np.ndarray, shown: Range, inverted: bool = False) -> np.ndarray:
+    """Values [H, W] -> uint8 [H, W]: linear between the ends of the range, cut off beyond. A value
+    that is no number is shown as the lower end."""
+    low, high = shown
+    scaled = np.nan_to_num((values - low) / (high - low), nan=0.0, posinf=1.0, neginf=0.0)
+    grey = np.rint(np.clip(scaled, 0.0, 1.0) * 255).astype(np.uint8)
+    return 255 - grey if inverted else grey
+
+
+def png_of(grey: np.ndarray) -> bytes:
+    """uint8 [H, W] -> PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(grey)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def check_affine(affine: np.ndarray) -> np.ndarray:
+    """Raises UnusableItemError for an affine that maps to a plane or to nowhere."""
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise UnusableItemError("orientation unusable: the affine is singular or not finite")
+    return affine
+
+
+def affine_of_codes(codes: str, zooms: tuple[float, ...]) -> np.ndarray:
+    """ "RAS" and millimetres -> affine [4, 4]; the letters say where each stored axis grows to."""
+    ornt = _nibabel().axcodes2ornt(tuple(codes))
+    affine = np.eye(4)
+    affine[:3, :3] = 0.0
+    for axis, (world, sign) in enumerate(ornt):
+        affine[int(world), axis] = sign * zooms[axis]
+    return affine
+
+
+def _transform(affine: np.ndarray, plane: str) -> np.ndarray:
+    orientations = _nibabel()
+    stored = orientations.io_orientation(affine)
+    wanted = orientations.axcodes2ornt(tuple(PLANES[plane]))
+    return np.asarray(orientations.ornt_transform(stored, wanted))
+
+
+def _percentiles(volume: Volume) -> Range:
+    flat = volume.voxels.reshape(-1)
+    sample = flat[:: 1 + flat.size // NUM_SAMPLES].astype(np.float32)
+    sample = sample[np.isfinite(sample)]
+    ends = np.percentile(sample, PERCENTILES) if sample.size else np.zeros(2)
+    low, high = sorted(float(end) * volume.slope + volume.intercept for end in ends)
+    if low == high:
+        raise UnusableItemError("volume is constant, there is nothing to see")
+    return (low, high)
+
+
+def _nibabel() -> Any:
+    return import_medical("nibabel.orientations")
+
+
+def import_medical(name: str) -> Any:
+    """A module of the extra [medical]. Raises ValueError that says how to install it."""
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(
+            f"volumes need {name.partition('.')[0]}, which is not installed: "
+            "pip install 'biascare[medical]'"
+        ) from error

@@ -1,0 +1,1 @@
+"""What the converters share: shards, workers, ledger, options."""

@@ -1,0 +1,199 @@
+"""Files of a raw release, read with suspicion: tables, images, counts.
+
+    for row in read_table(find_table(source, "mimic-cxr-2.0.0-split.csv"), ("dicom_id", "split")):
+        ...
+    image = read_image(file_inside(source, row["path"]))
+
+What is wrong with a whole file is a ValueError for the user; what is wrong with one image is an
+UnusableItemError, which ends in the ledger.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import io
+import json
+import warnings
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image, UnidentifiedImageError
+from rich.console import Console
+
+from biascare.records import MAX_IMAGE_PIXELS
+from data_prep.pipeline.shards import UnusableItemError
+
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF")
+"""What is looked for in an image file. PNG and JPEG keep their bytes, the rest becomes PNG."""
+
+REENCODED_MODES = {"P": "RGB", "PA": "RGBA", "1": "L", "CMYK": "RGB", "YCbCr": "RGB", "LAB": "RGB"}
+"""Pillow mode -> mode of the PNG, for pixels whose values are not brightness. Palette colours and
+single bits are kept exactly."""
+
+PNG_MODES = ("L", "LA", "RGB", "RGBA", "I;16")
+
+KEPT_FORMATS = ("PNG", "JPEG", "MPO")
+"""MPO is what Pillow calls a JPEG with a preview behind the image itself."""
+
+MAX_FIELD = 2**24
+"""Characters of one CSV field; captions and questions are far below it."""
+
+
+class EncodedImage(NamedTuple):
+    """An image as records hold it."""
+
+    data: bytes  # PNG or JPEG
+    height: int
+    width: int
+
+
+def note(text: str) -> None:
+    """Tell the user something that is worth knowing and no error."""
+    Console().print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def note_count(what: str, found: int, expected: int) -> None:
+    """Say so when a source is not the whole release. A part of a release is legal."""
+    if found != expected:
+        note(f"expected {expected:,} {what}, found {found:,}")
+
+
+def note_repeated(what: str, num_repeated: int) -> None:
+    """Say how many repeated questions were left out."""
+    if num_repeated:
+        note(f"{what}: {num_repeated:,} repeated questions left out")
+
+
+def find_file(folder: Path, *names: str) -> Path:
+    """The first of `names` that exists in `folder`. Raises ValueError with what is there."""
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; --source is the folder of the raw release")
+    present = sorted(path.name for path in folder.iterdir())
+    near = difflib.get_close_matches(names[0], present, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; it holds {present[:8]}"
+    raise ValueError(f"{folder} has no {' or '.join(names)}{hint} See --help for the layout")
+
+
+def find_table(folder: Path, name: str) -> Path:
+    """A CSV file of this name, plain or as NAME.gz."""
+    return find_file(folder, name, f"{name}.gz")
+
+
+def read_table(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
+    """Rows of a CSV file (or .csv.gz), in UTF-8 with or without a mark at its start. Raises
+    ValueError as `read_numbered`."""
+    for _, row in read_numbered(path, columns):
+        yield row
+
+
+def read_numbered(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line, row) of a table as `read_table` takes it; the line, from 1, is where the row begins.
+
+    Raises ValueError when one of `columns` is missing, when a row is longer than the header, and
+    for anything that is not UTF-8 text.
+    """
+    csv.field_size_limit(MAX_FIELD)
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, delimiter="\t" if ".tsv" in path.suffixes else ",")
+            _check_columns(path, reader.fieldnames or [], columns)
+            for row in reader:
+                if None in row:
+                    raise ValueError(
+                        f"{path}:{reader.line_num}: more fields than the header has columns; "
+                        "is a text with commas not quoted?"
+                    )
+                values = {name: value or "" for name, value in row.items()}
+                inner_lines = sum(value.count("\n") for value in values.values())
+                yield reader.line_num - inner_lines, values
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error) as error:
+        raise ValueError(f"{path} is not a readable CSV table: {error}") from error
+
+
+def _check_columns(path: Path, found: Sequence[str], expected: Sequence[str]) -> None:
+    missing = [name for name in expected if name not in found]
+    if missing:
+        near = difflib.get_close_matches(missing[0], found, n=1)
+        hint = f"; did the release rename {missing[0]!r} to {near[0]!r}?" if near else ""
+        raise ValueError(f"{path} lacks the columns {missing}; it has {list(found)}{hint}")
+
+
+def number_of(text: str, where: str) -> float:
+    """A number of a table. Raises ValueError that names the place."""
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: expected a number, got {text!r}") from error
+
+
+def read_json(path: Path, kind: type) -> Any:
+    """A JSON file whose top level is a `kind` (list or dict). Raises ValueError otherwise."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"{path} must hold a JSON {kind.__name__}, got {type(value).__name__}")
+    return value
+
+
+def file_inside(folder: Path, relative: str) -> Path:
+    """An existing file below `folder`. Raises UnusableItemError for others."""
+    path = (folder / relative).resolve()
+    if not relative or not path.is_relative_to(folder.resolve()):
+        raise UnusableItemError("path leaves the source" if relative else "entry without a path")
+    if not path.is_file():
+        raise UnusableItemError("file missing")
+    return path
+
+
+def read_image(source: Path | bytes) -> EncodedImage:
+    """An image file or its bytes, as records hold it.
+
+    A PNG or JPEG keeps its bytes; palette PNG and the other FORMATS are re-encoded as PNG without
+    loss (a file of several frames has no single image and is refused). Everything is decoded once,
+    so that a truncated file is found here.
+
+    Raises UnusableItemError with the reason.
+    """
+    data = source if isinstance(source, bytes) else source.read_bytes()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # size is judged below; damaged EXIF is not our concern
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                return _encode(image, data)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise UnusableItemError("image unreadable") from error
+    except Image.DecompressionBombError as error:
+        raise UnusableItemError("image has too many pixels") from error
+
+
+def _encode(image: Image.Image, data: bytes) -> EncodedImage:
+    width, height = image.size
+    if width * height > MAX_IMAGE_PIXELS:
+        raise UnusableItemError("image has too many pixels")
+    kept = image.format in KEPT_FORMATS and image.mode != "P"
+    if not kept and getattr(image, "n_frames", 1) > 1:
+        raise UnusableItemError("image has several frames")
+    image.load()
+    return EncodedImage(data if kept else png_bytes(image), height, width)
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """The PNG of an image, without loss. Raises UnusableItemError where PNG cannot hold it."""
+    mode = REENCODED_MODES.get(image.mode, image.mode)
+    if mode not in PNG_MODES:
+        raise UnusableItemError(f"image of mode {image.mode} has no lossless PNG")
+    if image.mode == "P" and "transparency" in image.info:
+        mode = "RGBA"
+    buffer = io.BytesIO()
+    (image if mode == image.mode else image.convert(mode)).save(buffer, format="PNG")
+    return buffer.getvalue()
