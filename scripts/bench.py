@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from biascare.interfaces import Batch
-    from biascare.models import BiasCareVL
+    from biascare.models.network import DualPathNetwork
 
 Run = Callable[[], Any]
 
@@ -211,7 +211,7 @@ def make_batch(mllm_folder: str, image_size: int, num_images: int) -> Batch:
     return collate(samples, seed=0, pad_token_id=chat.tokenizer.pad_token_id)
 
 
-def bare_backbones(model: BiasCareVL, batch: Batch) -> None:
+def bare_backbones(model: DualPathNetwork, batch: Batch) -> None:
     """Forward and backward of both pathways, without coupling, uncertainty or refinement."""
     assert model.mllm is not None and batch.images is not None and batch.prompts is not None
     assert batch.row_image is not None and batch.answer_positions is not None
@@ -225,8 +225,9 @@ def bare_backbones(model: BiasCareVL, batch: Batch) -> None:
 
 def joint_step(repeats: int) -> None:
     """A joint training step against the sum of its two bare backbones, on the same tensors."""
-    from biascare.models.biascarevl import TRAINABLE_PARTS, build_model
+    from biascare.models.export_folder import build_network
     from biascare.models.language.tiny import build_tiny_mllm
+    from biascare.models.network import TRAINABLE_PARTS
     from biascare.training.step import HITLSettings, ObjectiveSettings, TrainStep
 
     for name, size in SIZES.items():
@@ -239,7 +240,7 @@ def joint_step(repeats: int) -> None:
                 image_size=size["image_size"],
             )
             batch = make_batch(folder, size["image_size"], num_images=2)
-            model = build_model(vision=size["vision"], image_size=size["image_size"], mllm=folder)
+            model = build_network(vision=size["vision"], image_size=size["image_size"], mllm=folder)
         frozen = ("mllm_vision_tower", "embeddings")
         model.set_trainable({part: part not in frozen for part in TRAINABLE_PARTS})
         objective = ObjectiveSettings(
@@ -251,7 +252,7 @@ def joint_step(repeats: int) -> None:
         def run_joint(step: TrainStep = step, batch: Batch = batch, n: int = num_tokens) -> None:
             step(batch, n, 1)["loss"].backward()
 
-        def run_bare(model: BiasCareVL = model, batch: Batch = batch) -> None:
+        def run_bare(model: DualPathNetwork = model, batch: Batch = batch) -> None:
             bare_backbones(model, batch)
 
         joint, bare, ratio = compare(run_joint, run_bare, repeats)

@@ -59,11 +59,11 @@ def save_untrained(folder: Path, seed: int = 0, **weights: Any) -> Path:
     """A model to compare with, exported before any training."""
     import torch
 
-    from biascare.models.biascarevl import build_model
+    from biascare.models.export_folder import build_network, save_network
     from biascare.models.language.pathway import load_processor
 
     torch.manual_seed(seed)
-    build_model(**weights).save_pretrained(folder)
+    save_network(build_network(**weights), folder)
     load_processor(weights["mllm"]).save_pretrained(folder / "processor")
     return folder
 

@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from biascare.models.export_folder import open_network
 from biascare.settings.keys import EvalConfig
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from biascare.models import BiasCareVL
+    from biascare.models.network import DualPathNetwork
     from biascare.records import Records
 
 ROWS = "predictions.jsonl"
@@ -82,13 +83,13 @@ def training_masks(
             yield target["name"], mask, first_point(mask)
 
 
-def open_model(options: argparse.Namespace) -> BiasCareVL:
+def open_model(options: argparse.Namespace) -> DualPathNetwork:
     """An export, or foreign vision weights without a language model."""
-    from biascare.models.biascarevl import BiasCareVL, build_model
+    from biascare.models.export_folder import build_network
 
     if options.vision is None:
-        return BiasCareVL.from_pretrained(options.model, mllm=options.mllm)
-    return build_model(
+        return open_network(options.model, mllm=options.mllm)[0]
+    return build_network(
         vision=options.vision, image_size=options.image_size, vision_weights=options.model
     )
 

@@ -28,7 +28,7 @@ from biascare.settings.strict_yaml import ConfigError, read_tree
 if TYPE_CHECKING:
     import torch
 
-    from biascare.models.biascarevl import BiasCareVL
+    from biascare.models.network import DualPathNetwork
 
 MOVABLE = ("model.mllm", "model.vision_weights")
 """Keys that say where files lie; all others are part of what was trained."""
@@ -108,7 +108,7 @@ def read_config(run: Path, overrides: list[str]) -> Config:
     return result.value
 
 
-def load_trained(model: BiasCareVL, checkpoint: Path) -> None:
+def load_trained(model: DualPathNetwork, checkpoint: Path) -> None:
     """Fill a model with what a checkpoint holds: everything that was trained."""
     import torch
 
@@ -128,7 +128,7 @@ def load_trained(model: BiasCareVL, checkpoint: Path) -> None:
         model.load_state_dict(weights, strict=False)
 
 
-def cast(model: BiasCareVL, dtype: torch.dtype) -> None:
+def cast(model: DualPathNetwork, dtype: torch.dtype) -> None:
     """Weights to `dtype`; buffers are positions and stay as they are."""
     from biascare.training.engine import fp32_buffers
 
@@ -142,7 +142,7 @@ def export_released(options: argparse.Namespace) -> Path:
 
     import torch
 
-    from biascare.models.biascarevl import build_model
+    from biascare.models.export_folder import build_network, save_network
     from biascare.models.language.pathway import load_processor
     from biascare.models.weights.released import load_released
     from biascare.reports.model_card import released_card
@@ -150,7 +150,7 @@ def export_released(options: argparse.Namespace) -> Path:
 
     output, source = Path(options.output), Path(options.source)
     refuse_existing(output)
-    model = build_model(
+    model = build_network(
         vision=options.vision,
         image_size=options.image_size,
         mllm=options.mllm,
@@ -161,7 +161,7 @@ def export_released(options: argparse.Namespace) -> Path:
     print(report)
 
     def save(folder: Path) -> None:
-        model.save_pretrained(folder, merge=True, max_shard_size=options.max_shard_size)
+        save_network(model, folder, merge=True, max_shard_size=options.max_shard_size)
 
     card = partial(released_card, source, report)
     write_export(output, save, card, load_processor(options.mllm))
@@ -170,8 +170,9 @@ def export_released(options: argparse.Namespace) -> Path:
 
 def export(options: argparse.Namespace) -> Path:
     import torch
-    from train import build_chat, build_model
+    from train import build_chat, build_network
 
+    from biascare.models.export_folder import save_network
     from biascare.runs.export import refuse_existing, write_export
     from biascare.runs.origin import read_run
 
@@ -184,7 +185,7 @@ def export(options: argparse.Namespace) -> Path:
     step = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["step"]
     facts = read_run(folder, step, to_dict(config))
     try:
-        model, chat = build_model(config), build_chat(config)
+        model, chat = build_network(config), build_chat(config)
     except ValueError as error:
         moved = " or ".join(f"{key}=PLACE" for key in MOVABLE)
         raise ValueError(f"{error}. Where files have moved since training, add {moved}") from error
@@ -192,7 +193,7 @@ def export(options: argparse.Namespace) -> Path:
     cast(model, getattr(torch, PRECISIONS[options.dtype or config.train.precision]))
 
     def save(partial: Path) -> None:
-        model.save_pretrained(partial, merge=options.merge, max_shard_size=options.max_shard_size)
+        save_network(model, partial, merge=options.merge, max_shard_size=options.max_shard_size)
 
     write_export(output, save, facts, None if chat is None else chat.processor)
     return output

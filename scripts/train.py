@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from biascare.data.chat import ChatBuilder
     from biascare.data.mixture import Mixture
-    from biascare.models.biascarevl import BiasCareVL
+    from biascare.models.network import DualPathNetwork
     from biascare.records import Records
     from biascare.training.optimizer import OptimizerSettings
     from biascare.training.progress import RunLog
@@ -206,15 +206,15 @@ def build_loader(
     return training_loader(stream, sampler, config.data.num_workers)
 
 
-def build_model(config: Config) -> BiasCareVL:
+def build_network(config: Config) -> DualPathNetwork:
     import torch
 
-    from biascare.models.biascarevl import build_model
+    from biascare.models.export_folder import build_network
     from biascare.models.language.pathway import LoraSettings
 
     torch.manual_seed(config.train.seed)
     model = config.model
-    built = build_model(
+    built = build_network(
         vision=model.vision,
         image_size=model.image_size,
         vision_weights=model.vision_weights,
@@ -273,10 +273,10 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
 
 
 def build_engine(
-    config: Config, model: BiasCareVL, deepspeed_config: dict[str, Any], log: RunLog
+    config: Config, model: DualPathNetwork, deepspeed_config: dict[str, Any], log: RunLog
 ) -> Any:
     """Engine around the training step; prints what is trainable."""
-    from biascare.models.biascarevl import MLLM_PARTS, TRAINABLE_PARTS
+    from biascare.models.network import MLLM_PARTS, TRAINABLE_PARTS
     from biascare.training.engine import build_engine
     from biascare.training.optimizer import parameter_groups
     from biascare.training.progress import trainable_table
@@ -293,10 +293,10 @@ def build_engine(
 
 
 def count_parameters(
-    model: BiasCareVL, parts: dict[str, list[Any]], settings: OptimizerSettings
+    model: DualPathNetwork, parts: dict[str, list[Any]], settings: OptimizerSettings
 ) -> dict[str, tuple[int, int, float]]:
     """Rows of the trainable-parameter table; what belongs to no part is the rest."""
-    from biascare.models.biascarevl import MLLM_PARTS
+    from biascare.models.network import MLLM_PARTS
 
     rows = {}
     for part, parameters in parts.items():
@@ -455,6 +455,7 @@ def about_source(task: str, records: Records, weight: float | None) -> dict[str,
 
 def export(config: Config, engine: Any, chat: ChatBuilder | None) -> None:
     """OUTPUT_DIR/export: the portable folder that `BiasCareVL.from_pretrained` opens."""
+    from biascare.models.export_folder import save_network
     from biascare.runs.export import write_export
     from biascare.runs.origin import read_run
     from biascare.training.engine import gathered_state
@@ -469,7 +470,7 @@ def export(config: Config, engine: Any, chat: ChatBuilder | None) -> None:
     folder = Path(config.train.output_dir)
     write_export(
         folder / "export",
-        lambda partial: engine.module.model.save_pretrained(partial, state),
+        lambda partial: save_network(engine.module.model, partial, state),
         read_run(folder, config.train.max_steps, to_dict(config)),
         None if chat is None else chat.processor,
         replace=True,
@@ -493,7 +494,7 @@ def run(config: Config) -> None:
     from_rank_zero(lambda: save_run_files(config, groups, segmentation, language))
     chat = build_chat(config)
     log = RunLog(folder)
-    engine = build_engine(config, build_model(config), deepspeed_config, log)
+    engine = build_engine(config, build_network(config), deepspeed_config, log)
     store = CheckpointStore(folder / "checkpoints", train.keep_checkpoints)
     fingerprint = provenance(config, segmentation + language, deepspeed_config)
     start_step = resume(train.resume, store, engine, fingerprint, log)
@@ -581,7 +582,7 @@ def plan(planned: Planned, options: argparse.Namespace) -> None:
     """Print what the run needs; see biascare/training/plan.py. Exits with 1 if it does not fit."""
     from rich.console import Console
 
-    from biascare.models.biascarevl import MLLM_PARTS, TRAINABLE_PARTS
+    from biascare.models.network import MLLM_PARTS, TRAINABLE_PARTS
     from biascare.planning.blank import BatchShape, blank_batch, mllm_config, weights_left_out
     from biascare.planning.plan import fits, make_plan, read_zero_settings, tables
     from biascare.training.optimizer import parameter_groups
@@ -598,7 +599,7 @@ def plan(planned: Planned, options: argparse.Namespace) -> None:
     )
     mllm = planned.mllm if train.stage == "joint" else None
     with weights_left_out(None if mllm is None else mllm_config(mllm)):
-        model = build_model(config)
+        model = build_network(config)
         step = TrainStep(
             model, ObjectiveSettings(**vars(config.objective)), HITLSettings(**vars(config.hitl))
         )

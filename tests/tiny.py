@@ -23,9 +23,10 @@ from biascare.data.chat import SEGMENTATION_INSTRUCTIONS, ChatBuilder
 from biascare.data.loader import StreamSettings, TrainingStream
 from biascare.data.mixture import Mixture
 from biascare.interfaces import POINT_POSITIVE, Batch, Sample
-from biascare.models.biascarevl import BiasCareVL, build_model
+from biascare.models.export_folder import build_network
 from biascare.models.language.pathway import LoraSettings, load_processor
 from biascare.models.language.tiny import build_tiny_mllm
+from biascare.models.network import DualPathNetwork
 from biascare.records import Record, Records, RecordWriter, Turn
 
 FAMILIES = ("qwen2_5_vl", "llava")
@@ -96,10 +97,10 @@ def wake(module: torch.nn.Module) -> None:
             torch.nn.init.normal_(parameter, std=0.05)
 
 
-def tiny_model(folder: Path | None, seed: int = 0, **keywords: Any) -> BiasCareVL:
+def tiny_model(folder: Path | None, seed: int = 0, **keywords: Any) -> DualPathNetwork:
     """A woken model around the checkpoint in `folder`, or the vision pathway alone; eval mode."""
     torch.manual_seed(seed)
-    model = build_model(
+    model = build_network(
         vision="tiny",
         image_size=IMAGE_SIZE,
         mllm=None if folder is None else str(folder),

@@ -2,7 +2,7 @@
 
     config = mllm_config("HuatuoGPT-Vision-7B-Qwen2.5VL")
     with weights_left_out(config):
-        model = build_model(mllm="HuatuoGPT-Vision-7B-Qwen2.5VL", ...)   # on the meta device
+        model = build_network(mllm="HuatuoGPT-Vision-7B-Qwen2.5VL", ...)   # on the meta device
     batch = blank_batch(model, BatchShape(...))
 
 The run's own builder builds it; only what reads weights is replaced. So a plan follows the code
@@ -32,8 +32,8 @@ from transformers import (
 )
 
 from biascare.interfaces import POINT_POSITIVE, Batch, Prompts
-from biascare.models.biascarevl import BiasCareVL
 from biascare.models.language import pathway as mllm
+from biascare.models.network import DualPathNetwork
 from biascare.models.weights.llava import (
     is_original_llava,
     llava_config,
@@ -216,7 +216,7 @@ class _ImageInputs(NamedTuple):
     tokens_per_image: int
 
 
-def blank_batch(model: BiasCareVL, shape: BatchShape) -> Batch:
+def blank_batch(model: DualPathNetwork, shape: BatchShape) -> Batch:
     """A micro-batch of that shape: pixels on the meta device, everything else real.
 
     As from the collator, segmentation rows come first and carry no answer, so they are padded.
@@ -258,7 +258,7 @@ def blank_batch(model: BiasCareVL, shape: BatchShape) -> Batch:
     )
 
 
-def _sequences(model: BiasCareVL, shape: BatchShape) -> dict[str, Any]:
+def _sequences(model: DualPathNetwork, shape: BatchShape) -> dict[str, Any]:
     assert model.mllm is not None
     config = model.mllm.base.config
     num_rows = shape.num_images * shape.targets_per_image

@@ -81,7 +81,7 @@ def _usage(name: str, merged: bool) -> str:
         "```python",
         "from biascare.models import BiasCareVL",
         "",
-        f'model = BiasCareVL.from_pretrained("{name}")',
+        f'model = open_network("{name}")[0]',
         "```",
     ]
     if merged:

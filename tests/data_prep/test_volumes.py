@@ -21,9 +21,9 @@ nibabel = pytest.importorskip("nibabel", reason="the extra [medical] is not inst
 pydicom = pytest.importorskip("pydicom", reason="the extra [medical] is not installed")
 
 from data_prep import volumes  # noqa: E402
-from data_prep.formats.dicom import age_of, list_series, pseudonym, read_key, read_series
-from data_prep.formats.nifti import read_label_volume, read_nifti
-from data_prep.formats.slices import (
+from data_prep.formats.dicom import age_of, list_series, pseudonym, read_key, read_series  # noqa: E402
+from data_prep.formats.nifti import read_label_volume, read_nifti  # noqa: E402
+from data_prep.formats.slices import (  # noqa: E402
     PLANES,
     Volume,
     affine_of_codes,
@@ -32,7 +32,7 @@ from data_prep.formats.slices import (
     spacing_of,
     to_grey,
 )
-from data_prep.pipeline.shards import UnusableItemError
+from data_prep.pipeline.shards import UnusableItemError  # noqa: E402
 
 SHAPE = (4, 5, 3)  # right to left, back to front, feet to head, in RAS order
 ZOOMS = (0.7, 0.8, 5.0)

@@ -2,7 +2,7 @@
 
 Run as a program, this file is one rank of a world that measures DeepSpeed engines:
 
-    RANK=0 WORLD_SIZE=2 ... python tests/planning/test_plan.py '{"cases": [[2, "bf16"]], ...}' out.json
+    RANK=0 WORLD_SIZE=2 ... python tests/planning/test_plan.py '{"cases": [[2, "bf16"]]}' out.json
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from biascare.data.loader import collate
 from biascare.interfaces import Batch
-from biascare.models.biascarevl import MLLM_PARTS, TRAINABLE_PARTS, BiasCareVL, build_model
+from biascare.models.export_folder import build_network
 from biascare.models.language.pathway import LoraSettings
-from biascare.models.vision.pathway import encoder
+from biascare.models.network import MLLM_PARTS, TRAINABLE_PARTS, DualPathNetwork
+from biascare.models.vision import encoder
 from biascare.models.vision.relative_attention import attend
 from biascare.planning.blank import (
     KNOWN_MLLMS,
@@ -292,7 +293,7 @@ def settings_of(stage: int, world_size: int, precision: str, accumulation: int =
 OPTIM = OptimizerSettings(1e-3, 1e-3, (0.9, 0.98), 0.01, 1.0, 1, 0.05, 10)
 
 
-def groups_of(model: BiasCareVL) -> list[dict[str, Any]]:
+def groups_of(model: DualPathNetwork) -> list[dict[str, Any]]:
     parts = {part: model.part_parameters(part) for part in TRAINABLE_PARTS}
     return parameter_groups(parts, MLLM_PARTS, OPTIM)
 
@@ -460,7 +461,7 @@ def test_settings_come_from_the_deepspeed_file(tmp_path: Path) -> None:
 
 def blank_step(name: str, vision: str = "tiny") -> TrainStep:
     with weights_left_out(mllm_config(name)):
-        model = build_model(vision=vision, image_size=256, mllm=name, lora=LoraSettings())
+        model = build_network(vision=vision, image_size=256, mllm=name, lora=LoraSettings())
     model.set_trainable(TRAINABLE)
     return TrainStep(model, FULL_STEP, HITLSettings())
 

@@ -17,7 +17,8 @@ from safetensors import safe_open
 
 from biascare.data.loader import collate
 from biascare.interfaces import Batch
-from biascare.models.biascarevl import BiasCareVL
+from biascare.models.export_folder import open_network, save_network
+from biascare.models.network import DualPathNetwork
 from biascare.runs.origin import read_run
 from biascare.training.checkpoint import TAG, trained_weights
 from scripts import export
@@ -119,23 +120,23 @@ def test_precision_can_be_chosen(runs: dict[str, Run], tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def merged(tmp_path_factory: pytest.TempPathFactory, mllm_folder: Path) -> tuple[BiasCareVL, Path]:
+def merged(
+    tmp_path_factory: pytest.TempPathFactory, mllm_folder: Path
+) -> tuple[DualPathNetwork, Path]:
     """A model whose adapter matters, and a merged export of an equal one."""
     folder = tmp_path_factory.mktemp("merged") / "model"
-    tiny_model(mllm_folder, query_heads=4).save_pretrained(
-        folder, merge=True, max_shard_size="300KB"
-    )
+    save_network(tiny_model(mllm_folder, query_heads=4), folder, merge=True, max_shard_size="300KB")
     return tiny_model(mllm_folder, query_heads=4), folder
 
 
 @torch.no_grad()
 def test_a_merged_model_gives_the_same_states_masks_and_answers(
-    merged: tuple[BiasCareVL, Path], mllm_folder: Path, tmp_path: Path
+    merged: tuple[DualPathNetwork, Path], mllm_folder: Path, tmp_path: Path
 ) -> None:
     model, folder = merged
     moved = tmp_path / "elsewhere"
     shutil.copytree(folder, moved)
-    restored = BiasCareVL.from_pretrained(moved)
+    restored = open_network(moved)[0]
     batch = probe(mllm_folder)
     (ours, mask), (theirs, other) = restored(batch), model(batch)
     assert ours.hidden_states is not None and mask is not None and other is not None
@@ -177,7 +178,7 @@ def test_the_language_side_opens_in_plain_transformers(
     for base, folder in zip((tiny_mllm, tiny_llava), folders, strict=True):
         batch = probe(base, "left", None)
         expected.append(tiny_model(base, query_heads=4).generate(batch, max_new_tokens=12).tolist())
-        tiny_model(base, query_heads=4).save_pretrained(folder / "export", merge=True)
+        save_network(tiny_model(base, query_heads=4), folder / "export", merge=True)
         torch.save(dict(batch.mllm_inputs), folder / "inputs.pt")
     done = subprocess.run(
         [sys.executable, "-c", PLAIN, *map(str, folders)],
@@ -191,7 +192,7 @@ def test_the_language_side_opens_in_plain_transformers(
     assert [json.loads(line) for line in done.stdout.splitlines()] == expected
 
 
-def test_merged_weights_are_sharded_and_complete(merged: tuple[BiasCareVL, Path]) -> None:
+def test_merged_weights_are_sharded_and_complete(merged: tuple[DualPathNetwork, Path]) -> None:
     folder = merged[1]
     files = sorted((folder / "mllm").glob("*.safetensors"))
     index = json.loads((folder / "mllm" / "model.safetensors.index.json").read_text())
@@ -217,10 +218,10 @@ def test_a_layer_is_folded_in_fp32_and_rounded_once(tiny_mllm: Path, tmp_path: P
     )
     expected = (weight + b @ a * 2.0).bfloat16()  # alpha 4 over rank 2
     assert not torch.equal(expected, weight.bfloat16())
-    model.save_pretrained(tmp_path, merge=True)
+    save_network(model, tmp_path, merge=True)
     assert torch.equal(model.mllm.base.model.get_submodule(place).weight, expected)
     with pytest.raises(ValueError, match="save with merge=True"):
-        model.save_pretrained(tmp_path / "again")
+        save_network(model, tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
 
@@ -234,8 +235,8 @@ def test_a_merged_run_has_its_processor_in_both_places_and_one_place_for_its_bas
     assert json.loads((folder / "mllm" / "config.json").read_text())["dtype"] == "bfloat16"
     assert "adapter folded in" in (folder / "README.md").read_text()
     with pytest.raises(ValueError, match=r"holds its own language model .* leave out mllm='x/y'"):
-        BiasCareVL.from_pretrained(folder, mllm="x/y")
-    BiasCareVL.from_pretrained(folder)
+        open_network(folder, mllm="x/y")[0]
+    open_network(folder)[0]
 
 
 # ---------------------------------------------------------------- the card

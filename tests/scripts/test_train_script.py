@@ -18,7 +18,7 @@ from biascare.config import describe_config, load_config
 from biascare.data.prevalence import load_prevalence, prevalence_groups, save_prevalence
 from biascare.interfaces import Batch
 from biascare.records import Records
-from biascare.training import progress, trainer
+from biascare.training import hooks, progress
 from biascare.training.hooks import BadDataError, LedgerHook, LogHook, StepState
 from biascare.training.progress import GroupMeter, RunLog, progress_line
 from biascare.training.step import RowOutcome
@@ -326,7 +326,7 @@ def test_terms_are_means_over_all_micro_batches_of_all_ranks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A term that a micro-batch lacks counts as 0, as in the objective; a skipped step does not."""
-    monkeypatch.setattr(trainer, "gather_objects", lambda mine: [mine, (2, {"total": 2.0})])
+    monkeypatch.setattr(hooks, "gather_objects", lambda mine: [mine, (2, {"total": 2.0})])
     hook = LogHook(RunLog(tmp_path), SilentEngine(), every=2, max_steps=9)
     given = [
         {"loss": torch.tensor(3.0), "terms": {"vlm": torch.tensor(2.0)}, "rows": None},

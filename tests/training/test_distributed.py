@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from biascare.models.biascarevl import BiasCareVL
+from biascare.models.export_folder import open_network
 from biascare.training.engine import GradientGuard, fp32_buffers, resolve_deepspeed_config
 from biascare.training.optimizer import OptimizerSettings, learning_rate_factor, parameter_groups
 from tests.tiny import tiny_chat, tiny_model
@@ -295,7 +295,7 @@ def test_the_export_predicts_what_the_trained_model_predicted(
 ) -> None:
     folder = runs[name].folder
     probe = torch.load(folder / "probe.pt", weights_only=True)
-    model = BiasCareVL.from_pretrained(folder / "export")
+    model = open_network(folder / "export")[0]
     with torch.no_grad():
         features, prediction = model(probe_batch(tiny_chat(tiny_mllm)))
     for got, expected in (

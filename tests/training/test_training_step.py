@@ -13,7 +13,7 @@ from torch import Tensor
 from biascare.data.loader import collate
 from biascare.hitl.clicks import num_hardest
 from biascare.interfaces import Batch, Features, Prediction, Prompts
-from biascare.models.biascarevl import BiasCareVL
+from biascare.models.network import DualPathNetwork
 from biascare.training.step import HITLSettings, ObjectiveSettings, TrainStep
 from biascare.uncertainty import mask_weighted_embedding
 from tests.tiny import language_sample, pad_token_id, segmentation_sample, tiny_chat, tiny_model
@@ -24,7 +24,7 @@ NO_HITL = HITLSettings(enabled=False)
 
 
 @pytest.fixture(scope="module")
-def model(tiny_mllm: Path) -> BiasCareVL:
+def model(tiny_mllm: Path) -> DualPathNetwork:
     return tiny_model(tiny_mllm)
 
 
@@ -46,7 +46,7 @@ def batch(tiny_mllm: Path) -> Batch:
 class Spy:
     """The model with its calls counted and its outputs kept."""
 
-    def __init__(self, model: BiasCareVL):
+    def __init__(self, model: DualPathNetwork):
         self.model = model
         self.features: list[Features] = []
         self.predictions: list[Prediction] = []
@@ -110,7 +110,7 @@ def literal_semantic(features: Features, prediction: Prediction, batch: Batch) -
     return 1 - torch.nn.functional.cosine_similarity(pooled, text)
 
 
-def test_every_term_equals_a_literal_recomputation(model: BiasCareVL, batch: Batch) -> None:
+def test_every_term_equals_a_literal_recomputation(model: DualPathNetwork, batch: Batch) -> None:
     spy = Spy(model)
     outcome = spy.run(batch, PLAIN, HITLSettings(ratio=0.5))
     first, second = spy.predictions
@@ -138,7 +138,7 @@ def test_every_term_equals_a_literal_recomputation(model: BiasCareVL, batch: Bat
     assert outcome["rows"].uncertainty.tolist() == pytest.approx(uncertainty, abs=1e-5)
 
 
-def test_a_row_without_a_mask_moves_no_weight(model: BiasCareVL, batch: Batch) -> None:
+def test_a_row_without_a_mask_moves_no_weight(model: DualPathNetwork, batch: Batch) -> None:
     """Whatever the empty row shows, gradients stay the same."""
     assert batch.masks is not None and batch.prompts is not None
     moved = batch.prompts.point_coords.clone()
@@ -156,7 +156,7 @@ def test_a_row_without_a_mask_moves_no_weight(model: BiasCareVL, batch: Batch) -
 
 
 def test_a_batch_of_empty_masks_gives_a_zero_that_can_be_back_propagated(
-    model: BiasCareVL, batch: Batch
+    model: DualPathNetwork, batch: Batch
 ) -> None:
     assert batch.masks is not None
     empty = batch._replace(masks=torch.zeros_like(batch.masks), answer_tokens=None)
@@ -170,7 +170,7 @@ def test_a_batch_of_empty_masks_gives_a_zero_that_can_be_back_propagated(
 
 
 def test_the_number_of_refined_rows_depends_on_the_number_of_rows_alone(
-    model: BiasCareVL, batch: Batch
+    model: DualPathNetwork, batch: Batch
 ) -> None:
     assert batch.masks is not None
     for num_empty in range(5):
@@ -183,7 +183,7 @@ def test_the_number_of_refined_rows_depends_on_the_number_of_rows_alone(
 
 @pytest.mark.parametrize("num_rounds", [1, 3])
 def test_images_are_encoded_once_and_masks_decoded_once_per_round(
-    model: BiasCareVL, batch: Batch, num_rounds: int
+    model: DualPathNetwork, batch: Batch, num_rounds: int
 ) -> None:
     spy = Spy(model)
     spy.run(batch, PLAIN, HITLSettings(num_rounds=num_rounds))
@@ -194,7 +194,9 @@ def test_images_are_encoded_once_and_masks_decoded_once_per_round(
     assert [p.point_labels.shape[1] - num_points for p in spy.prompts] == [*range(num_rounds + 1)]
 
 
-def test_without_an_expert_only_the_refinement_term_goes(model: BiasCareVL, batch: Batch) -> None:
+def test_without_an_expert_only_the_refinement_term_goes(
+    model: DualPathNetwork, batch: Batch
+) -> None:
     on = Spy(model).run(batch, PLAIN, HITLSettings())
     off = Spy(model).run(batch, PLAIN, NO_HITL)
     assert on["terms"].keys() - off["terms"].keys() == {"hitl"}
@@ -204,7 +206,7 @@ def test_without_an_expert_only_the_refinement_term_goes(model: BiasCareVL, batc
 
 
 def test_without_weighting_dice_is_plain_and_the_same_rows_are_refined(
-    model: BiasCareVL, batch: Batch
+    model: DualPathNetwork, batch: Batch
 ) -> None:
     weighted, plain = Spy(model), Spy(model)
     on = weighted.run(batch, PLAIN, HITLSettings())
@@ -218,7 +220,9 @@ def test_without_weighting_dice_is_plain_and_the_same_rows_are_refined(
     assert torch.equal(on["terms"]["vlm"], off["terms"]["vlm"])
 
 
-def test_alignment_moves_the_embedding_and_never_the_mask(model: BiasCareVL, batch: Batch) -> None:
+def test_alignment_moves_the_embedding_and_never_the_mask(
+    model: DualPathNetwork, batch: Batch
+) -> None:
     objective = ObjectiveSettings(alignment="contrastive", alignment_weight=1.0)
     spy = Spy(model)
     _, auxiliary = _judged(spy, batch, objective)
@@ -236,7 +240,9 @@ def _judged(spy: Spy, batch: Batch, objective: ObjectiveSettings) -> Any:
     return TrainStep(model, objective, NO_HITL).judge(features, prediction, batch)
 
 
-def test_semantic_uncertainty_is_that_of_the_first_mask(model: BiasCareVL, batch: Batch) -> None:
+def test_semantic_uncertainty_is_that_of_the_first_mask(
+    model: DualPathNetwork, batch: Batch
+) -> None:
     spy = Spy(model)
     outcome = spy.run(batch)
     assert spy.features[0].image_embedding is not None and batch.row_image is not None
@@ -262,7 +268,7 @@ def test_the_vision_stage_has_dice_and_refinement_alone() -> None:
 
 
 def test_a_language_batch_never_touches_the_vision_pathway(
-    model: BiasCareVL, tiny_mllm: Path
+    model: DualPathNetwork, tiny_mllm: Path
 ) -> None:
     chat = tiny_chat(tiny_mllm)
     made: Batch = collate([language_sample(chat, 3)], 0, pad_token_id(chat))
@@ -276,7 +282,7 @@ def test_a_language_batch_never_touches_the_vision_pathway(
 
 
 def test_a_batch_without_answers_still_calls_the_language_head(
-    model: BiasCareVL, tiny_mllm: Path
+    model: DualPathNetwork, tiny_mllm: Path
 ) -> None:
     """Under ZeRO-3 a rank that left the call out would leave the others waiting."""
     chat = tiny_chat(tiny_mllm)
@@ -291,7 +297,7 @@ def test_a_batch_without_answers_still_calls_the_language_head(
 
 
 def test_two_micro_batches_of_unequal_answers_equal_one_big_batch(
-    model: BiasCareVL, tiny_mllm: Path
+    model: DualPathNetwork, tiny_mllm: Path
 ) -> None:
     """Every token counts the same, wherever it lands; the engine averages the gradients."""
     chat = tiny_chat(tiny_mllm)
@@ -315,7 +321,7 @@ def test_two_micro_batches_of_unequal_answers_equal_one_big_batch(
 
 
 def test_dropout_and_clicks_follow_the_micro_batch_and_not_who_runs_it(
-    model: BiasCareVL, batch: Batch
+    model: DualPathNetwork, batch: Batch
 ) -> None:
     model.train()
     try:
@@ -330,7 +336,7 @@ def test_dropout_and_clicks_follow_the_micro_batch_and_not_who_runs_it(
     assert other.item() != runs[0].item()
 
 
-def test_what_is_logged_holds_no_graph(model: BiasCareVL, batch: Batch) -> None:
+def test_what_is_logged_holds_no_graph(model: DualPathNetwork, batch: Batch) -> None:
     outcome = Spy(model).run(batch, PLAIN, HITLSettings())
     logged = [*outcome["terms"].values(), *outcome["rows"]]
     assert not any(value.requires_grad for value in logged)

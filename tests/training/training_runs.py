@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Job(NamedTuple):
-    """One run: its folder, ZeRO stage, changed keys, and a fault of `tests/training/training_worker.py`."""
+    """One run: its folder, ZeRO stage, changed keys, and a fault of `training_worker.py`."""
 
     name: str
     zero: int = 2
@@ -175,7 +175,7 @@ class World:
         log = self.folder / f"{name}.log"
         worker = [
             sys.executable,
-            str(ROOT / "tests" / "training" / "training_worker.py"),
+            str(Path(__file__).with_name("training_worker.py")),
             str(path),
         ]
         port = str(free_port())

@@ -25,8 +25,7 @@ from torch import Tensor
 from biascare.config import load_config
 from biascare.data.loader import collate
 from biascare.runs.process import prepare_process
-from biascare.training import engine as distributed
-from biascare.training import trainer
+from biascare.training import hooks, ranks, trainer
 from biascare.training.step import TrainStep
 from scripts import train
 from tests.tiny import language_sample, pad_token_id, segmentation_sample
@@ -57,7 +56,7 @@ def poisoned_forward(step: int, on_rank: int, what: str, num_micro: int, steps: 
         outcome = original(self, *arguments)
         calls[0] += 1
         done, left = divmod(calls[0], num_micro)
-        if not left and step <= done < step + steps and distributed.rank() == on_rank:
+        if not left and step <= done < step + steps and ranks.rank() == on_rank:
             loss = outcome["loss"]
             outcome["loss"] = loss * float("nan") if what == "loss" else NanGradient.apply(loss)
         return outcome
@@ -105,11 +104,11 @@ def step_left_out(step: int) -> Any:
 
 def raising_hook(step: int, on_rank: int, error: Exception) -> Any:
     """`CheckpointHook.__call__` that raises after the save of a step; -1 is every rank."""
-    original = trainer.CheckpointHook.__call__
+    original = hooks.CheckpointHook.__call__
 
-    def call(self: trainer.CheckpointHook, state: Any) -> None:
+    def call(self: hooks.CheckpointHook, state: Any) -> None:
         original(self, state)
-        if state.step == step and on_rank in (-1, distributed.rank()):
+        if state.step == step and on_rank in (-1, ranks.rank()):
             raise error
 
     return call
@@ -141,7 +140,7 @@ def predicting_export(found: dict[str, Any]) -> Any:
             prediction = model.decode_masks(features, batch.prompts, batch.row_image)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         answer = {"hidden_states": features.hidden_states, "mask_logits": prediction.mask_logits}
-        if distributed.rank() == 0:
+        if ranks.rank() == 0:
             torch.save(answer | {"buffers": buffers}, Path(config.train.output_dir) / "probe.pt")
 
     return export
@@ -168,10 +167,10 @@ def faults(job: dict[str, Any], found: dict[str, Any]) -> list[Any]:
         patches.append(mock.patch.object(trainer.Trainer, "optimizer_step", step))
     if "interrupt" in job:
         call = raising_hook(job["interrupt"], -1, RunInterruptedError("interrupted"))
-        patches.append(mock.patch.object(trainer.CheckpointHook, "__call__", call))
+        patches.append(mock.patch.object(hooks.CheckpointHook, "__call__", call))
     if "die" in job:
         call = raising_hook(job["die"], distributed_world() - 1, RuntimeError("this rank died"))
-        patches.append(mock.patch.object(trainer.CheckpointHook, "__call__", call))
+        patches.append(mock.patch.object(hooks.CheckpointHook, "__call__", call))
     if "kill" in job:
         patches.append(mock.patch.object(os, "fsync", killing_fsync(job["kill"])))
     return patches
@@ -192,7 +191,7 @@ def run_job(job: dict[str, Any]) -> None:
         except (ValueError, OSError, trainer.NonFiniteError, RunInterruptedError) as error:
             found["error"] = f"{type(error).__name__}: {error}"
     gc.collect()
-    path = Path(config.train.output_dir) / f"outcome.rank{distributed.rank()}.json"
+    path = Path(config.train.output_dir) / f"outcome.rank{ranks.rank()}.json"
     path.write_text(json.dumps(found))
 
 
@@ -200,10 +199,10 @@ def main() -> None:
     prepare_process()
     torch.set_num_threads(1)
     # The world outlives its runs here; the last one leaves it.
-    with mock.patch.object(distributed, "leave_process_group"):
+    with mock.patch.object(ranks, "leave_process_group"):
         for job in json.loads(Path(sys.argv[1]).read_text()):
             run_job(job)
-    distributed.leave_process_group()
+    ranks.leave_process_group()
 
 
 if __name__ == "__main__":

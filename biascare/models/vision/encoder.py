@@ -7,8 +7,8 @@
 segment_anything fills incomplete windows with zero tokens and computes on them: a 16 x 16 grid in
 windows of 14 becomes 28 x 28 tokens. Here tokens lie in window order from the first block to the
 last and only real ones exist; what padding does to the softmax is kept, exactly, by one more key
-per window (`biascare.models.vision.relative_attention`). The trade-off: an encoder takes images of the one
-size it was built for, and its blocks take tokens in window order.
+per window (`relative_attention.py`). The trade-off: an encoder takes images of the one size it was
+built for, and its blocks take tokens in window order.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A checkpoint that BiasCareVL's authors released, loaded into our model.
 
-    model = build_model(vision="imis_b", image_size=256, mllm="HuatuoGPT-Vision-7B-Qwen2.5VL")
+    model = build_network(vision="imis_b", image_size=256, mllm="HuatuoGPT-Vision-7B-Qwen2.5VL")
     print(load_released(model, "weights/pytorch_model.bin"))
 
 One file holds both pathways: `SEG.*` is IMIS-Net without its text tower, `VL.*` a Qwen2.5-VL in the
@@ -21,8 +21,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from biascare.models.biascarevl import BiasCareVL
 from biascare.models.language.pathway import MLLMPathway
+from biascare.models.network import DualPathNetwork
 from biascare.models.weights.files import listed, read_state_dict
 from biascare.models.weights.report import Dropped, LoadReport
 from biascare.models.weights.vision import load_vision_checkpoint
@@ -102,7 +102,7 @@ def released_to_ours(state: Mapping[str, Tensor]) -> ReleasedParts:
             _put(getattr(parts, place[0]), place[1], tensor, name)
     if strangers:
         raise ValueError(
-            f"not a released BiasCareVL checkpoint: {len(strangers)} tensors are unknown "
+            f"not a released DualPathNetwork checkpoint: {len(strangers)} tensors are unknown "
             f"({listed(sorted(strangers))}); expected SEG.*, VL.*, {', '.join(QUERY_RENAMES)}"
         )
     parts.dropped.update({label: Dropped(n, why) for (label, why), n in dropped.items()})
@@ -165,7 +165,9 @@ def _check(part: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor])
         )
 
 
-def load_released(model: BiasCareVL, path: str | Path, *, lora_alpha: float = 16) -> LoadReport:
+def load_released(
+    model: DualPathNetwork, path: str | Path, *, lora_alpha: float = 16
+) -> LoadReport:
     """Fill both pathways and the query attention from a released file; what was done with it.
 
     An adapter in the file goes into the model's adapter, whose alpha then scales it, or is folded

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from biascare.data.loader import collate
 from biascare.interfaces import Batch
-from biascare.models.biascarevl import BiasCareVL
 from biascare.models.language.packing import PACKED_SDPA, pack, unpack
 from biascare.models.language.pathway import MLLMPathway
+from biascare.models.network import DualPathNetwork
 from biascare.training.step import HITLSettings, ObjectiveSettings, TrainStep
 from tests.tiny import language_sample, pad_token_id, segmentation_sample, tiny_chat, tiny_model
 
@@ -34,18 +34,18 @@ def uneven_batch(folder: Path, side: str = "right") -> Batch:
 
 
 @pytest.fixture(scope="module", params=["sdpa", "eager"])
-def model(request: Any, mllm_folder: Path) -> BiasCareVL:
+def model(request: Any, mllm_folder: Path) -> DualPathNetwork:
     """Woken, in eval mode; read only but for gradients."""
     return tiny_model(mllm_folder, query_heads=4, attention=request.param)
 
 
-def pathway(model: BiasCareVL, *, packing: bool) -> MLLMPathway:
+def pathway(model: DualPathNetwork, *, packing: bool) -> MLLMPathway:
     assert model.mllm is not None
     model.mllm.packing = packing
     return model.mllm
 
 
-def loss_and_gradients(model: BiasCareVL, batch: Batch, *, packing: bool) -> Any:
+def loss_and_gradients(model: DualPathNetwork, batch: Batch, *, packing: bool) -> Any:
     """Every loss term of a training step and the gradient of every trained parameter."""
     pathway(model, packing=packing)
     assert batch.answer_tokens is not None
@@ -63,7 +63,7 @@ def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> floa
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_losses_and_gradients_equal_those_of_the_padded_form(
-    model: BiasCareVL, mllm_folder: Path, side: str
+    model: DualPathNetwork, mllm_folder: Path, side: str
 ) -> None:
     batch = uneven_batch(mllm_folder, side)
     mask = batch.mllm_inputs["attention_mask"]
@@ -80,7 +80,7 @@ def test_losses_and_gradients_equal_those_of_the_padded_form(
 
 @torch.no_grad()
 def test_a_packed_sequence_sees_what_it_would_see_alone(
-    model: BiasCareVL, mllm_folder: Path
+    model: DualPathNetwork, mllm_folder: Path
 ) -> None:
     chat = tiny_chat(mllm_folder)
     batch = uneven_batch(mllm_folder)
@@ -93,7 +93,7 @@ def test_a_packed_sequence_sees_what_it_would_see_alone(
 
 
 @torch.no_grad()
-def test_the_language_model_computes_no_padding(model: BiasCareVL, mllm_folder: Path) -> None:
+def test_the_language_model_computes_no_padding(model: DualPathNetwork, mllm_folder: Path) -> None:
     batch = uneven_batch(mllm_folder)
     mask = batch.mllm_inputs["attention_mask"]
     assert model.mllm is not None
@@ -108,7 +108,7 @@ def test_the_language_model_computes_no_padding(model: BiasCareVL, mllm_folder: 
 
 @torch.no_grad()
 def test_without_padding_nothing_is_packed(
-    model: BiasCareVL, mllm_folder: Path, monkeypatch: pytest.MonkeyPatch
+    model: DualPathNetwork, mllm_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even sequences in a batch are faster than in a row."""
     chat = tiny_chat(mllm_folder)
@@ -118,7 +118,7 @@ def test_without_padding_nothing_is_packed(
     assert torch.equal(hidden[0], hidden[1])
 
 
-def test_positions_begin_again_at_every_sequence(model: BiasCareVL, mllm_folder: Path) -> None:
+def test_positions_begin_again_at_every_sequence(model: DualPathNetwork, mllm_folder: Path) -> None:
     """An image of n x n tokens advances Qwen's text by n positions, LLaVA's by n * n."""
     batch = uneven_batch(mllm_folder)
     mllm = pathway(model, packing=True)

@@ -16,9 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from biascare.config import load_config
 from biascare.models.language.pathway import LoraSettings, MLLMPathway
+from biascare.models.vision import relative_attention as attention_module
 from biascare.models.vision.encoder import ImageEncoder, token_layout, window_groups
 from biascare.models.vision.pathway import VisionPathway
-from biascare.models.vision.pathway import relative_attention as attention_module
 from biascare.models.vision.relative_attention import (
     CpuAttention,
     Window,
@@ -421,7 +421,7 @@ def test_compiled_code_gives_the_same_gradients() -> None:
 def test_train_compile_compiles_the_image_encoder_alone_and_keeps_every_name(
     tiny_records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from scripts.train import build_model
+    from scripts.train import build_network
 
     path = tmp_path / "run.yaml"
     path.write_text(
@@ -431,8 +431,8 @@ def test_train_compile_compiles_the_image_encoder_alone_and_keeps_every_name(
     )
     compiled: list[str] = []
     monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
-    plain = build_model(load_config(path))
+    plain = build_network(load_config(path))
     assert compiled == []
-    model = build_model(load_config(path, ["train.compile=true"]))
+    model = build_network(load_config(path, ["train.compile=true"]))
     assert compiled == ["ImageEncoder"]
     assert list(model.state_dict()) == list(plain.state_dict())

@@ -20,7 +20,8 @@ from biascare.data.heldout import HeldOutImages
 from biascare.evaluation.metrics.segmentation import dice_score
 from biascare.evaluation.runner import RunnerSettings, segmentation_rows
 from biascare.interfaces import Prompts
-from biascare.models.biascarevl import BiasCareVL, build_model
+from biascare.models.export_folder import build_network, open_network, save_network
+from biascare.models.network import DualPathNetwork
 from biascare.models.vision.pathway import VisionPathway, normalise
 from biascare.models.vision.tiny_vit import (
     LITEMEDSAM,
@@ -232,13 +233,13 @@ def test_it_trains_and_recomputed_activations_give_the_same_gradients(
 
 
 def test_an_export_restores_it_with_its_statistics(pathway: VisionPathway, tmp_path: Path) -> None:
-    model = BiasCareVL(pathway)
-    model.save_pretrained(tmp_path)
-    restored = BiasCareVL.from_pretrained(tmp_path)
+    model = DualPathNetwork(pathway)
+    save_network(model, tmp_path)
+    restored = open_network(tmp_path)[0]
     ours, theirs = restored.state_dict(), model.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    joined = build_model(vision="litemedsam", image_size=64, vision_weights=str(tmp_path))
+    joined = build_network(vision="litemedsam", image_size=64, vision_weights=str(tmp_path))
     assert torch.equal(
         joined.vision.image_encoder.neck[0].weight, pathway.image_encoder.neck[0].weight
     )
@@ -264,7 +265,7 @@ def test_its_weights_are_refused_for_another_architecture_with_the_right_name(
 
 
 def test_untrained_it_outlines_a_bright_disc_from_its_box(weights: Path) -> None:
-    model = build_model(vision="litemedsam", image_size=256, vision_weights=str(weights)).eval()
+    model = build_network(vision="litemedsam", image_size=256, vision_weights=str(weights)).eval()
     y, x = np.mgrid[:256, :256]
     disc = (x - 140) ** 2 + (y - 110) ** 2 < 48**2
     noise = np.random.default_rng(0).normal(0, 8, disc.shape)
@@ -300,7 +301,7 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_untrained_it_segments_real_images_from_boxes(
     weights: Path, pack: Path, source: str
 ) -> None:
-    model = build_model(vision="litemedsam", image_size=256, vision_weights=str(weights))
+    model = build_network(vision="litemedsam", image_size=256, vision_weights=str(weights))
     folders = sorted(path for path in (pack / source).iterdir() if path.is_dir())
     images = HeldOutImages([Records(path) for path in folders], None, {}, image_size=256, limit=40)
     rows = segmentation_rows(
@@ -342,7 +343,7 @@ def test_a_box_prompt_is_the_tight_box_of_the_native_mask(tmp_path: Path) -> Non
     images = HeldOutImages([Records(folder)], None, {}, image_size=64)
     seen: list[Prompts] = []
     torch.manual_seed(0)
-    model = build_model(vision="tiny", image_size=64)
+    model = build_network(vision="tiny", image_size=64)
     decode = model.decode_masks
 
     def spy(features: object, prompts: Prompts, *rest: object, **more: object) -> object:

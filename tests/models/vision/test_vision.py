@@ -12,7 +12,7 @@ from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncode
 from torch import Tensor
 
 from biascare.interfaces import Prediction, Prompts
-from biascare.models.biascarevl import build_model
+from biascare.models.export_folder import build_network
 from biascare.models.vision.decoder import RowMaskDecoder
 from biascare.models.vision.pathway import (
     PIXEL_MEAN,
@@ -410,7 +410,7 @@ def test_the_text_branch_is_not_trained_where_no_text_reaches_it(
     assert not branch & {id(p) for p in imis_like.unused_parameters()}
     imis_like.reads_text = False
     assert branch <= {id(p) for p in imis_like.unused_parameters()}
-    build = build_model(vision="tiny", image_size=IMAGE_SIZE)
+    build = build_network(vision="tiny", image_size=IMAGE_SIZE)
     assert not build.vision.reads_text
 
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from biascare.models.biascarevl import BiasCareVL, build_model
+from biascare.models.export_folder import build_network, open_network, save_network
 from biascare.models.language.pathway import LoraSettings, MLLMPathway
+from biascare.models.network import DualPathNetwork
 from biascare.models.weights.released import load_released, merge_adapter, released_to_ours
 from tests.tiny import tiny_batch, tiny_chat, tiny_model
 
@@ -24,7 +25,7 @@ ALPHA = 4.0
 """Of `tiny_model`'s adapter."""
 
 
-def written_by_them(model: BiasCareVL, *, peft: bool) -> dict[str, Tensor]:
+def written_by_them(model: DualPathNetwork, *, peft: bool) -> dict[str, Tensor]:
     """A released state: merged, or with the adapter and PEFT's names; aliases included."""
     assert model.mllm is not None and model.query_attention is not None
     pathway = model.mllm.model if peft else copy.deepcopy(model.mllm.model).merge_and_unload()
@@ -56,7 +57,7 @@ def written_by_them(model: BiasCareVL, *, peft: bool) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_mllm: Path) -> BiasCareVL:
+def trained(tiny_mllm: Path) -> DualPathNetwork:
     """What the authors trained; read only."""
     model = tiny_model(tiny_mllm, seed=1)
     for parameter in model.parameters():
@@ -64,7 +65,7 @@ def trained(tiny_mllm: Path) -> BiasCareVL:
     return model
 
 
-def other(folder: Path, *, lora: bool) -> BiasCareVL:
+def other(folder: Path, *, lora: bool) -> DualPathNetwork:
     model = tiny_model(folder, seed=2)
     if not lora:
         model.mllm = MLLMPathway.load(str(folder))
@@ -72,7 +73,7 @@ def other(folder: Path, *, lora: bool) -> BiasCareVL:
 
 
 @torch.no_grad()
-def outputs(model: BiasCareVL, folder: Path, records: Path) -> list[Tensor]:
+def outputs(model: DualPathNetwork, folder: Path, records: Path) -> list[Tensor]:
     batch = tiny_batch(records, tiny_chat(folder))
     features, prediction = model(batch)
     assert prediction is not None
@@ -83,7 +84,12 @@ def outputs(model: BiasCareVL, folder: Path, records: Path) -> list[Tensor]:
 @pytest.mark.parametrize("peft", [True, False], ids=["adapter", "merged"])
 @pytest.mark.parametrize("lora", [True, False], ids=["with LoRA", "without LoRA"])
 def test_a_model_filled_from_the_file_computes_what_was_trained(
-    peft: bool, lora: bool, trained: BiasCareVL, tiny_mllm: Path, tiny_records: Path, tmp_path: Path
+    peft: bool,
+    lora: bool,
+    trained: DualPathNetwork,
+    tiny_mllm: Path,
+    tiny_records: Path,
+    tmp_path: Path,
 ) -> None:
     file = tmp_path / ("mp_rank_00_model_states.pt" if peft else "pytorch_model.bin")
     state = written_by_them(trained, peft=peft)
@@ -109,7 +115,7 @@ def test_a_model_filled_from_the_file_computes_what_was_trained(
     assert len(folded) == (7 * 2 if peft and not lora else 0)
 
 
-def test_every_tensor_goes_to_exactly_one_part(trained: BiasCareVL) -> None:
+def test_every_tensor_goes_to_exactly_one_part(trained: DualPathNetwork) -> None:
     state = written_by_them(trained, peft=True)
     parts = released_to_ours(state)
     assert trained.mllm is not None and trained.query_attention is not None
@@ -175,7 +181,7 @@ def test_copies_that_peft_trained_replace_the_originals() -> None:
     ],
 )
 def test_a_file_that_does_not_fit_is_refused_and_changes_nothing(
-    change: tuple[str, str], message: str, trained: BiasCareVL, tiny_mllm: Path, tmp_path: Path
+    change: tuple[str, str], message: str, trained: DualPathNetwork, tiny_mllm: Path, tmp_path: Path
 ) -> None:
     state = written_by_them(trained, peft=False)
     how, name = change
@@ -194,7 +200,7 @@ def test_a_file_that_does_not_fit_is_refused_and_changes_nothing(
 
 
 def test_an_adapter_of_another_rank_is_refused_with_the_setting(
-    trained: BiasCareVL, tiny_mllm: Path, tmp_path: Path
+    trained: DualPathNetwork, tiny_mllm: Path, tmp_path: Path
 ) -> None:
     torch.save(written_by_them(trained, peft=True), tmp_path / "model.pt")
     model = other(tiny_mllm, lora=True)
@@ -209,7 +215,7 @@ def test_a_model_without_language_pathway_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_export_program_makes_a_portable_folder_of_a_released_file(
-    trained: BiasCareVL, tiny_mllm: Path, tiny_records: Path, tmp_path: Path
+    trained: DualPathNetwork, tiny_mllm: Path, tiny_records: Path, tmp_path: Path
 ) -> None:
     torch.save(written_by_them(trained, peft=False), tmp_path / "pytorch_model.bin")
     command = [sys.executable, "scripts/export.py", str(tmp_path / "pytorch_model.bin")]
@@ -231,22 +237,22 @@ def test_the_export_program_makes_a_portable_folder_of_a_released_file(
 
     assert "released BiasCareVL" in done.stdout
     assert "weights of its authors" in (tmp_path / "export" / "README.md").read_text()
-    opened = BiasCareVL.from_pretrained(tmp_path / "export").eval()
+    opened = open_network(tmp_path / "export")[0].eval()
     expected = outputs(copy.deepcopy(trained).eval(), tiny_mllm, tiny_records)
     for found, wanted in zip(outputs(opened, tiny_mllm, tiny_records), expected, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_a_joint_export_starts_the_query_attention_of_a_new_run_too(
-    trained: BiasCareVL, tiny_mllm: Path, tmp_path: Path
+    trained: DualPathNetwork, tiny_mllm: Path, tmp_path: Path
 ) -> None:
     assert trained.query_attention is not None
-    trained.save_pretrained(tmp_path)
+    save_network(trained, tmp_path)
     sizes: dict[str, Any] = {"vision": "tiny", "image_size": trained.vision.image_size}
     sizes |= {"mllm": str(tiny_mllm), "vision_weights": str(tmp_path)}
     heads, wanted = trained.query_attention.num_heads, trained.query_attention.queries
-    start = build_model(query_heads=heads, **sizes)
-    other = build_model(query_heads=2 * heads, **sizes)
+    start = build_network(query_heads=heads, **sizes)
+    other = build_network(query_heads=2 * heads, **sizes)
     assert start.query_attention is not None and other.query_attention is not None
     assert torch.equal(start.query_attention.queries, wanted)
     assert not torch.equal(other.query_attention.queries, wanted)

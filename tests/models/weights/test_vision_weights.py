@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers import SamConfig, SamModel
 
 from biascare.interfaces import Prompts
-from biascare.models.biascarevl import build_model
+from biascare.models.export_folder import build_network
 from biascare.models.vision.pathway import (
     PIXEL_MEAN,
     PIXEL_STD,
@@ -402,7 +402,7 @@ def test_loaded_imis_weights_give_the_masks_of_its_wiring(
 
 
 def released(seg: dict[str, Tensor], form: str) -> dict[str, Tensor]:
-    """A BiasCareVL checkpoint of its authors around an IMIS-Net."""
+    """A DualPathNetwork checkpoint of its authors around an IMIS-Net."""
     beside = {"VL.lm_head.weight": torch.zeros(2, 2), "add11": torch.zeros(1, 1, 8)}
     state = {f"SEG.{key}": value for key, value in seg.items()} | beside
     if form == "peft":
@@ -591,7 +591,7 @@ def test_a_run_starts_from_a_foreign_file_and_says_what_it_loaded(
     source = tiny_pathway(32)
     torch.save(source.state_dict(), tmp_path / "weights.pth")
     with caplog.at_level(logging.INFO, logger="biascare"):
-        model = build_model(
+        model = build_network(
             vision="tiny", image_size=IMAGE_SIZE, vision_weights=str(tmp_path / "weights.pth")
         )
     assert torch.equal(
@@ -604,7 +604,7 @@ def test_a_folder_of_foreign_weights_is_told_from_an_export(tmp_path: Path) -> N
     source = tiny_pathway()
     save_file(source.state_dict(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"model_type": "sam"}')
-    model = build_model(vision="tiny", image_size=IMAGE_SIZE, vision_weights=str(tmp_path))
+    model = build_network(vision="tiny", image_size=IMAGE_SIZE, vision_weights=str(tmp_path))
     assert torch.equal(
         model.vision.mask_decoder.iou_token.weight, source.mask_decoder.iou_token.weight
     )

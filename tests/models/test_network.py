@@ -12,8 +12,8 @@ from torch import nn
 
 from biascare.data.loader import collate
 from biascare.interfaces import Batch, Prediction, Prompts, Sample
-from biascare.models import BiasCareVL
-from biascare.models.biascarevl import MLLM_PARTS, TRAINABLE_PARTS, build_model
+from biascare.models.export_folder import build_network, open_network, save_network
+from biascare.models.network import MLLM_PARTS, TRAINABLE_PARTS, DualPathNetwork
 from biascare.models.query_attention import CrossModalQueryAttention, MaskedMultiheadAttention
 from tests.tiny import (
     IMAGE_SIZE,
@@ -26,7 +26,7 @@ from tests.tiny import (
 
 
 @pytest.fixture(scope="module")
-def model(mllm_folder: Path) -> BiasCareVL:
+def model(mllm_folder: Path) -> DualPathNetwork:
     """Read only."""
     return tiny_model(mllm_folder)
 
@@ -49,7 +49,7 @@ def mixed_batch(folder: Path) -> Batch:
     )
 
 
-def decoded(model: BiasCareVL, batch: Batch) -> Prediction:
+def decoded(model: DualPathNetwork, batch: Batch) -> Prediction:
     with torch.no_grad():
         prediction = model(batch)[1]
     assert prediction is not None
@@ -68,7 +68,7 @@ def call_counter(module: nn.Module) -> list[int]:
 
 @torch.no_grad()
 def test_features_and_masks_have_the_shapes_of_the_legend(
-    model: BiasCareVL, mllm_folder: Path
+    model: DualPathNetwork, mllm_folder: Path
 ) -> None:
     batch = mixed_batch(mllm_folder)
     features, prediction = model(batch)
@@ -92,7 +92,7 @@ def with_answers(folder: Path, answers: tuple[str, str]) -> Batch:
 
 @torch.no_grad()
 def test_the_pooled_token_does_not_change_when_the_answer_does(
-    model: BiasCareVL, mllm_folder: Path
+    model: DualPathNetwork, mllm_folder: Path
 ) -> None:
     first = model.encode(with_answers(mllm_folder, ("yes", "no")))
     second = model.encode(with_answers(mllm_folder, ("No effusion.", "the left kidney is bright")))
@@ -110,7 +110,7 @@ def test_the_pooled_token_does_not_change_when_the_answer_does(
 
 
 @torch.no_grad()
-def test_the_instruction_changes_the_mask(model: BiasCareVL, mllm_folder: Path) -> None:
+def test_the_instruction_changes_the_mask(model: DualPathNetwork, mllm_folder: Path) -> None:
     chat = tiny_chat(mllm_folder)
     masks = [
         decoded(model, batch_of(mllm_folder, [segmentation_sample(chat, 1, (target,))]))
@@ -155,7 +155,7 @@ def test_only_segmentation_rows_are_pooled_and_each_image_is_encoded_once(
 
 @torch.no_grad()
 def test_chosen_rows_decode_to_what_they_are_among_all(
-    model: BiasCareVL, mllm_folder: Path
+    model: DualPathNetwork, mllm_folder: Path
 ) -> None:
     batch = mixed_batch(mllm_folder)
     assert batch.prompts is not None and batch.row_image is not None
@@ -167,7 +167,7 @@ def test_chosen_rows_decode_to_what_they_are_among_all(
 
 
 @torch.no_grad()
-def test_a_row_is_the_same_alone_and_in_a_batch(model: BiasCareVL, mllm_folder: Path) -> None:
+def test_a_row_is_the_same_alone_and_in_a_batch(model: DualPathNetwork, mllm_folder: Path) -> None:
     together = decoded(model, mixed_batch(mllm_folder))
     sample = segmentation_sample(tiny_chat(mllm_folder), 2, ("left kidney",))
     alone = decoded(model, batch_of(mllm_folder, [sample]))
@@ -184,9 +184,9 @@ def test_the_vision_pathway_works_alone_and_does_not_answer() -> None:
         model.generate(batch)
 
 
-def test_the_two_halves_of_the_language_side_come_together(model: BiasCareVL) -> None:
+def test_the_two_halves_of_the_language_side_come_together(model: DualPathNetwork) -> None:
     with pytest.raises(ValueError, match="together or not at all"):
-        BiasCareVL(model.vision, model.mllm)
+        DualPathNetwork(model.vision, model.mllm)
 
 
 def test_heads_that_do_not_divide_the_hidden_size_are_refused() -> None:
@@ -254,7 +254,7 @@ def test_every_weight_belongs_to_a_module_that_is_called(mllm_folder: Path) -> N
 # ---------------------------------------------------------------- what trains
 
 
-def gradient_step(model: BiasCareVL, batch: Batch) -> None:
+def gradient_step(model: DualPathNetwork, batch: Batch) -> None:
     """A step on everything the model puts out, refinement included.
 
     Adam moves a parameter however small its gradient is.
@@ -299,7 +299,9 @@ def test_exactly_the_named_part_receives_gradients_and_changes(
         assert clicks <= changed
 
 
-def test_parts_do_not_overlap_and_what_they_leave_is_frozen_or_unread(model: BiasCareVL) -> None:
+def test_parts_do_not_overlap_and_what_they_leave_is_frozen_or_unread(
+    model: DualPathNetwork,
+) -> None:
     parts = {part: model.part_parameters(part) for part in TRAINABLE_PARTS}
     ids = [id(p) for parameters in parts.values() for p in parameters]
     assert len(ids) == len(set(ids)) and all(parts.values())
@@ -309,7 +311,7 @@ def test_parts_do_not_overlap_and_what_they_leave_is_frozen_or_unread(model: Bia
     assert set(MLLM_PARTS) < set(TRAINABLE_PARTS)
 
 
-def test_an_unknown_part_is_refused_with_the_nearest(model: BiasCareVL) -> None:
+def test_an_unknown_part_is_refused_with_the_nearest(model: DualPathNetwork) -> None:
     with pytest.raises(ValueError, match="did you mean 'mask_decoder'"):
         model.part_parameters("mask_decode")
 
@@ -338,8 +340,8 @@ def test_an_export_restores_the_same_masks_and_answers(
     parts = {"lora": True, "query_attention": True, "mask_decoder": True, thawed: True}
     model.set_trainable(parts)
     gradient_step(model, mixed_batch(mllm_folder))
-    model.eval().save_pretrained(tmp_path)
-    restored = BiasCareVL.from_pretrained(tmp_path)
+    save_network(model.eval(), tmp_path)
+    restored = open_network(tmp_path)[0]
     assert not restored.training
     batch = mixed_batch(mllm_folder)
     ours, theirs = decoded(model, batch), decoded(restored, batch)
@@ -356,7 +358,7 @@ def test_an_export_restores_the_same_masks_and_answers(
 def test_an_export_holds_what_was_trained_and_not_the_base_model(
     tiny_mllm: Path, tmp_path: Path
 ) -> None:
-    tiny_model(tiny_mllm).save_pretrained(tmp_path)
+    save_network(tiny_model(tiny_mllm), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
         "config.json",
         "adapter",
@@ -378,16 +380,16 @@ def test_an_export_is_written_from_a_gathered_state_where_parameters_are_elsewhe
     wanted = decoded(model, batch)
     for parameter in model.parameters():  # what ZeRO-3 leaves on a rank
         parameter.data = torch.zeros_like(parameter)
-    model.save_pretrained(tmp_path, state)
-    restored = decoded(BiasCareVL.from_pretrained(tmp_path), batch)
+    save_network(model, tmp_path, state)
+    restored = decoded(open_network(tmp_path)[0], batch)
     assert torch.equal(wanted.mask_logits, restored.mask_logits)
 
 
 def test_a_bf16_export_opens_in_both_precisions(tiny_mllm: Path, tmp_path: Path) -> None:
     model = tiny_model(tiny_mllm, dtype=torch.bfloat16)
-    model.save_pretrained(tmp_path)
+    save_network(model, tmp_path)
     for dtype in (torch.bfloat16, torch.float32):
-        restored = BiasCareVL.from_pretrained(tmp_path, dtype=dtype)
+        restored = open_network(tmp_path, dtype=dtype)[0]
         assert restored.vision.dtype == dtype
         assert torch.isfinite(decoded(restored, mixed_batch(tiny_mllm)).mask_logits).all()
         assert restored.generate(questions(tiny_mllm), max_new_tokens=2).shape == (2, 2)
@@ -397,12 +399,12 @@ def test_the_vision_stage_exports_and_hands_over_to_the_joint_stage(
     tiny_mllm: Path, tmp_path: Path
 ) -> None:
     model = tiny_model(None, seed=7)
-    model.save_pretrained(tmp_path)
+    save_network(model, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"config.json", "vision_pathway.safetensors"}
     batch = batch_of(None, [segmentation_sample(None, 1)])
-    restored = BiasCareVL.from_pretrained(tmp_path)
+    restored = open_network(tmp_path)[0]
     assert torch.equal(decoded(model, batch).mask_logits, decoded(restored, batch).mask_logits)
-    joint = build_model(
+    joint = build_network(
         vision="tiny",
         image_size=IMAGE_SIZE,
         vision_weights=str(tmp_path),
@@ -416,49 +418,52 @@ def test_an_export_finds_its_local_base_from_any_folder(
     tiny_mllm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tiny_mllm.parent)
-    build_model(
+    network = build_network(
         mllm=tiny_mllm.name,  # relative, it could be a name on the Hub
         vision="tiny",
         image_size=IMAGE_SIZE,
-    ).save_pretrained(tmp_path / "export")
+    )
+    save_network(network, tmp_path / "export")
     monkeypatch.chdir(tmp_path)
-    restored = BiasCareVL.from_pretrained("export")
+    restored = open_network("export")[0]
     assert restored.mllm is not None and restored.mllm.path == str(tiny_mllm)
 
 
 def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
-    tiny_model(None).save_pretrained(tmp_path)
+    save_network(tiny_model(None), tmp_path)
     with pytest.raises(ValueError, match=r"model.vision_weights .*'image_size': 64.*96"):
-        build_model(vision="tiny", image_size=96, vision_weights=str(tmp_path))
+        build_network(vision="tiny", image_size=96, vision_weights=str(tmp_path))
 
 
 def test_damaged_query_attention_of_an_export_is_an_error_not_a_fresh_start(
     tiny_mllm: Path, tmp_path: Path
 ) -> None:
-    tiny_model(tiny_mllm).save_pretrained(tmp_path)
+    save_network(tiny_model(tiny_mllm), tmp_path)
     file = tmp_path / "query_attention.safetensors"
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"query_attention\.safetensors cannot be loaded"):
-        build_model(mllm=str(tiny_mllm), vision="tiny", image_size=64, vision_weights=str(tmp_path))
+        build_network(
+            mllm=str(tiny_mllm), vision="tiny", image_size=64, vision_weights=str(tmp_path)
+        )
 
 
 def test_an_export_whose_base_model_moved_says_how_to_name_it(
     tiny_mllm: Path, tmp_path: Path
 ) -> None:
-    tiny_model(tiny_mllm).save_pretrained(tmp_path)
+    save_network(tiny_model(tiny_mllm), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["mllm"]["path"] = str(tmp_path / "gone")
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"gone.*mllm="):
-        BiasCareVL.from_pretrained(tmp_path)
-    assert BiasCareVL.from_pretrained(tmp_path, mllm=str(tiny_mllm)).mllm is not None
+        open_network(tmp_path)[0]
+    assert open_network(tmp_path, mllm=str(tiny_mllm))[0].mllm is not None
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
         (None, "is not an exported model: it has no config.json"),
-        ('{"model_type": "llama"}', "not a biascare export of format 1: model_type 'llama'"),
+        ('{"model_type": "llama"}', "not a biascare export of format 2: model_type 'llama'"),
         ('{"model_type": "biascare_vl", "format_version": 99}', "format_version 99"),
         ("{", "is not valid JSON"),
         ("[]", "not a biascare export"),
@@ -470,7 +475,7 @@ def test_a_folder_that_is_no_export_is_refused(
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=message):
-        BiasCareVL.from_pretrained(tmp_path)
+        open_network(tmp_path)[0]
 
 
 @pytest.mark.parametrize("name", ["vision_pathway.safetensors", "query_attention.safetensors"])
@@ -478,11 +483,11 @@ def test_a_folder_that_is_no_export_is_refused(
 def test_an_incomplete_export_names_the_file(
     tiny_mllm: Path, tmp_path: Path, name: str, damage: str
 ) -> None:
-    tiny_model(tiny_mllm).save_pretrained(tmp_path)
+    save_network(tiny_model(tiny_mllm), tmp_path)
     file = tmp_path / name
     if damage == "missing":
         file.unlink()
     else:
         file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match=name.replace(".", r"\.")):
-        BiasCareVL.from_pretrained(tmp_path)
+        open_network(tmp_path)[0]

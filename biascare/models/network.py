@@ -1,0 +1,147 @@
+"""The network: an adapted multimodal LLM and a SAM-style pathway, joined by query attention.
+
+    network = open_network("outputs/run/export")         # biascare.models.export_folder
+    features = network.encode(batch)                     # every image and sentence once
+    prediction = network.decode_masks(features, batch.prompts, batch.row_image)
+    tokens = network.generate(batch)                     # answers
+
+What a person asks of it in words and pixels is `biascare.BiasCareVL`, which holds one of these.
+
+`encode` holds all expensive work; clicks only decode. The query attends to prompt tokens alone:
+with the answer in sight (it is teacher-forced in training) the pooled token would leak the label.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from biascare.interfaces import Batch, Features, Prediction, Prompts
+from biascare.models.language.pathway import MLLMPathway
+from biascare.models.query_attention import CrossModalQueryAttention
+from biascare.models.vision.pathway import VisionPathway
+
+TRAINABLE_PARTS = (
+    "lora",
+    "vision_encoder",
+    "prompt_encoder",
+    "mask_decoder",
+    "query_attention",
+    "mllm_vision_tower",
+    "embeddings",
+)
+MLLM_PARTS = ("lora", "mllm_vision_tower", "embeddings")
+"""Parts that train at the MLLM pathway's learning rate."""
+
+
+class DualPathNetwork(nn.Module):
+    """The dual-path model. Without `mllm` it is the vision pathway alone (stage 1)."""
+
+    def __init__(
+        self,
+        vision: VisionPathway,
+        mllm: MLLMPathway | None = None,
+        query_attention: CrossModalQueryAttention | None = None,
+    ):
+        super().__init__()
+        if (mllm is None) != (query_attention is None):
+            raise ValueError("an MLLM pathway and its query attention come together or not at all")
+        self.vision = vision
+        self.mllm = mllm
+        self.query_attention = query_attention
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.vision.parameters()).device
+
+    def encode(self, batch: Batch) -> Features:
+        """Everything that is computed once: image embeddings, hidden states, pooled text.
+
+        The image encoder runs for the images of segmentation rows only; the query attention for
+        the sequences of segmentation rows only.
+        """
+        image_embedding = hidden_states = text_embedding = None
+        if batch.images is not None:
+            image_embedding = self.vision.encode_images(batch.images)
+        if self.mllm is not None and self.query_attention is not None and batch.mllm_inputs:
+            hidden_states = self.mllm.hidden_states(batch.mllm_inputs, batch.image_slots)
+            if batch.row_sequence is not None:
+                assert batch.prompt_mask is not None
+                text_embedding = self.query_attention(
+                    hidden_states[batch.row_sequence], batch.prompt_mask[batch.row_sequence]
+                )
+        return Features(
+            image_embedding=image_embedding,
+            text_embedding=text_embedding,
+            hidden_states=hidden_states,
+        )
+
+    def decode_masks(
+        self,
+        features: Features,
+        prompts: Prompts,
+        row_image: Tensor,
+        *,
+        rows: Tensor | None = None,
+        mask_prompt: Tensor | None = None,
+    ) -> Prediction:
+        """Masks of R rows, or of the chosen `rows` [k] of them.
+
+        `prompts` and `mask_prompt` [., 4h, 4w] belong to the rows decoded; `row_image` [R] and the
+        text embedding to all of them.
+        """
+        assert features.image_embedding is not None, "these features were encoded without an image"
+        text = features.text_embedding
+        if rows is not None:
+            row_image = row_image[rows]
+            text = None if text is None else text[rows]
+        return self.vision.decode(features.image_embedding, row_image, prompts, text, mask_prompt)
+
+    def forward(self, batch: Batch) -> tuple[Features, Prediction | None]:
+        """Encode, and decode the batch's own prompts where there are images."""
+        features = self.encode(batch)
+        if batch.prompts is None or batch.row_image is None:
+            return features, None
+        return features, self.decode_masks(features, batch.prompts, batch.row_image)
+
+    def generate(self, batch: Batch, *, max_new_tokens: int = 32, **keywords: Any) -> Tensor:
+        """Answers to the batch's sequences, [B, <= max_new_tokens] token ids.
+
+        The batch must be collated for generation (left padding, no answers).
+        """
+        if self.mllm is None:
+            raise ValueError("this model has no MLLM pathway: it was trained in the vision stage")
+        return self.mllm.generate(
+            batch.mllm_inputs, batch.image_slots, max_new_tokens=max_new_tokens, **keywords
+        )
+
+    def part_parameters(self, part: str) -> list[nn.Parameter]:
+        """Parameters of one of `TRAINABLE_PARTS`; empty where the model lacks the part.
+
+        Parameters that no computation here reads belong to no part.
+        """
+        if part not in TRAINABLE_PARTS:
+            near = difflib.get_close_matches(part, TRAINABLE_PARTS, n=1, cutoff=0)[0]
+            known = ", ".join(TRAINABLE_PARTS)
+            raise ValueError(f"part: got {part!r}, expected one of {known}; did you mean {near!r}?")
+        vision_parts: dict[str, nn.Module] = {
+            "vision_encoder": self.vision.image_encoder,
+            "prompt_encoder": self.vision.prompt_encoder,
+            "mask_decoder": self.vision.mask_decoder,
+        }
+        if part in vision_parts:
+            unused = {id(p) for p in self.vision.unused_parameters()}
+            return [p for p in vision_parts[part].parameters() if id(p) not in unused]
+        if part == "query_attention":
+            return list(self.query_attention.parameters()) if self.query_attention else []
+        return self.mllm.part_parameters(part) if self.mllm is not None else []
+
+    def set_trainable(self, parts: dict[str, bool]) -> None:
+        """Freeze everything, then thaw the named parts."""
+        self.requires_grad_(False)
+        for part, trainable in parts.items():
+            for parameter in self.part_parameters(part):
+                parameter.requires_grad_(trainable)
