@@ -8,8 +8,8 @@ Layout of --source:
     figures/PMC*.jpg            of images_2.zip, extracted; or images_2.zip itself, left as it is
 
 The files are the official split. The texts of the choices begin with a letter of their own (" A:
-..."), which is taken off before ours is put on; the letter of the answer is found by the text of
-the answer, because the release writes it in several ways. A question whose answer is none of its
+..."), which is taken off: records hold bare options. The right one is found by the text of the
+answer, because the release writes it in several ways. A question whose answer is none of its
 choices, or two of them, goes to the ledger. Choices keep their order. Licence: CC BY-SA; the
 figures come from PubMed Central's open-access subset, as do those of PubMedVision.
 """
@@ -35,13 +35,13 @@ from data_prep.pipeline.release_files import (
 )
 from data_prep.pipeline.shards import Release, UnusableItemError
 from data_prep.wording.conversations import (
-    LETTERS,
     UNSPECIFIED_MODALITY,
     Asked,
     ImageQuestions,
     Question,
     Refused,
     choice_of,
+    facts_of,
     gather,
     name_of,
     one_line,
@@ -103,11 +103,12 @@ def read_rows(path: Path) -> Iterator[Asked]:
             question, reason = choice_question(row), ""
         except ValueError as error:
             question, reason = None, str(error)
-        yield Asked(row["Figure_path"].strip(), name, question, reason, {})
+        facts = facts_of(qid=row.get("index"))
+        yield Asked(row["Figure_path"].strip(), name, question, reason, facts)
 
 
 def choice_question(row: dict[str, str]) -> Question:
-    """A row -> question with lettered options. Raises ValueError with the reason."""
+    """A row -> question with its options. Raises ValueError with the reason."""
     question = one_line(row["Question"])
     options = [option_text(row[name]) for name in CHOICES]
     if not (question and all(options)):
@@ -135,7 +136,7 @@ def right_option(options: list[str], answer: str) -> int:
     letter = BARE_LETTER.match(answer)
     if letter is None:
         raise ValueError("the answer is none of the choices" if answer.strip() else "no answer")
-    return LETTERS.index(letter[1])
+    return "ABCD".index(letter[1])
 
 
 def _comparable(text: str) -> str:
@@ -160,7 +161,7 @@ def convert(
         image=image.data,
         height=image.height,
         width=image.width,
-        conversations=turns_of(asked.questions),
+        conversations=turns_of(asked.questions, asked.facts),
         task="vqa",
         modality=UNSPECIFIED_MODALITY,
         source="pmc_vqa",

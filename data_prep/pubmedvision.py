@@ -50,7 +50,14 @@ from data_prep.pipeline.release_files import (
     read_image,
 )
 from data_prep.pipeline.shards import Release, UnusableItemError
-from data_prep.wording.conversations import UNSPECIFIED_MODALITY, drawn_split, one_line, pair
+from data_prep.wording.conversations import (
+    UNSPECIFIED_MODALITY,
+    Question,
+    drawn_split,
+    facts_of,
+    one_line,
+    turns_of,
+)
 
 JSON_NAME = "PubMedVision_Alignment_VQA.json"
 NUM_RECORDS = 647_031
@@ -65,7 +72,7 @@ MODALITIES = {
     "others": UNSPECIFIED_MODALITY,
     "other": UNSPECIFIED_MODALITY,
 }
-"""Words of this release that are not in the common vocabulary."""
+"""Words of this release that are not in the records' vocabulary."""
 
 CHUNK = 2**24
 """Bytes of the JSON file that are in memory while it is indexed."""
@@ -221,7 +228,10 @@ def convert(source: Path, split: str, item: Item) -> Record:
     conversations: list[Turn] = []
     for entry in entries:
         turns = turns_of_entry(entry)
-        if turns[:2] not in [conversations[i : i + 2] for i in range(0, len(conversations), 2)]:
+        # By their texts: the facts of two entries differ in their ids at least.
+        texts = [turn.text for turn in conversations]
+        begins = [turn.text for turn in turns[:2]]
+        if begins not in [texts[i : i + 2] for i in range(0, len(texts), 2)]:
             conversations += turns
     panels = [read_image(read_place(source, place)) for place in item.places]
     image = panels[0] if len(panels) == 1 else montage(panels)
@@ -269,11 +279,10 @@ def turns_of_entry(entry: dict[str, Any]) -> list[Turn]:
         raise UnusableItemError("conversation is not question and answer in turn")
     if not all(texts):
         raise UnusableItemError("question or answer is empty")
-    return [
-        turn
-        for question, answer in zip(texts[::2], texts[1::2], strict=True)
-        for turn in pair(question, answer, "open")
-    ]
+    pairs = zip(texts[::2], texts[1::2], strict=True)
+    questions = [Question(question, answer, "open") for question, answer in pairs]
+    stated = {"modality": entry.get("modality"), "location": entry.get("body_part")}
+    return turns_of(questions, [facts_of(qid=entry.get("id"), **stated)] * len(questions))
 
 
 def modality_of(stated: str) -> str:

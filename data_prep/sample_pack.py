@@ -35,6 +35,7 @@ from data_prep.wording.conversations import (
     MALIGNANCY_QUESTIONS,
     choice_turns,
     draw_for,
+    facts_of,
     one_line,
     pair,
     question_of,
@@ -46,6 +47,9 @@ NIH_FINDINGS = (
     "Hernia", "Infiltration", "Mass", "Nodule", "Pleural Thickening", "Pneumonia", "Pneumothorax",
 )  # fmt: skip
 """The 14 findings of NIH ChestX-ray14."""
+
+QUESTION_FACTS = ("qid", "official_split", "answer_type", "question_type", "phrase_type")
+"""What the manifest says of a question, under the same keys."""
 
 NO_FINDING = "No Finding"
 NUM_CHOICES = 4
@@ -212,8 +216,9 @@ def question_turns(item: dict[str, Any]) -> list[Turn]:
     kind = item["answer_type"].strip().lower()
     if kind not in ("closed", "open"):
         raise UnusableItemError(f"question of unknown type {item['answer_type']!r}")
+    facts = facts_of(**{key: item.get(key) for key in QUESTION_FACTS})
     try:
-        return turns_of([question_of(str(item["q"]), str(item["a"]), kind)])
+        return turns_of([question_of(str(item["q"]), str(item["a"]), kind)], [facts])
     except ValueError as error:
         raise UnusableItemError(str(error)) from error
 
@@ -257,16 +262,10 @@ def _task(line: dict[str, Any], conversations: list[Turn]) -> str:
 
 
 def _extra(line: dict[str, Any]) -> dict[str, Any]:
-    """Facts of the source that have no field of their own; `questions` run parallel to the first
-    question/answer pairs."""
-    questions = [
-        {key: item[key] for key in ("qid", "official_split", "question_type", "phrase_type")}
-        for item in line["qa"]
-    ]
+    """Facts of the source that have no field of their own."""
     facts = {
         "labels": line["labels"],
         "boxes": line["boxes"],
-        "questions": questions,
         "licence": line["license"],
         "original_size": line["orig_size"],
         **line["meta"],

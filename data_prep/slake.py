@@ -106,9 +106,11 @@ def read_rows(path: Path, language: str) -> Iterator[Asked]:
                 str(entry.get("answer", "")),
                 str(entry.get("answer_type") or "") or None,
                 qid=entry.get("qid"),
-                q_lang=entry.get("q_lang"),
+                language=entry.get("q_lang"),
                 modality=entry.get("modality"),
                 location=entry.get("location"),
+                answer_type=entry.get("answer_type"),
+                base_type=entry.get("base_type"),
                 content_type=entry.get("content_type"),
                 triple=entry.get("triple"),
             )
@@ -155,7 +157,7 @@ def convert(
     path = file_inside(source, f"imgs/{item.image}")
     image = read_image(path)
     facts = item.facts[0]  # what is said of the image is said with each question
-    extra: dict[str, Any] = {"questions": list(item.facts)}
+    extra: dict[str, Any] = {}
     targets: list[tuple[str, np.ndarray]] = []
     try:
         extra["boxes"] = read_boxes(path.parent / "detection.json")
@@ -168,10 +170,10 @@ def convert(
         height=image.height,
         width=image.width,
         targets=targets,
-        conversations=turns_of(item.questions),
+        conversations=turns_of(item.questions, item.facts),
         task="vqa",
-        modality=canonical_modality(str(facts.get("modality", ""))),
-        anatomy=str(facts.get("location", "")).replace("_", " ").lower(),
+        modality=canonical_modality(facts.get("modality", "")),
+        anatomy=facts.get("location", "").replace("_", " ").lower(),
         source="slake",
         split=split,
         patient_id=None,

@@ -9,6 +9,8 @@ The table is CSV, TSV (both may be .gz) or JSONL, one question per row, with the
     kind                                           closed, open, choice or report
     A, B, C, D, ...                                options; the answer is a letter or a text
     split, patient_id, study_id, sex, age, race, modality, anatomy
+    qid, answer_type, question_type, phrase_type, ...     facts of the question, kept with it; see
+                                                          FACTS in biascare/records/vocabulary.py
 
 `--column NAME=YOURS` says what a column is called in your table. Without `kind`, rows with options
 are choices, a plain yes or no is closed, everything else is open. Rows of one image become one
@@ -26,8 +28,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from biascare.choices import unknown
 from biascare.records import KINDS, MAX_AGE, Record
-from biascare.records.vocabulary import canonical_modality
+from biascare.records.vocabulary import FACTS, canonical_modality
 from data_prep.formats.archives import open_member
 from data_prep.pipeline import shards
 from data_prep.pipeline.options import (
@@ -47,9 +50,9 @@ from data_prep.pipeline.program import run_program
 from data_prep.pipeline.release_files import file_inside, note_repeated, read_image, read_numbered
 from data_prep.pipeline.shards import Release, UnusableItemError
 from data_prep.wording.conversations import (
-    LETTERS,
     Question,
     choice_of,
+    facts_of,
     one_line,
     question_of,
     turns_of,
@@ -60,7 +63,9 @@ ATTRIBUTES = ("patient_id", "study_id", "sex", "age", "race", "modality", "anato
 MAX_LINES = 5
 """Lines that the ledger names of one image."""
 
-COLUMNS = (*REQUIRED, "kind", "split", *ATTRIBUTES, *LETTERS[:10])
+OPTIONS = "ABCDEFGHIJ"
+FACT_COLUMNS = tuple(key for key in FACTS if key not in ATTRIBUTES)
+COLUMNS = (*REQUIRED, "kind", "split", *ATTRIBUTES, *OPTIONS, *FACT_COLUMNS)
 
 
 class Row(NamedTuple):
@@ -75,6 +80,7 @@ class Item(NamedTuple):
 
     image: str
     questions: tuple[Question, ...]
+    facts: tuple[dict[str, str], ...]  # parallel to questions
     attributes: tuple[tuple[str, str], ...]  # of ATTRIBUTES, those that are known
     problem: str  # why it cannot be used; empty
     lines: tuple[int, ...]  # of the table, from 1
@@ -140,7 +146,7 @@ def gather_rows(source: str, rows: Iterable[Row], splits: Splits) -> dict[str, l
         questions, problems = _questions(group)
         num_repeated += len(group) - len(questions) - len(problems)
         items = found.setdefault(split, [])
-        items += [Item(image, (), (), problem, (line,)) for line, problem in problems]
+        items += [Item(image, (), (), (), problem, (line,)) for line, problem in problems]
         if questions:
             items.append(_item(image, questions, group))
     note_repeated("table", num_repeated)
@@ -149,10 +155,10 @@ def gather_rows(source: str, rows: Iterable[Row], splits: Splits) -> dict[str, l
 
 def question_in(row: dict[str, str]) -> Question:
     """The question of a row. Raises ValueError when it is incomplete or contradicts itself."""
-    options = [row[letter] for letter in LETTERS[:10] if row[letter]]
+    options = [row[letter] for letter in OPTIONS if row[letter]]
     kind = row["kind"].lower() or ("choice" if options else None)
     if kind is not None and kind not in KINDS:
-        raise ValueError(f"kind {row['kind']!r} is none of {', '.join(KINDS)}")
+        raise ValueError(unknown("kind", row["kind"], KINDS))
     if kind == "choice":
         return _choice(row, options)
     if kind == "report":
@@ -178,7 +184,7 @@ def convert(source: Source, split: str, item: Item) -> Record:
         image=image.data,
         height=image.height,
         width=image.width,
-        conversations=turns_of(item.questions),
+        conversations=turns_of(item.questions, item.facts),
         task="report" if {q.kind for q in item.questions} == {"report"} else "vqa",
         modality=modality,
         anatomy=known.get("anatomy", source.anatomy),
@@ -208,26 +214,30 @@ def _note_draw(source: str, images: dict[tuple[str, str], list[Row]], splits: Sp
     note_shares(source, splits.shares, Counter(split for split, _ in drawn), "images")
 
 
-def _questions(rows: list[Row]) -> tuple[tuple[Question, ...], list[tuple[int, str]]]:
-    """Distinct questions of one image, and (line, what is wrong) of the other rows."""
-    questions: dict[Question, None] = {}
+def _questions(rows: list[Row]) -> tuple[dict[Question, dict[str, str]], list[tuple[int, str]]]:
+    """Distinct questions of one image with their facts, and (line, what is wrong) of the others."""
+    questions: dict[Question, dict[str, str]] = {}
     problems = []
     for row in rows:
         try:
-            questions[question_in(row.cells)] = None
+            question = question_in(row.cells)
         except ValueError as error:
             problems.append((row.line, str(error)))
-    return tuple(questions), problems
+        else:
+            facts = facts_of(**{key: row.cells[key] for key in FACT_COLUMNS})
+            questions.setdefault(question, facts)
+    return questions, problems
 
 
-def _item(image: str, questions: tuple[Question, ...], rows: list[Row]) -> Item:
+def _item(image: str, questions: dict[Question, dict[str, str]], rows: list[Row]) -> Item:
     lines = tuple(row.line for row in rows)
     if not image:
-        return Item(image, (), (), "row without an image", lines)
+        return Item(image, (), (), (), "row without an image", lines)
     try:
-        return Item(image, questions, tuple(_attributes(rows)), "", lines)
+        known = tuple(_attributes(rows))
+        return Item(image, tuple(questions), tuple(questions.values()), known, "", lines)
     except ValueError as error:
-        return Item(image, (), (), str(error), lines)
+        return Item(image, (), (), (), str(error), lines)
 
 
 def _attributes(rows: list[Row]) -> Iterator[tuple[str, str]]:
@@ -246,8 +256,8 @@ def _choice(row: dict[str, str], options: list[str]) -> Question:
         raise ValueError("a choice needs a question and at least two options")
     texts = [one_line(option) for option in options]
     answer = one_line(row["answer"])
-    given = [letter for letter in LETTERS[:10] if row[letter]]
-    if "".join(given) != LETTERS[: len(given)]:
+    given = [letter for letter in OPTIONS if row[letter]]
+    if "".join(given) != OPTIONS[: len(given)]:
         raise ValueError(f"options {given} leave out a letter")
     matches = {k for k, text in enumerate(texts) if text == answer}
     if not matches and answer.rstrip(".:)").upper() in given:

@@ -70,7 +70,7 @@ class Item(NamedTuple):
     name: str
     place: ImagePlace | Path  # in a parquet file | a file of its own
     questions: tuple[Question, ...]
-    facts: tuple[dict[str, Any], ...]  # parallel to questions; may be empty dicts
+    facts: tuple[dict[str, str], ...]  # parallel to questions; may be empty dicts
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -105,11 +105,12 @@ def _original(source: Path) -> dict[str, list[Asked]]:
     rows: dict[str, list[Asked]] = {"train": [], "test": []}
     for number, entry in enumerate(read_json(source / JSON_NAME, list)):
         phrase = str(entry.get("phrase_type", "")).strip().lower()
-        rows["test" if phrase.startswith(TEST_PREFIX) else "train"].append(_row(number, entry))
+        split = "test" if phrase.startswith(TEST_PREFIX) else "train"
+        rows[split].append(_row(number, entry, split))
     return rows
 
 
-def _row(number: int, entry: dict[str, Any]) -> Asked:
+def _row(number: int, entry: dict[str, Any], split: str) -> Asked:
     """One entry of the original file; numbers and booleans occur as answers."""
     case = MEDPIX_CASE.search(str(entry.get("image_case_url", "")))
     return asked(
@@ -119,8 +120,12 @@ def _row(number: int, entry: dict[str, Any]) -> Asked:
         str(entry.get("answer", "")),
         str(entry.get("answer_type") or "") or None,
         qid=entry.get("qid"),
+        linked_qid=entry.get("qid_linked_id"),
+        official_split=split,
+        answer_type=entry.get("answer_type"),
         question_type=entry.get("question_type"),
         phrase_type=entry.get("phrase_type"),
+        evaluation=entry.get("evaluation"),
         organ=entry.get("image_organ"),
         case=case[1] if case else None,
     )
@@ -163,10 +168,10 @@ def convert(source: Path, split: str, item: Item | Refused) -> Record:
         image=image.data,
         height=image.height,
         width=image.width,
-        conversations=turns_of(item.questions),
+        conversations=turns_of(item.questions, item.facts),
         task="vqa",
         modality="radiology",
-        anatomy=ANATOMY.get(str(facts.get("organ", "")).lower(), ""),
+        anatomy=ANATOMY.get(facts.get("organ", "").lower(), ""),
         source="vqa_rad",
         split=split,
         patient_id=None,
@@ -174,7 +179,6 @@ def convert(source: Path, split: str, item: Item | Refused) -> Record:
         sex=None,
         age=None,
         race=None,
-        extra={"questions": list(item.facts)} if any(item.facts) else {},
     )
 
 

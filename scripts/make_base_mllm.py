@@ -67,11 +67,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def corpus(sources: list[Records]) -> Iterator[str]:
     """Every text the tokenizer should know."""
-    from biascare.data.chat import SEGMENTATION_INSTRUCTIONS, segmentation_instruction
+    from biascare.data.chat import SEGMENTATION_INSTRUCTIONS, segmentation_instruction, written
+    from biascare.records import Turn
 
     for records in sources:
         for row in (records[i] for i in range(len(records))):
-            yield from (turn["text"] for turn in row["conversations"])
+            yield from written([Turn(**turn) for turn in row["conversations"]])
             for target in row["targets"]:
                 for phrasing in range(len(SEGMENTATION_INSTRUCTIONS)):
                     yield segmentation_instruction(target["name"], row["modality"], phrasing)
@@ -161,7 +162,7 @@ def build_batch(
         geometry = Geometry.full(row["height"], row["width"], settings.image_size)
         pixels = chat.image_inputs(read_image(row["image"], geometry))
         sequence = chat.sequence(shuffled_turns(lesson, row, settings, rng)) | {"image": pixels}
-        samples.append(Sample([sequence], None, None, None, None, meta=[{"id": row["id"]}]))
+        samples.append(Sample([sequence], None, None, None, None, facts=[]))
     return collate(samples, seed=0, pad_token_id=chat.tokenizer.pad_token_id)
 
 

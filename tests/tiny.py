@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from biascare.data.chat import SEGMENTATION_INSTRUCTIONS, ChatBuilder
+from biascare.data.chat import SEGMENTATION_INSTRUCTIONS, ChatBuilder, written
 from biascare.data.loader import StreamSettings, TrainingStream
 from biascare.data.mixture import Mixture
-from biascare.interfaces import POINT_POSITIVE, Batch, Sample
+from biascare.interfaces import POINT_POSITIVE, Batch, Facts, Sample
 from biascare.models.export_folder import build_network
 from biascare.models.language.pathway import LoraSettings, load_processor
 from biascare.models.language.tiny import build_tiny_mllm
@@ -37,12 +37,19 @@ HEIGHT, WIDTH = 48, 72
 """Native pixels of a record: not square, and no multiple of the input."""
 
 TARGETS = ("liver", "spleen", "left kidney", "lesion")
+
+
+def asked(kind: str, question: str, answer: str, *options: str) -> list[Turn]:
+    """A question and its answer."""
+    return [Turn("user", question, kind, options), Turn("assistant", answer, kind)]
+
+
 QUESTIONS = (
-    ("closed", "Is the liver visible?", "yes"),
-    ("closed", "Is there a lesion on the left side?", "no"),
-    ("choice", "Which modality is this? A: CT B: MR", "A: CT"),
-    ("open", "Which organ is bright?", "the liver"),
-    ("report", "Describe the image.", "The liver is bright. No effusion."),
+    asked("closed", "Is the liver visible?", "yes"),
+    asked("closed", "Is there a lesion on the left side?", "no"),
+    asked("choice", "Which modality is this?", "CT", "CT", "MR"),
+    asked("open", "Which organ is bright?", "the liver"),
+    asked("report", "Describe the image.", "The liver is bright. No effusion."),
 )
 SETTINGS = StreamSettings(
     image_size=IMAGE_SIZE,
@@ -56,7 +63,7 @@ SETTINGS = StreamSettings(
 
 def corpus() -> list[str]:
     """Texts to train the tokenizer on."""
-    texts = [text for _, question, answer in QUESTIONS for text in (question, answer)]
+    texts = [text for pair in QUESTIONS for text in written(pair)]
     for target in TARGETS:
         texts += [s.format(target=target, modality="CT") for s in SEGMENTATION_INSTRUCTIONS]
     return texts
@@ -111,6 +118,13 @@ def tiny_model(folder: Path | None, seed: int = 0, **keywords: Any) -> DualPathN
     return model.eval()
 
 
+def answers(model: DualPathNetwork, batch: Batch, **keywords: Any) -> torch.Tensor:
+    """Token ids [B, T] that a model generates to a batch of questions."""
+    assert model.mllm is not None
+    stated = {"max_new_tokens": 12} | keywords
+    return model.mllm.generate(batch.mllm_inputs, batch.image_slots, **stated).tokens
+
+
 # ---------------------------------------------------------------- samples without records
 
 
@@ -119,6 +133,13 @@ def random_image(seed: int) -> np.ndarray:
     coarse = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     resized = Image.fromarray(coarse).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
     return np.array(resized)
+
+
+def tiny_facts(image_id: str, **known: Any) -> Facts:
+    """Facts of which a test states what matters to it."""
+    unknown: dict[str, Any] = dict.fromkeys(Facts._fields)
+    stated = {"task": "segmentation", "kind": "segmentation", "modality": "CT", "source": "tiny"}
+    return Facts(**unknown | stated | {"image_id": image_id, "split": "test"} | known)
 
 
 def segmentation_sample(
@@ -142,7 +163,7 @@ def segmentation_sample(
         masks=masks,
         point_coords=torch.tensor(centers)[:, None],
         point_labels=torch.full((len(targets), 1), POINT_POSITIVE),
-        meta=[{"id": f"image-{seed}", "target": target} for target in targets],
+        facts=[tiny_facts(f"image-{seed}", target=target) for target in targets],
     )
 
 
@@ -162,7 +183,7 @@ def language_sample(
         masks=None,
         point_coords=None,
         point_labels=None,
-        meta=[{"id": f"image-{seed}", "target": "open"}],
+        facts=[tiny_facts(f"image-{seed}", task="language", kind="open")],
     )
 
 
@@ -193,9 +214,7 @@ def tiny_record(index: int, split: str) -> Record:
     targets = tiny_masks(index)
     for k, (_, mask) in enumerate(targets):
         image[mask] += np.uint8(60 + 40 * k)
-    turns = []
-    for kind, question, answer in QUESTIONS:
-        turns += [Turn("user", question, kind), Turn("assistant", answer, kind)]
+    turns = [turn for pair in QUESTIONS for turn in pair]
     return Record(
         id=f"tiny/{split}/{index}",
         image=encoded_png(image),

@@ -225,7 +225,7 @@ def _contradictions(report: _Shared, exact: NDArray[np.uint64]) -> None:
 def _asked(conversations: Sequence[list[dict[str, Any]]], start: int) -> NDArray[np.uint64]:
     """[q, 4] row, turn and keys of question and answer. Reports may differ, so they stay out."""
     asked = [
-        (start + row, turn, _text_key(turns[turn]["text"]), _text_key(turns[turn + 1]["text"]))
+        (start + row, turn, _question_key(turns[turn]), _text_key(turns[turn + 1]["text"]))
         for row, turns in enumerate(conversations)
         for turn in range(0, len(turns) - 1, 2)
         if turns[turn]["kind"] != "report"
@@ -233,9 +233,19 @@ def _asked(conversations: Sequence[list[dict[str, Any]]], start: int) -> NDArray
     return np.array(asked, np.uint64).reshape(-1, 4)
 
 
+def _question_key(turn: dict[str, Any]) -> int:
+    """Of text and options; their order does not matter. Another choice is another question."""
+    options = sorted(_plain(option) for option in turn["options"] or ())
+    return key_of(_plain(turn["text"]), *options)
+
+
 def _text_key(text: str | None) -> int:
     """The same for another case, spacing or final mark."""
-    return key_of(" ".join((text or "").lower().split()).rstrip(" .?!"))
+    return key_of(_plain(text))
+
+
+def _plain(text: str | None) -> str:
+    return " ".join((text or "").lower().split()).rstrip(" .?!")
 
 
 def _family(source: str) -> str:

@@ -3,7 +3,7 @@
     report = lint(["prepared/btcv/train", "prepared/btcv/test"], settings)
     report.findings[0]       # Finding(code="leak-patient", level="error", num=3, ...)
 
-Rows are checked in parallel by `lint_rows.py`, all folders together by `leaks.py`. Here: columns
+Rows are checked in parallel by `rows.py`, all folders together by `leaks.py`. Here: columns
 (ids, units, histograms, names), and the report of everything.
 """
 
@@ -22,6 +22,7 @@ from biascare.checks.findings import CODES, Finding, Issues, LintSettings, Vocab
 from biascare.checks.leaks import ID_FAMILIES, cross_findings, patient_findings, plain_id
 from biascare.checks.rows import RADIOLOGICAL, FolderScan, name_of, scan_folders
 from biascare.checks.statistics import column_table, profile_folders
+from biascare.choices import unknown
 from biascare.records import Records
 
 TRAIN = "train"
@@ -98,13 +99,9 @@ _LEVELS = ("error", "warning", "allowed")
 
 def check_codes(codes: Iterable[str]) -> None:
     """Raises ValueError for a code that no finding has, naming the nearest."""
-    import difflib
-
     for code in codes:
         if code not in CODES:
-            near = difflib.get_close_matches(code, CODES, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"--allow: got {code!r}{hint} Known codes: {', '.join(CODES)}")
+            raise ValueError(unknown("--allow", code, CODES))
 
 
 def _open(paths: Sequence[str | Path]) -> tuple[list[Finding], list[Records]]:

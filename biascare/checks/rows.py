@@ -26,7 +26,17 @@ from PIL import Image
 from biascare.checks.duplicates import fingerprint
 from biascare.checks.findings import Issues, LintSettings
 from biascare.data.transforms import Geometry, apply_mask, decode_image
-from biascare.records import KINDS, MAX_AGE, ROLES, SEXES, Records, decode_mask
+from biascare.records import (
+    KINDS,
+    MAX_AGE,
+    ROLES,
+    SEXES,
+    Records,
+    Turn,
+    check_row,
+    decode_mask,
+    question_problems,
+)
 
 RADIOLOGICAL = ("ct", "mri", "mr", "pet", "xray", "x-ray")
 MIN_CONSTANT_AREA = 16  # pixels; smaller masks may well lie on equal pixels
@@ -64,7 +74,12 @@ class _Chunk(NamedTuple):
 
 def name_of(records: Records) -> str:
     """source/split of a folder."""
-    return f"{records.manifest['source']}/{records.manifest['split']}"
+    return _place(records.manifest)
+
+
+def _place(stated: dict[str, Any]) -> str:
+    """source/split as a manifest or a row states it."""
+    return f"{stated['source']}/{stated['split']}"
 
 
 # ---------------------------------------------------------------- one row
@@ -85,6 +100,10 @@ class RowScan:
         """Check one row; its exact and perceptual hash, and whether they can be compared."""
         for code, detail in (*attribute_issues(row, self.manifest), *text_issues(row)):
             self.issues.add(code, f"{row['id']}: {detail}")
+        try:
+            check_row(row, _place(self.manifest))
+        except ValueError as error:
+            self.issues.add("checksum", str(error))
         image = self._image(row)
         self._masks(row, image)
         if image is None:
@@ -170,9 +189,8 @@ def training_area(mask: NDArray[np.uint8], area: int, size: int) -> int:
 
 def attribute_issues(row: dict[str, Any], manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """(code, detail) of the fields that are not image, mask or text."""
-    place = f"{row['source']}/{row['split']}"
-    if place != f"{manifest['source']}/{manifest['split']}":
-        yield "row-of-another-folder", place
+    if _place(row) != _place(manifest):
+        yield "row-of-another-folder", _place(row)
     age = row["age"]
     if age is not None and not (math.isfinite(age) and 0 <= age <= MAX_AGE):
         yield "age-impossible", f"{age:g}"
@@ -195,6 +213,8 @@ def text_issues(row: dict[str, Any]) -> Iterator[tuple[str, str]]:
             plain = "".join(c for c in text.lower() if c.isalnum() or c == " ").split()
             means = plain[:1] == ["yes"] or plain[:1] == ["no"]
             yield f"closed-answer-{'spelling' if means else 'other'}", repr(text[:40])
+    for problem in question_problems([Turn(**turn) for turn in turns]):
+        yield "options-facts", problem
 
 
 def _power(area: int) -> int:
@@ -227,7 +247,7 @@ def _scan_chunk(
     """`source`: folder and content hash of the manifest."""
     records = _opened(*source)
     scan = RowScan(records.manifest, settings)
-    hashes = [scan.row(records[index]) for index in range(start, stop)]
+    hashes = [scan.row(records.unchecked(index)) for index in range(start, stop)]
     return _Chunk(
         folder=number,
         start=start,

@@ -1,9 +1,12 @@
 """Conversations to token ids: one template for training and inference.
 
     chat = ChatBuilder(processor, image_size=256, max_tokens=2048)
-    sequence = chat.sequence([Turn("user", "Is there a lesion?"), Turn("assistant", "yes")])
+    question = Turn("user", "Which modality is this?", "choice", options=("CT", "MR"))
+    question_text(question)     # "Which modality is this?\nA: CT\nB: MR"
+    sequence = chat.sequence([question, Turn("assistant", "MR", "choice")])  # trains "B: MR"
     pixels = chat.image_inputs(image)
 
+Records keep the parts of a question; how its options are lettered is written here and nowhere else.
 A conversation is tokenised in pieces, cut where an answer begins and ends. The ids of a prompt are
 therefore the same whether an answer follows (training) or not (inference), and labels can only ever
 fall on answers. The processor's own expansion of the image placeholder is checked once at start.
@@ -12,13 +15,15 @@ fall on answers. The processor's own expansion of the image placeholder is check
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from biascare.interfaces import IGNORE_INDEX
+from biascare.records import Turn
 
 SEGMENTATION_INSTRUCTIONS = (
     "Segment the {target} in this {modality} image.",
@@ -33,18 +38,40 @@ MODALITY_WORDS = {"ct": "CT", "mri": "MRI", "oct": "OCT", "pet": "PET", "xray": 
 """How a language model has read the modalities that records spell otherwise."""
 
 
-class TurnLike(Protocol):
-    """One side of a conversation: `role` is "user" or "assistant"."""
-
-    @property
-    def role(self) -> str: ...
-    @property
-    def text(self) -> str: ...
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-def segmentation_instruction(target: str, modality: str, key: int | None = None) -> str:
-    """The instruction for a target; `key` draws the phrasing, None takes the canonical one."""
+def question_text(question: Turn) -> str:
+    """A question as the model reads it: options follow on lines of their own, "A: CT"."""
+    return "\n".join([question.text, *_lettered(question)])
+
+
+def answer_text(question: Turn, answer: Turn) -> str:
+    """An answer as the model is to say it: of a choice the option with its letter, "B: MR"."""
+    if not question.options:
+        return answer.text
+    return _lettered(question)[question.options.index(answer.text)]
+
+
+def written(turns: Sequence[Turn]) -> list[str]:
+    """Texts of alternating turns, the first of the user, as the model reads and says them."""
+    return [
+        answer_text(turns[i - 1], turn) if i % 2 else question_text(turn)
+        for i, turn in enumerate(turns)
+    ]
+
+
+def _lettered(question: Turn) -> list[str]:
+    return [f"{letter}: {text}" for letter, text in zip(LETTERS, question.options, strict=False)]
+
+
+def segmentation_instruction(target: str, modality: str | None, key: int | None = None) -> str:
+    """The instruction for a target; `key` draws the phrasing, None takes the canonical one, or
+    without a modality the first that names none."""
     phrasing = 0 if key is None else key % len(SEGMENTATION_INSTRUCTIONS)
+    if modality is None:
+        silent = (text for text in SEGMENTATION_INSTRUCTIONS if "{modality}" not in text)
+        return next(silent).format(target=target)
     written = MODALITY_WORDS.get(modality, modality)
     return SEGMENTATION_INSTRUCTIONS[phrasing].format(target=target, modality=written)
 
@@ -66,7 +93,7 @@ class ChatBuilder:
 
     def _probe(self, image_size: int) -> Any:
         """What the processor itself makes of a blank image and a short question."""
-        text = self._render([_Turn("user", "Is it blank?")], add_generation_prompt=True)
+        text = self._render([Turn("user", "Is it blank?", "closed")], add_generation_prompt=True)
         blank = np.zeros((image_size, image_size, 3), np.uint8)
         return self.processor(
             text=[text],
@@ -81,7 +108,7 @@ class ChatBuilder:
         return bos is None or not text.startswith(bos)
 
     def _check_expansion(self, probe: Any) -> None:
-        ours = self.sequence([_Turn("user", "Is it blank?")])
+        ours = self.sequence([Turn("user", "Is it blank?", "closed")])
         for name in ("input_ids", *self.extra_keys):
             if not torch.equal(ours[name], probe[name][0]):
                 raise ValueError(
@@ -89,12 +116,12 @@ class ChatBuilder:
                     f"project does not know ({name} differs from its own output)"
                 )
 
-    def _render(self, turns: Sequence[TurnLike], *, add_generation_prompt: bool) -> str:
+    def _render(self, turns: Sequence[Turn], *, add_generation_prompt: bool) -> str:
         """Chat-template text; the first user turn shows the image."""
         messages = []
-        for i, turn in enumerate(turns):
-            self._check_text(turn.text)
-            content: list[dict[str, str]] = [{"type": "text", "text": turn.text}]
+        for i, (turn, text) in enumerate(zip(turns, written(turns), strict=True)):
+            self._check_text(text)
+            content: list[dict[str, str]] = [{"type": "text", "text": text}]
             if i == 0:
                 content.insert(0, {"type": "image"})
             messages.append({"role": turn.role, "content": content})
@@ -111,7 +138,7 @@ class ChatBuilder:
                 "remove it when preparing the records"
             )
 
-    def _pieces(self, turns: Sequence[TurnLike]) -> list[tuple[str, bool]]:
+    def _pieces(self, turns: Sequence[Turn]) -> list[tuple[str, bool]]:
         """(text, is answer) in order; prompts end where the model starts to speak."""
         pieces, written = [], ""
         for i, turn in enumerate(turns):
@@ -132,7 +159,7 @@ class ChatBuilder:
             pieces.append((prompt[len(written) :], False))
         return pieces
 
-    def sequence(self, turns: Sequence[TurnLike]) -> dict[str, Tensor]:
+    def sequence(self, turns: Sequence[Turn]) -> dict[str, Tensor]:
         """Tokens of one conversation about one image.
 
         Returns `input_ids` [L], `labels` [L] (answers, `IGNORE_INDEX` elsewhere), `prompt_mask` [L]
@@ -166,6 +193,12 @@ class ChatBuilder:
             sequence[name] = is_image.to(torch.int64 if name.startswith("mm") else input_ids.dtype)
         return sequence
 
+    @cached_property
+    def end_of_answer(self) -> str:
+        """What the chat template writes after an answer."""
+        turns = [Turn("user", "Is it blank?", "closed"), Turn("assistant", "yes", "closed")]
+        return self._pieces(turns)[-1][0].removeprefix("yes")
+
     def image_inputs(self, image: np.ndarray) -> dict[str, Tensor]:
         """`image` [S, S, 3] uint8 -> the LLM's own pixel tensors (`pixel_values`, ...)."""
         return dict(self.processor.image_processor(images=[image], return_tensors="pt"))
@@ -174,11 +207,3 @@ class ChatBuilder:
         """Generated ids [B, T] -> texts without special tokens."""
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [text.strip() for text in texts]
-
-
-class _Turn:
-    """The smallest `TurnLike`."""
-
-    def __init__(self, role: str, text: str):
-        self.role = role
-        self.text = text

@@ -12,7 +12,8 @@ is read by touching its own pages only (`reader.py`). The trade-off: a row canno
 place, a folder is written again as a whole (`writer.py`).
 """
 
-from biascare.records.reader import Records
+from biascare.records.masks import decode_mask, encode_mask, mask_runs
+from biascare.records.reader import Records, read_manifest
 from biascare.records.record import (
     FEATURES,
     KINDS,
@@ -22,9 +23,10 @@ from biascare.records.record import (
     SEXES,
     Record,
     Turn,
-    decode_mask,
-    encode_mask,
+    check_row,
+    checksum_of,
     image_size,
+    question_problems,
     row_digest,
 )
 from biascare.records.writer import (
@@ -58,9 +60,14 @@ __all__ = [
     "Records",
     "Turn",
     "assemble",
+    "check_row",
+    "checksum_of",
     "decode_mask",
     "encode_mask",
     "image_size",
+    "mask_runs",
+    "question_problems",
+    "read_manifest",
     "read_part",
     "row_digest",
     "scratch_folder",

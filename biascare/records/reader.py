@@ -11,10 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from biascare.records.record import (
-    FEATURES,
-    row_digest,
-)
+from biascare.records.record import FEATURES, check_row, row_digest, unpacked
 from biascare.records.writer import (
     FORMAT,
     FORMAT_VERSION,
@@ -30,7 +27,8 @@ class Records:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).absolute()
-        self.manifest = _read_manifest(self.folder)
+        self.manifest = read_manifest(self.folder)
+        _check_version(self.folder, self.manifest["format_version"])
         self._batches = _open(self.folder, self.manifest)
         self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
         self._segmentation_units, self._language_units = self._load_units()
@@ -40,10 +38,18 @@ class Records:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Row `index` as python values: image bytes, targets [{name, rle}], conversations
-        [{role, text, kind}], labels [str], extra dict, unknown attributes None."""
-        row = self._stored_row(index)
-        row["extra"] = json.loads(row["extra"])
+        [{role, text, kind, options, facts}], labels [str], extra dict, unknown attributes None.
+
+        Raises ValueError, naming folder and record, when a byte of image or masks was altered: the
+        checksum costs less than decoding what it guards.
+        """
+        row = self.unchecked(index)
+        check_row(row, str(self.folder))
         return row
+
+    def unchecked(self, index: int) -> dict[str, Any]:
+        """Row `index` as it lies on disk, sound or not: for programs that look for damage."""
+        return unpacked(self._stored_row(index))
 
     def _stored_row(self, index: int) -> dict[str, Any]:
         """Row `index` as it was digested."""
@@ -114,7 +120,8 @@ class Records:
         return segmentation, language
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a record folder of any version. Raises ValueError when there is none."""
     path = folder / MANIFEST
     if not folder.is_dir():
         raise ValueError(
@@ -130,12 +137,20 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON ({error}); prepare the folder again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{path} does not describe {FORMAT}: written by another program?")
-    if manifest["format_version"] != FORMAT_VERSION:
-        raise ValueError(
-            f"{folder} has format version {manifest['format_version']}, this program reads "
-            f"{FORMAT_VERSION}; prepare it again or install the matching version"
-        )
     return manifest
+
+
+def _check_version(folder: Path, version: int) -> None:
+    if version == 1:
+        raise ValueError(
+            f"{folder} has format version 1, this program reads {FORMAT_VERSION}; convert it, the "
+            f"older folder is kept: python data_prep/upgrade.py {folder}"
+        )
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{folder} has format version {version}, this program reads {FORMAT_VERSION}; prepare "
+            "it again or install the matching version"
+        )
 
 
 _SCHEMA = FEATURES.arrow_schema

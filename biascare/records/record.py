@@ -3,10 +3,11 @@
     record = Record(id="btcv/1", image=png_bytes, height=512, width=512, targets=[...], ...)
     check_record(record, source="btcv", split="train")  # ValueError with all problems at once
     row = row_of(record)
-    mask = decode_mask(row["targets"][0]["rle"], row["height"], row["width"])
+    read = unpacked(row)        # with options and facts of the turns, and extra, as python values
+    check_row(read, where="prepared/btcv/train")  # ValueError when a byte of it was altered
 
-Images stay encoded and masks are COCO run-length codes at native size. Everything here looks at one
-record; `records.py` joins rows to folders.
+Images stay encoded and masks are COCO run-length codes at native size (`masks.py`). Everything here
+looks at one record; `writer.py` and `reader.py` join rows to folders.
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ import json
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from pycocotools import mask as coco
+
+from biascare.choices import unknown
+from biascare.records.masks import encode_mask
+from biascare.records.vocabulary import FACTS
 
 ROLES = ("user", "assistant")
 KINDS = ("closed", "open", "choice", "report")
@@ -47,6 +51,8 @@ FEATURES = datasets.Features(
                 "role": datasets.Value("string"),
                 "text": datasets.Value("string"),
                 "kind": datasets.Value("string"),
+                "options": [datasets.Value("string")],
+                "facts": datasets.Value("string"),
             }
         ],
         "task": datasets.Value("string"),
@@ -61,16 +67,28 @@ FEATURES = datasets.Features(
         "age": datasets.Value("float64"),
         "race": datasets.Value("string"),
         "extra": datasets.Value("string"),
+        "checksum": datasets.Value("string"),
     }
 )
+"""`facts` and `extra` are JSON."""
+
+MAX_OPTIONS = 26
+"""One letter each."""
 
 
 class Turn(NamedTuple):
-    """One utterance. Both turns of a question/answer pair carry the kind of the pair."""
+    """One utterance. Both turns of a question/answer pair carry the kind of the pair; what else a
+    question is made of stands on the user's turn alone.
+
+    The text is the bare question, and the answer to a choice is one of its options, word for word:
+    how options are lettered is decided where a prompt is written (`data/chat.py`), not here.
+    """
 
     role: str  # user | assistant
     text: str
     kind: str  # closed | open | choice | report
+    options: tuple[str, ...] = ()  # of a choice, in the order they are asked
+    facts: Mapping[str, str] = {}  # what the source says of the question; keys of `FACTS`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,38 +117,6 @@ class Record:
     age: float | None  # years
     race: str | None
     extra: dict[str, Any] = field(default_factory=dict)  # anything JSON can hold
-
-
-def encode_mask(mask: np.ndarray) -> bytes:
-    """COCO run-length code of a mask: bool [H, W] -> bytes. Exact; the size is not part of it."""
-    if mask.ndim != 2 or mask.dtype != np.bool_:
-        raise ValueError(
-            f"a mask must be a bool array [H, W], got {mask.dtype} {list(mask.shape)}; "
-            "threshold or compare it first"
-        )
-    return bytes(coco.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"])
-
-
-def decode_mask(rle: bytes, height: int, width: int, *, by_rows: bool = True) -> np.ndarray:
-    """Inverse of `encode_mask`: bytes -> uint8 [height, width] in {0, 1}.
-
-    The code runs along columns, and so does the memory of the result without `by_rows`, which
-    saves the turn where only a part of the mask is looked at.
-
-    Raises ValueError when the code does not describe a mask of this size.
-    """
-    wrong = f"mask code of {len(rle)} bytes does not describe {height} x {width} pixels"
-    try:
-        mask = np.asarray(coco.decode({"size": [height, width], "counts": rle}), dtype=np.uint8)
-    except ValueError as error:
-        raise ValueError(wrong) from error
-    # A code that is too short leaves pycocotools' buffer uninitialised instead of failing.
-    if mask.max(initial=0) > 1:
-        raise ValueError(wrong)
-    if not by_rows:
-        return mask
-    # Pillow transposes in blocks, twice as fast as numpy on large masks.
-    return np.array(Image.fromarray(mask.T).transpose(Image.Transpose.TRANSPOSE))
 
 
 def image_size(data: bytes) -> tuple[int, int]:
@@ -176,12 +162,51 @@ HISTOGRAMS: dict[str, Any] = {
 
 def row_of(record: Record) -> dict[str, Any]:
     """A validated record in the shape of FEATURES."""
-    row = {name: getattr(record, name) for name in FEATURES}
+    row = {name: getattr(record, name) for name in FEATURES if name != "checksum"}
     row["age"] = None if record.age is None else float(record.age)
     row["targets"] = [{"name": name, "rle": encode_mask(mask)} for name, mask in record.targets]
-    row["conversations"] = [turn._asdict() for turn in record.conversations]
-    row["extra"] = json.dumps(record.extra, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    row["conversations"] = [
+        turn._asdict() | {"options": list(turn.options), "facts": _json(turn.facts)}
+        for turn in record.conversations
+    ]
+    row["extra"] = _json(record.extra)
+    row["checksum"] = checksum_of(row)
     return row
+
+
+def unpacked(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored row as python values: what was JSON is parsed, and `Turn(**turn)` is a turn."""
+    turns = [
+        turn | {"options": tuple(turn["options"]), "facts": json.loads(turn["facts"])}
+        for turn in row["conversations"]
+    ]
+    return dict(row) | {"conversations": turns, "extra": json.loads(row["extra"])}
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
+
+
+def checksum_of(row: Mapping[str, Any]) -> str:
+    """sha256, in hex, of the bytes no other check looks into: the image, and name and code of every
+    target. Lengths are hashed too, so that no byte can change sides."""
+    digest = hashlib.sha256()
+    codes = [data for t in row["targets"] for data in (t["name"].encode("utf-8"), t["rle"])]
+    for data in (row["image"], *codes):
+        digest.update(len(data).to_bytes(8, "big"))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def check_row(row: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError when image or masks of a row are not those its writer saw."""
+    found = checksum_of(row)
+    if found != row["checksum"]:
+        raise ValueError(
+            f"{where}, record {row['id']!r}: its image or masks were altered after they were "
+            f"written (checksum {found[:12]}, stored {str(row['checksum'])[:12]}); copy the folder "
+            "again from where it is whole, or prepare it again"
+        )
 
 
 def row_digest(row: Mapping[str, Any]) -> bytes:
@@ -194,6 +219,7 @@ def row_digest(row: Mapping[str, Any]) -> bytes:
 
 
 def check_record(record: Record, source: str, split: str) -> None:
+    """Raises ValueError naming all problems of a record; `source` and `split` are its folder's."""
     problems = [*_identity_problems(record, source, split), *_attribute_problems(record)]
     problems += _conversation_problems(record.conversations)
     problems += _image_problems(record)
@@ -232,11 +258,48 @@ def _conversation_problems(turns: list[Turn]) -> Iterable[str]:
         if turn.role != ROLES[index % 2]:
             yield f"turn {index} has role {turn.role!r}, expected {ROLES[index % 2]!r}"
         if turn.kind not in KINDS:
-            yield f"turn {index} has kind {turn.kind!r}, expected one of {KINDS}"
+            yield unknown(f"kind of turn {index}", turn.kind, KINDS)
         if not isinstance(turn.text, str) or not turn.text.strip():
             yield f"turn {index} has no text, got {turn.text!r}"
         if index % 2 and turn.kind != turns[index - 1].kind:
             yield f"turn {index} answers a {turns[index - 1].kind!r} question as {turn.kind!r}"
+    yield from question_problems(turns)
+
+
+def question_problems(turns: Sequence[Turn]) -> Iterable[str]:
+    """What is wrong with options and facts of alternating turns."""
+    for index, turn in enumerate(turns):
+        yield from _fact_problems(index, turn)
+    for index in range(0, len(turns) - 1, 2):
+        yield from _option_problems(index, turns[index], turns[index + 1].text)
+
+
+def _fact_problems(index: int, turn: Turn) -> Iterable[str]:
+    for key, value in turn.facts.items():
+        if key not in FACTS:
+            yield unknown(f"fact of turn {index}", key, FACTS)
+        if not isinstance(value, str) or not value.strip():
+            yield f"fact {key!r} of turn {index} must be a text, got {value!r}; or leave it out"
+    if index % 2 and (turn.facts or turn.options):
+        yield f"turn {index} is an answer; facts and options belong to the question before it"
+
+
+def _option_problems(index: int, question: Turn, answer: str) -> Iterable[str]:
+    options = question.options
+    if question.kind != "choice":
+        if options:
+            yield f"turn {index} has options, but its kind is {question.kind!r}, not 'choice'"
+        return
+    if not 2 <= len(options) <= MAX_OPTIONS:
+        yield f"turn {index} is a choice of {len(options)}; it needs 2 to {MAX_OPTIONS} options"
+    for option in options:
+        if not isinstance(option, str) or option != " ".join(option.split()) or not option:
+            yield f"option {option!r} of turn {index} must be one line without outer spaces"
+    if options.count(answer) != 1:
+        yield (
+            f"answer {answer!r} of turn {index + 1} is not exactly one of the options "
+            f"{list(options)}; the answer to a choice repeats the option, without a letter"
+        )
 
 
 def _image_problems(record: Record) -> Iterable[str]:

@@ -1,4 +1,4 @@
-"""The names records use: one spelling per target and per modality.
+"""The names records use: one spelling per target and per modality, one key per fact.
 
 `canonical_target("kidney_right") == "right kidney"`. Underscores become spaces and case is lowered;
 everything beyond that is a reviewed table, not a string rule, so that no side is lost and no two
@@ -7,7 +7,7 @@ structures are merged by accident. A name outside the tables is kept.
 
 from __future__ import annotations
 
-import difflib
+from biascare.choices import did_you_mean
 
 SIDES = ("left", "right")
 
@@ -69,6 +69,26 @@ MODALITIES = {
 """Spelling in records -> spellings met in releases."""
 
 
+FACTS = {
+    "qid": "the source's own name of the question",
+    "linked_qid": "question that this one rephrases, or shares its origin with",
+    "official_split": "split of the question in its release",
+    "answer_type": "as the source states it: closed or open",
+    "question_type": "what is asked for: presence, position, plane, ...",
+    "content_type": "what the question is about: organ, abnormality, ...",
+    "base_type": "whether the image or a knowledge base holds the answer",
+    "phrase_type": "freeform or rephrased",
+    "evaluation": "what the annotators say of the question",
+    "triple": "entry of the knowledge base that holds the answer",
+    "language": "of the question",
+    "modality": "as stated with the question, in the source's words",
+    "organ": "as stated with the question",
+    "location": "place in the body as stated with the question",
+    "case": "teaching case that the image is from",
+}
+"""Key of a question's facts -> what it says. The words of the source stay as they are."""
+
+
 def _plain(name: str) -> str:
     return " ".join(name.replace("_", " ").lower().split())
 
@@ -97,10 +117,9 @@ def canonical_modality(name: str) -> str:
     """Spelling of a modality in records. Raises ValueError, with the nearest, when unknown."""
     plain = _plain(name)
     if plain not in _MODALITIES:
-        near = difflib.get_close_matches(plain, _MODALITIES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
+        near = did_you_mean(plain, _MODALITIES)
         raise ValueError(
-            f"unknown modality {name!r}{hint} Known: {', '.join(MODALITIES)}. "
-            "Add the spelling to MODALITIES in data_prep/common/vocabulary.py"
+            f"unknown modality {name!r}{near}; expected one of {', '.join(MODALITIES)}. A new "
+            "spelling is added to MODALITIES in biascare/records/vocabulary.py"
         )
     return _MODALITIES[plain]

@@ -34,7 +34,7 @@ from biascare import __version__
 from biascare.records.record import FEATURES, HISTOGRAMS, Record, check_record, row_digest, row_of
 
 FORMAT = "biascare-records"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 SEGMENTATION_UNITS = "segmentation_units.npy"
 LANGUAGE_UNITS = "language_units.npy"

@@ -1,4 +1,4 @@
-"""Words of the language records: how a question is asked, how options are lettered, what "yes" is.
+"""Words of the language records: how a question is asked, what its options are, what "yes" is.
 
     draw = draw_for("ham10000/ISIC_0024306")
     turns = choice_turns(draw.choice(DIAGNOSIS_QUESTIONS), DIAGNOSES.values(), "melanoma", draw)
@@ -17,14 +17,15 @@ from typing import Any, NamedTuple
 
 from biascare.records import Turn
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
 UNSPECIFIED_MODALITY = "unspecified"
 """Modality of releases that mix several and do not say which image is which."""
 
 IMAGE_PLACEHOLDER = "<image>"
 """Where LLaVA-style conversations put the image. The chat template does that, and a control token
 inside a text is refused by the loader."""
+
+UNSTATED = ("NULL", "None", "nan")
+"""How releases write that a field is empty."""
 
 DIAGNOSES = {
     "akiec": "actinic keratosis or intraepithelial carcinoma",
@@ -82,8 +83,9 @@ class Question(NamedTuple):
     """One question about one image, as a release asks it."""
 
     text: str
-    answer: str
-    kind: str  # closed | open | choice
+    answer: str  # of a choice: one of the options, word for word
+    kind: str  # closed | open | choice | report
+    options: tuple[str, ...] = ()
 
 
 class Asked(NamedTuple):
@@ -93,7 +95,7 @@ class Asked(NamedTuple):
     name: str  # of the row, for the ledger
     question: Question | None
     reason: str  # empty when there is a question
-    facts: dict[str, Any]  # what the release says about this question; kept in the record's extra
+    facts: dict[str, str]  # what the release says of this question; keys of the vocabulary's FACTS
 
 
 class ImageQuestions(NamedTuple):
@@ -101,7 +103,7 @@ class ImageQuestions(NamedTuple):
 
     image: str
     questions: tuple[Question, ...]
-    facts: tuple[dict[str, Any], ...]  # parallel to questions
+    facts: tuple[dict[str, str], ...]  # parallel to questions
 
 
 class Refused(NamedTuple):
@@ -126,10 +128,7 @@ def one_line(text: str) -> str:
 
 def pair(question: str, answer: str, kind: str) -> list[Turn]:
     """A question of the user and the assistant's answer."""
-    return [
-        Turn(role="user", text=question, kind=kind),
-        Turn(role="assistant", text=answer, kind=kind),
-    ]
+    return turns_of([Question(question, answer, kind)])
 
 
 def draw_for(record_id: str) -> random.Random:
@@ -187,11 +186,22 @@ def asked(
     image: str, name: str, text: str, answer: str, kind: str | None = None, **facts: Any
 ) -> Asked:
     """A row of a release; what `question_of` refuses becomes the reason."""
-    facts = {key: value for key, value in facts.items() if value not in (None, "", [], {})}
+    stated = facts_of(**facts)
     try:
-        return Asked(image, name, question_of(text, answer, kind), "", facts)
+        return Asked(image, name, question_of(text, answer, kind), "", stated)
     except ValueError as error:
-        return Asked(image, name, None, str(error), facts)
+        return Asked(image, name, None, str(error), stated)
+
+
+def facts_of(**stated: Any) -> dict[str, str]:
+    """What a release says of a question, in its own words; what it leaves open is left out. Several
+    words are joined by commas."""
+    facts = {
+        key: one_line(", ".join(map(str, value)) if isinstance(value, list) else str(value))
+        for key, value in stated.items()
+        if value is not None
+    }
+    return {key: text for key, text in facts.items() if text and text not in UNSTATED}
 
 
 def gather(rows: Iterable[Asked], seen: Iterable[tuple[str, Question]] = ()) -> Gathered:
@@ -238,18 +248,12 @@ def name_of(item: ImageQuestions | Refused) -> str:
     return item.image if isinstance(item, ImageQuestions) else item.name
 
 
-def lettered(options: Iterable[str]) -> list[str]:
-    """Options with their letters: ["A: liver", "B: spleen"]. Raises ValueError above 26."""
-    options = list(options)
-    if len(options) > len(LETTERS):
-        raise ValueError(f"{len(options)} options, there are only {len(LETTERS)} letters")
-    return [f"{letter}: {text}" for letter, text in zip(LETTERS, options, strict=False)]
-
-
 def choice_of(question: str, options: Sequence[str], right: int) -> Question:
-    """A question followed by its lettered options; the answer is the right one, "B: text"."""
-    written = lettered(options)
-    return Question(text="\n".join([question, *written]), answer=written[right], kind="choice")
+    """A question with its options, of which the one at position `right` is the answer. Raises
+    ValueError when another option reads the same: an answer must mean one of them."""
+    if options.count(options[right]) > 1:
+        raise ValueError("several choices have the text of the answer")
+    return Question(question, options[right], "choice", tuple(options))
 
 
 def choice_turns(
@@ -262,9 +266,15 @@ def choice_turns(
     return turns_of([choice_of(question, shuffled, shuffled.index(answer))])
 
 
-def turns_of(questions: Iterable[Question]) -> list[Turn]:
-    """Questions in their order -> alternating turns."""
-    return [turn for asked in questions for turn in pair(asked.text, asked.answer, asked.kind)]
+def turns_of(questions: Sequence[Question], facts: Sequence[Mapping[str, str]] = ()) -> list[Turn]:
+    """Questions in their order -> alternating turns. `facts`, when given, run parallel."""
+    turns = []
+    for asked, stated in zip(questions, facts or [{}] * len(questions), strict=True):
+        turns += [
+            Turn("user", asked.text, asked.kind, asked.options, stated),
+            Turn("assistant", asked.answer, asked.kind),
+        ]
+    return turns
 
 
 def _digest(key: str) -> bytes:
