@@ -41,6 +41,27 @@ class Prompts(NamedTuple):
     point_labels: Tensor  # [R, N] int64: 1, 0, -1 padding, 2 and 3 the corners of a box
 
 
+class Facts(NamedTuple):
+    """What is known of one sequence beside its tensors: what training logs by and cases keep.
+
+    Missing attributes are None, never left out.
+    """
+
+    image_id: str  # the record's
+    task: str  # segmentation | language
+    kind: str  # of the question: closed | open | choice | report; of a mask: segmentation
+    target: str | None  # the structure to segment; None for a question
+    prevalence: str | None  # head | medium | tail | unseen; None for a question
+    source: str
+    split: str
+    modality: str
+    anatomy: str
+    patient_id: str | None
+    sex: str | None
+    age: float | None  # years
+    race: str | None
+
+
 class Sample(NamedTuple):
     """One item of the stream: an image with K of its targets, or an image with one question.
 
@@ -52,7 +73,9 @@ class Sample(NamedTuple):
     masks: Tensor | None  # [K, H, W] uint8 in {0, 1}, None for language
     point_coords: Tensor | None  # [K, N, 2] float32
     point_labels: Tensor | None  # [K, N] int64
-    meta: list[dict[str, Any]]  # per sequence: id, task, modality, target, group, sex, ...
+    facts: list[Facts]  # per sequence
+    position: int | None = None  # in the training stream; None where nothing is drawn
+    replaced: tuple[str, ...] = ()  # why samples before this one could not be used
 
 
 class Batch(NamedTuple):
@@ -70,7 +93,9 @@ class Batch(NamedTuple):
     answer_positions: Tensor | None  # [T] int64, flat into B*L: the token before each answer
     answer_tokens: Tensor | None  # [T] int64, the answer tokens themselves
     seed: int  # of this micro-batch: every random choice inside the step derives from it
-    meta: list[dict[str, Any]]  # one per sequence, segmentation rows first
+    facts: list[Facts]  # one per sequence, segmentation rows first
+    replaced: dict[int, tuple[str, ...]]  # stream position -> why its own samples were unusable
+    num_samples: int  # items of the stream in it
 
 
 class Features(NamedTuple):
@@ -89,6 +114,14 @@ class Prediction(NamedTuple):
     predicted_dice: Tensor  # [R], the quality head's estimate
 
 
+class Generated(NamedTuple):
+    """What a language model said to B prompts."""
+
+    tokens: Tensor  # [B, T] int64
+    log_probs: Tensor  # [B, T] fp32, of the full vocabulary at temperature 1
+    spoken: Tensor  # [B, T] bool: up to and with the end token; padding follows
+
+
 class AnswerHead(Protocol):
     """The language side of a model."""
 
@@ -98,7 +131,7 @@ class AnswerHead(Protocol):
 
 
 class DualPathModel(Protocol):
-    """What training, evaluation and sessions need of a model; `BiasCareVL` provides it."""
+    """What training, evaluation and sessions need of a network; `DualPathNetwork` provides it."""
 
     @property
     def mllm(self) -> AnswerHead | None: ...
@@ -119,5 +152,3 @@ class DualPathModel(Protocol):
         rows: Tensor | None = None,
         mask_prompt: Tensor | None = None,
     ) -> Prediction: ...
-
-    def generate(self, batch: Batch, *, max_new_tokens: int = 32, **keywords: Any) -> Tensor: ...

@@ -1,4 +1,14 @@
-"""What a model can say about itself: Eqs. 3-6 of the paper, in training and at inference."""
+"""What a model can say about itself: Eqs. 3-6 of the paper, in training and at inference.
+
+    vector = mask_weighted_embedding(image_embedding, mask_probs, row_image=row_image)   # Eq. 3
+    semantic = semantic_uncertainty(vector, text_embedding)                              # Eqs. 4-5
+    joint = joint_uncertainty(semantic, dice_loss, beta_vl)                              # Eq. 6
+    label_free(features, prediction, row_image, beta_vl)                  # all that needs no truth
+
+The paper is "Bias-constrained multimodal intelligence for equitable and reliable clinical AI"
+(arXiv 2604.16884). fp32 inside, whatever dtype comes in: bf16 resolves only 0.004 near 1, where
+cosines live.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +18,8 @@ import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from biascare.interfaces import Features, Prediction
 
 
 POOLING_EPS = 1e-6
@@ -109,3 +121,26 @@ def _mean_query(text_vector: Tensor) -> Tensor:
     """`[R, Q, C]` or `[R, C]` -> `[R, C]` fp32."""
     text_vector = text_vector.float()
     return text_vector.mean(dim=1) if text_vector.ndim == 3 else text_vector
+
+
+def label_free(
+    features: Features, prediction: Prediction, row_image: Tensor, beta_vl: float
+) -> dict[str, Tensor]:
+    """What can be said of R masks without their truth, by name, `[R]` fp32 each.
+
+    `predicted_dice_loss` is the quality head's; `semantic` Eq. 5; `joint_label_free` Eq. 6 with the
+    former in place of the Dice loss. Without a text there is nothing to compare with, and the joint
+    one is the quality head's alone.
+    """
+    predicted_loss = 1 - prediction.predicted_dice
+    if features.text_embedding is None or features.image_embedding is None:
+        return {"joint_label_free": predicted_loss, "predicted_dice_loss": predicted_loss}
+    vector = mask_weighted_embedding(
+        features.image_embedding, prediction.mask_logits.sigmoid(), row_image=row_image
+    )
+    semantic = semantic_uncertainty(vector, features.text_embedding)
+    return {
+        "semantic": semantic,
+        "joint_label_free": joint_uncertainty(semantic, predicted_loss, beta_vl),
+        "predicted_dice_loss": predicted_loss,
+    }

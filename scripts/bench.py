@@ -175,13 +175,25 @@ def make_batch(mllm_folder: str, image_size: int, num_images: int) -> Batch:
 
     from biascare.data.chat import ChatBuilder
     from biascare.data.loader import collate
-    from biascare.interfaces import Sample
+    from biascare.interfaces import Facts, Sample
     from biascare.models.language.pathway import load_processor
     from biascare.records import Turn
 
     chat = ChatBuilder(load_processor(mllm_folder), image_size=image_size, max_tokens=4096)
     generator = torch.Generator().manual_seed(0)
     samples = []
+    unknown = dict.fromkeys(("prevalence", "patient_id", "sex", "age", "race"))
+    facts = Facts(
+        image_id="",
+        task="segmentation",
+        kind="segmentation",
+        target="liver",
+        source="",
+        split="",
+        modality="",
+        anatomy="",
+        **unknown,
+    )
     for _ in range(num_images):
         image = torch.randint(
             0, 256, (3, image_size, image_size), dtype=torch.uint8, generator=generator
@@ -194,7 +206,6 @@ def make_batch(mllm_folder: str, image_size: int, num_images: int) -> Batch:
             Turn("user", "Is there a lesion?", "closed"),
             Turn("assistant", "yes", "closed"),
         ]
-        meta: dict[str, Any] = {"target": "liver"}
         samples.append(
             Sample(
                 sequences=[ask | {"image": pixels}] * 2,
@@ -202,11 +213,11 @@ def make_batch(mllm_folder: str, image_size: int, num_images: int) -> Batch:
                 masks=masks,
                 point_coords=torch.tensor([[[30.0, 30.0]], [[60.0, 60.0]]]),
                 point_labels=torch.ones(2, 1, dtype=torch.int64),
-                meta=[meta, meta | {"target": "spleen"}],
+                facts=[facts, facts._replace(target="spleen")],
             )
         )
         samples.append(
-            Sample([chat.sequence(question) | {"image": pixels}], None, None, None, None, [meta])
+            Sample([chat.sequence(question) | {"image": pixels}], None, None, None, None, [facts])
         )
     return collate(samples, seed=0, pad_token_id=chat.tokenizer.pad_token_id)
 

@@ -100,14 +100,16 @@ def results_table(metrics: dict[str, dict[str, Any]]) -> str:
 
     def dice(name: str, metric: str, group: str | None = None, baseline: str = "") -> None:
         row = [_dice(summary, metric, group) for summary in metrics.values()]
-        count = masks["num_masks"] if group is None else masks["dice"]["by_group"][group]["num"]
+        count = (
+            masks["num_masks"] if group is None else masks["dice"]["by_prevalence"][group]["num"]
+        )
         lines.append(f"| {name} | {count} | {' | '.join(row)} | {baseline} |")
 
     disc, informed = masks["dice_disc"], masks["dice_disc_by_target"]
     discs = f"{disc['mean']:.3f} (disc at the click), {informed['mean']:.3f} (of the target's size)"
     dice("Dice, one click", "dice", None, discs)
-    for group in (g for g in ("head", "medium", "tail") if g in masks["dice"]["by_group"]):
-        dice(f"Dice, {group} targets", "dice", group, f"{disc['by_group'][group]['mean']:.3f}")
+    for group in (g for g in ("head", "medium", "tail") if g in masks["dice"]["by_prevalence"]):
+        dice(f"Dice, {group} targets", "dice", group, f"{disc['by_prevalence'][group]['mean']:.3f}")
     dice("Dice, after one correction", "dice_click_1")
     dice("Dice, text prompt alone", "dice_text")
     for kind, cell in answers.items():
@@ -125,7 +127,7 @@ def _dice(summary: dict[str, Any], metric: str, group: str | None) -> str:
     scores = summary["segmentation"].get(metric)
     if scores is None:
         return "-"
-    return f"{scores['mean'] if group is None else scores['by_group'][group]['mean']:.3f}"
+    return f"{scores['mean'] if group is None else scores['by_prevalence'][group]['mean']:.3f}"
 
 
 def embedded(folder: Path) -> dict[str, Path]:

@@ -70,14 +70,14 @@ def overlays_of(stream: TrainingStream, position: int, sample: Sample) -> list[O
     assert sample.point_coords is not None and sample.point_labels is not None
     image = sample.image.permute(1, 2, 0).numpy()
     overlays = []
-    for row, meta in enumerate(sample.meta):
+    for row, facts in enumerate(sample.facts):
         clicks, boxes = prompts_of(sample.point_coords[row], sample.point_labels[row])
         kind = " and ".join(["point"] * bool(clicks) + ["box"] * bool(boxes)) or "text only"
         title = (
-            f"position {position}  {meta['source']}  {meta['modality']}\n"
-            f"{meta['target']} ({meta['group']}), {kind}"
+            f"position {position}  {facts.source}  {facts.modality}\n"
+            f"{facts.target} ({facts.prevalence}), {kind}"
         )
-        masks = [(meta["target"], sample.masks[row].numpy())]
+        masks = [(facts.target or "", sample.masks[row].numpy())]
         overlays.append(Overlay(title=title, image=image, masks=masks, clicks=clicks, boxes=boxes))
     return overlays
 
@@ -115,8 +115,8 @@ def watch_images(chat: ChatBuilder) -> list[np.ndarray]:
 def question_overlay(position: int, sample: Sample, image: np.ndarray) -> Overlay:
     from biascare.reports.sheets import Overlay
 
-    meta = sample.meta[0]
-    title = f"position {position}  {meta['source']}  {meta['modality']}\n{meta['target']} question"
+    facts = sample.facts[0]
+    title = f"position {position}  {facts.source}  {facts.modality}\n{facts.kind} question"
     return Overlay(title=title, image=image)
 
 
@@ -150,14 +150,13 @@ _STYLES = {True: "bold green", False: "bright_black"}
 
 
 def print_sample(console: Any, position: int, sample: Sample, chat: ChatBuilder | None) -> None:
-    for number, meta in enumerate(sample.meta):
-        about = [f"position {position}", meta["task"], str(meta["target"]), meta["source"]]
-        about += [meta["modality"], *([meta["group"]] if meta["group"] else [])]
-        known = [
-            f"{name} {meta[name]}" for name in ("sex", "age", "race") if meta[name] is not None
-        ]
+    for number, facts in enumerate(sample.facts):
+        about = [f"position {position}", facts.task, facts.target or facts.kind, facts.source]
+        about += [facts.modality, *([facts.prevalence] if facts.prevalence else [])]
+        attributes = {"sex": facts.sex, "age": facts.age, "race": facts.race}
+        known = [f"{name} {value}" for name, value in attributes.items() if value is not None]
         console.rule(", ".join([*about, *known]), align="left", style="dim")
-        for reason in meta.get("replaced", []) if number == 0 else []:
+        for reason in sample.replaced if number == 0 else ():
             console.print(f"replaces an unreadable sample: {reason}", style="red", markup=False)
         if chat is not None:
             sequence = sample.sequences[number]

@@ -15,7 +15,6 @@ import contextlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -310,73 +309,6 @@ def count_parameters(
     return rows
 
 
-class Evaluator:
-    """Periodic evaluation on held-out records: rows, summary, table."""
-
-    def __init__(
-        self,
-        config: Config,
-        engine: Any,
-        chat: ChatBuilder | None,
-        groups: dict[str, str],
-        log: RunLog,
-    ):
-        from biascare.data.heldout import HeldOutImages, HeldOutQuestions
-
-        self.config = config
-        self.engine = engine
-        self.log = log
-        self.folder = Path(config.train.output_dir)
-        size = config.model.image_size
-        images = open_sources(config.data.eval_segmentation)
-        questions = open_sources(config.data.eval_language) if chat else []
-        self.images = HeldOutImages(
-            images, chat, groups, image_size=size, limit=config.eval.max_images
-        )
-        self.questions = HeldOutQuestions(
-            questions, chat, groups, image_size=size, limit=config.eval.max_questions
-        )
-
-    def __call__(self, step: int) -> dict[str, Any]:
-        from biascare.evaluation.runner import (
-            answer_rows,
-            segmentation_rows,
-            summarise,
-            write_rows,
-        )
-        from biascare.reports.tables import evaluation_table
-        from biascare.training.ranks import gather_objects, rank
-
-        model = self.engine.module.model
-        settings = self.settings()
-        masks = segmentation_rows(model, self.images, settings) if len(self.images) else []
-        answers = answer_rows(model, self.questions, settings) if len(self.questions) else []
-        masks = [row for mine in gather_objects(masks) for row in mine]
-        answers = [row for mine in gather_objects(answers) for row in mine]
-        summary = summarise(masks, answers)
-        if summary and rank() == 0:
-            write_rows(masks + answers, self.folder / "predictions" / f"step_{step:08d}.jsonl")
-            self.log.record("eval", step, summary)
-            self.log.say(evaluation_table(summary, f"Held-out records at step {step}"))
-        return summary
-
-    def settings(self) -> Any:
-        from biascare.evaluation.runner import RunnerSettings
-        from biascare.training.ranks import rank, world_size
-
-        options = self.config.eval
-        return RunnerSettings(
-            batch_size=options.batch_size,
-            rank=rank(),
-            world_size=world_size(),
-            num_workers=self.config.data.num_workers,
-            num_clicks=options.num_clicks,
-            max_new_tokens=options.max_new_tokens,
-            beta_vl=self.config.objective.beta_vl,
-            synced_generation=self.engine.zero_optimization_stage() == 3,
-        )
-
-
 def provenance(
     config: Config, sources: list[Records], deepspeed_config: dict[str, Any]
 ) -> dict[str, Any]:
@@ -400,13 +332,6 @@ def dotted(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + key, value
 
 
-def git_commit() -> str:
-    """Commit of the code, "-dirty" appended when files differ from it; "unknown" outside git."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
-
-
 def save_run_files(
     config: Config, groups: dict[str, str], segmentation: list[Records], language: list[Records]
 ) -> None:
@@ -416,6 +341,8 @@ def save_run_files(
     save_prevalence_file(config, folder / "prevalence.json", segmentation)
     weights = [source.weight for source in config.data.segmentation + config.data.language]
     tasks = ["segmentation"] * len(segmentation) + ["language"] * len(language)
+    from biascare.runs.origin import git_commit
+
     about = {
         "git_commit": git_commit(),
         "prevalence_groups": groups,
@@ -479,6 +406,7 @@ def export(config: Config, engine: Any, chat: ChatBuilder | None) -> None:
 
 def run(config: Config) -> None:
     from biascare.data.loader import to_device
+    from biascare.runs.evaluate import Evaluator
     from biascare.training.checkpoint import CheckpointStore
     from biascare.training.hooks import CheckpointHook, EvalHook, LedgerHook, LogHook
     from biascare.training.progress import RunLog

@@ -1,28 +1,36 @@
 """Held-out records to batches: every image once with all its targets, every question once.
 
     images = HeldOutImages(records, chat, groups, image_size=256)
-    for batch in heldout_loader(images, batch_size=8, rank=0, world_size=2): ...
+    for held in heldout_loader(images, range(len(images)), batch_size=8, rank=0, world_size=2):
+        held.batch, held.items
 
 No augmentation, no drawing: the canonical instruction, the deterministic first click. All ranks get
-the same number of batches (ZeRO-3 needs the same calls everywhere); the few items repeated for that
-are marked and dropped by `is_repeat`.
+the same number of batches (ZeRO-3 needs the same calls everywhere); the items that are repeated for
+that are marked.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from biascare.data.chat import ChatBuilder, segmentation_instruction
-from biascare.data.loader import collate, first, row_meta
-from biascare.data.prompts import first_point
+from biascare.data.loader import collate, facts_of, first, mask_facts
+from biascare.data.prompts import box_from_mask, first_point
 from biascare.data.transforms import Geometry, apply_mask, apply_points, read_image
-from biascare.interfaces import POINT_POSITIVE, Batch, Sample
+from biascare.interfaces import (
+    BOX_BOTTOM_RIGHT,
+    BOX_TOP_LEFT,
+    POINT_POSITIVE,
+    Batch,
+    Facts,
+    Sample,
+)
 from biascare.records import Records, Turn, decode_mask
 
 ANSWERED_KINDS = ("closed", "choice", "open")
@@ -34,7 +42,11 @@ def check_held_out(training: Sequence[Records], held_out: Sequence[Records]) -> 
 
     Single images or patients on both sides are what the linter finds.
     """
-    trained = {source.manifest["content_hash"]: source.folder for source in training}
+    refuse_trained({s.manifest["content_hash"]: str(s.folder) for s in training}, held_out)
+
+
+def refuse_trained(trained: dict[str, str], held_out: Sequence[Records]) -> None:
+    """`trained`: content hash -> what a person calls these training records."""
     for source in held_out:
         twin = trained.get(source.manifest["content_hash"])
         if twin is not None:
@@ -42,6 +54,37 @@ def check_held_out(training: Sequence[Records], held_out: Sequence[Records]) -> 
                 f"{source.folder} is held out, but is trained on too (as {twin}); evaluate on "
                 "other records, or its numbers would say what the model remembers"
             )
+
+
+class MaskItem(NamedTuple):
+    """A target to find, in native pixels."""
+
+    id: str  # record and target
+    facts: Facts
+    height: int
+    width: int
+    truth: bytes  # COCO run-length code
+    instruction: str | None  # None where nothing reads text
+    points: list[tuple[float, float, int]]  # x, y, label
+    box: tuple[float, float, float, float] | None  # XYXY
+
+
+class QuestionItem(NamedTuple):
+    """A question to answer."""
+
+    id: str  # record and number of the turn
+    facts: Facts
+    question: Turn
+    answer: Turn
+    labels: list[str]  # findings of the record
+
+
+class HeldOutBatch(NamedTuple):
+    """A batch with what its rows are about."""
+
+    batch: Batch
+    items: list[Any]  # MaskItem or QuestionItem, one per row
+    repeated: list[bool]  # here for the sake of other ranks only
 
 
 class HeldOut(Dataset, ABC):
@@ -62,87 +105,121 @@ class HeldOut(Dataset, ABC):
         self.chat = chat
         self.groups = groups
         self.image_size = image_size
-        items = [(r, unit) for r, source in enumerate(self.records) for unit in self._units(source)]
-        if limit and limit < len(items):
-            items = [items[i] for i in np.linspace(0, len(items) - 1, limit).astype(int)]
-        self.items = items
+        units = [(r, unit) for r, source in enumerate(self.records) for unit in self._units(source)]
+        if limit and limit < len(units):
+            units = [units[i] for i in np.linspace(0, len(units) - 1, limit).astype(int)]
+        self.units = units
 
     @abstractmethod
     def _units(self, source: Records) -> Sequence[Any]:
         """Units of one folder, in order."""
 
     @abstractmethod
-    def _sample(self, source: Records, unit: Any) -> Sample:
-        """The sample of one unit."""
+    def case_keys(self) -> list[list[str]]:
+        """For every unit, the `case_key` of the cases it becomes; no image is read."""
+
+    @abstractmethod
+    def _sample(self, source: Records, unit: Any) -> tuple[Sample, list[Any]]:
+        """The sample of one unit and its items."""
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.units)
 
-    def __getitems__(self, indices: list[int]) -> list[Batch]:
-        """One batch; an index of -1 - i is a repeat of item i."""
-        samples = []
+    def __getitems__(self, indices: list[int]) -> list[HeldOutBatch]:
+        """One batch; an index of -1 - i is a repeat of unit i."""
+        samples, items, repeated = [], [], []
         for index in indices:
-            source, unit = self.items[index if index >= 0 else -1 - index]
-            sample = self._sample(self.records[source], unit)
-            for meta in sample.meta:
-                meta["is_repeat"] = index < 0
-                meta["split"] = self.records[source].manifest["split"]
+            source, unit = self.units[index if index >= 0 else -1 - index]
+            sample, mine = self._sample(self.records[source], unit)
             samples.append(sample)
-        return [self._collate(samples)]
-
-    def _collate(self, samples: list[Sample]) -> Batch:
+            items += mine
+            repeated += [index < 0] * len(mine)
         pad = self.chat.tokenizer.pad_token_id if self.chat else 0
-        return collate(samples, seed=0, pad_token_id=pad, padding_side=self.padding_side)
+        batch = collate(samples, seed=0, pad_token_id=pad, padding_side=self.padding_side)
+        return [HeldOutBatch(batch=batch, items=items, repeated=repeated)]
 
     def _image(self, row: dict[str, Any]) -> tuple[np.ndarray, Geometry]:
         geometry = Geometry.full(row["height"], row["width"], self.image_size)
         return read_image(row["image"], geometry), geometry
 
+    def _key_starts(self) -> list[list[str]]:
+        """Per folder, the key of every record."""
+        return [
+            [
+                case_key(source.manifest["source"], source.manifest["split"], name)
+                for name in source.table["id"].to_pylist()
+            ]
+            for source in self.records
+        ]
+
 
 class HeldOutImages(HeldOut):
-    """Images with all their targets, prompted by the first click."""
+    """Images with all their targets, prompted by the first click, or by the tight box of the true
+    mask, as benchmarks of promptable models have it."""
+
+    def __init__(self, *arguments: Any, prompt: str = "point", **keywords: Any):
+        super().__init__(*arguments, **keywords)
+        self.prompt = prompt
 
     def _units(self, source: Records) -> Sequence[int]:
         return [int(row) for row in source.segmentation_units]
 
-    def image_id(self, index: int) -> str:
-        """The id of item `index`."""
-        source, row = self.items[index]
-        return self.records[source][row]["id"]
+    def case_keys(self) -> list[list[str]]:
+        ids = self._key_starts()
+        names = [source.table["targets"] for source in self.records]
+        return [
+            [f"{ids[r][row]}/{target['name']}" for target in names[r][row].as_py()]
+            for r, row in self.units
+        ]
 
-    def one_target(self, index: int, target: str) -> Batch:
-        """Item `index` with the mask of one target alone: nothing else is computed for it."""
-        source, row = self.items[index]
-        return self._collate([self._sample(self.records[source], row, only=target)])
-
-    def _sample(self, source: Records, unit: int, only: str | None = None) -> Sample:
+    def _sample(self, source: Records, unit: int) -> tuple[Sample, list[MaskItem]]:
         row = source[unit]
-        targets = [t for t in row["targets"] if only in (None, t["name"])]
+        height, width = row["height"], row["width"]
         image, geometry = self._image(row)
-        native = [decode_mask(t["rle"], row["height"], row["width"]) for t in targets]
-        points = np.array([[first_point(mask)] for mask in native], np.float32)
-        coords = apply_points(points, geometry).astype(np.float32)
+        native = [decode_mask(t["rle"], height, width) for t in row["targets"]]
+        instructions = [
+            segmentation_instruction(t["name"], row["modality"]) for t in row["targets"]
+        ]
         sequences = []
         if self.chat is not None:
             pixels = self.chat.image_inputs(image)
-            for target in targets:
-                text = segmentation_instruction(target["name"], row["modality"])
-                turns = [Turn("user", text, "segmentation")]
-                sequences.append(self.chat.sequence(turns) | {"image": pixels})
-        size = {"height": row["height"], "width": row["width"]}
-        return Sample(
+            for text in instructions:
+                turn = Turn("user", text, "segmentation")
+                sequences.append(self.chat.sequence([turn]) | {"image": pixels})
+        items = [
+            MaskItem(
+                id=f"{row['id']}/{target['name']}",
+                facts=mask_facts(row, target["name"], self.groups),
+                height=height,
+                width=width,
+                truth=target["rle"],
+                instruction=text if self.chat else None,
+                **self._prompt_of(mask),
+            )
+            for target, mask, text in zip(row["targets"], native, instructions, strict=True)
+        ]
+        if self.prompt == "box":
+            corners = np.array([item.box for item in items], np.float32).reshape(-1, 2, 2)
+            labels = torch.tensor([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT]).expand(len(items), -1).clone()
+        else:
+            corners = np.array([[point[:2] for point in item.points] for item in items], np.float32)
+            labels = torch.full((len(items), 1), POINT_POSITIVE)
+        sample = Sample(
             sequences=sequences,
             image=torch.from_numpy(image).permute(2, 0, 1),
             masks=torch.from_numpy(np.stack([apply_mask(mask, geometry) for mask in native])),
-            point_coords=torch.from_numpy(coords),
-            point_labels=torch.full((len(native), 1), POINT_POSITIVE),
-            meta=[
-                row_meta(row, "segmentation", target["name"], self.groups)
-                | {"rle": target["rle"], "point": point[0].tolist()}
-                | size
-                for target, point in zip(targets, points, strict=True)
-            ],
+            point_coords=torch.from_numpy(apply_points(corners, geometry).astype(np.float32)),
+            point_labels=labels,
+            facts=[item.facts for item in items],
         )
+        return sample, items
+
+    def _prompt_of(self, mask: np.ndarray) -> dict[str, Any]:
+        if self.prompt == "box":
+            x0, y0, x1, y1 = box_from_mask(mask).tolist()
+            return {"points": [], "box": (x0, y0, x1, y1)}
+        x, y = first_point(mask)
+        return {"points": [(float(x), float(y), POINT_POSITIVE)], "box": None}
 
 
 class HeldOutQuestions(HeldOut):
@@ -158,37 +235,62 @@ class HeldOutQuestions(HeldOut):
             if kind in ANSWERED_KINDS
         ]
 
-    def _sample(self, source: Records, unit: tuple[int, int]) -> Sample:
+    def case_keys(self) -> list[list[str]]:
+        ids = self._key_starts()
+        return [[f"{ids[r][row]}/{turn}"] for r, (row, turn) in self.units]
+
+    def _sample(self, source: Records, unit: tuple[int, int]) -> tuple[Sample, list[QuestionItem]]:
         assert self.chat is not None, "questions need an MLLM"
         number, turn = unit
         row = source[number]
         image, _ = self._image(row)
         question, answer = (Turn(**t) for t in row["conversations"][turn : turn + 2])
         sequence = self.chat.sequence([question]) | {"image": self.chat.image_inputs(image)}
-        meta = row_meta(row, "language", question.kind, self.groups)
-        return Sample(
+        item = QuestionItem(
+            id=f"{row['id']}/{turn}",
+            facts=facts_of(row, task="language", kind=question.kind),
+            question=question,
+            answer=answer,
+            labels=row["labels"],
+        )
+        sample = Sample(
             sequences=[sequence],
             image=None,
             masks=None,
             point_coords=None,
             point_labels=None,
-            meta=[meta | {"question": question.text, "reference": answer.text, "turn": turn}],
+            facts=[item.facts],
         )
+        return sample, [item]
+
+
+def case_key(source: str, split: str, case_id: str) -> str:
+    """A case among all: record ids are unique in their folder only."""
+    return f"{source}/{split}: {case_id}"
 
 
 def heldout_loader(
-    items: HeldOut, batch_size: int, *, rank: int = 0, world_size: int = 1, num_workers: int = 0
+    items: HeldOut,
+    indices: Sequence[int],
+    batch_size: int,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
 ) -> DataLoader:
-    """Batches of this rank's share; the same number on every rank."""
-    num_batches = -(-len(items) // (batch_size * world_size))
-    batches = []
-    for b in range(num_batches):
-        start = (b * world_size + rank) * batch_size
-        indices = list(range(start, min(start + batch_size, len(items))))
-        batches.append(indices or [-1 - (start % len(items))])
+    """Batches of this rank's share of the chosen units; the same number on every rank."""
     return DataLoader(
         items,
-        batch_sampler=batches,
+        batch_sampler=list(_shares(indices, batch_size, rank, world_size)),
         collate_fn=first,
         num_workers=num_workers,
     )
+
+
+def _shares(
+    indices: Sequence[int], batch_size: int, rank: int, world_size: int
+) -> Iterator[list[int]]:
+    for start in range(0, len(indices), batch_size * world_size):
+        begin = start + rank * batch_size
+        # Without a share of its own a rank repeats what another computes.
+        yield list(indices[begin : begin + batch_size]) or [-1 - indices[start]]

@@ -5,15 +5,14 @@
 
 A micro-batch is built whole inside one worker, from its stream positions alone: the same positions
 give the same tensors in any process. A sample that cannot be read is replaced by the next unit of
-its own source, and the replacement is written into the batch's meta, so that the trainer can keep a
-ledger and stop when there are too many.
+its own source, and the batch says so: the trainer keeps a ledger and stops when there are too many.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,16 +20,18 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset
 
-from biascare.data.chat import ChatBuilder, segmentation_instruction
+from biascare.data.chat import ChatBuilder, segmentation_instruction, written
 from biascare.data.mixture import GlobalBatchSampler, Mixture, StreamItem, sample_key
 from biascare.data.prevalence import total_counts
 from biascare.data.prompts import draw_prompts
 from biascare.data.transforms import Geometry, apply_mask, draw_geometry, names_side, read_image
-from biascare.interfaces import IGNORE_INDEX, Batch, Prompts, Sample
+from biascare.interfaces import IGNORE_INDEX, Batch, Facts, Prompts, Sample
 from biascare.records import Records, Turn, decode_mask
 
 MAX_REPLACEMENTS = 16
 """Unreadable units in a row of one source before the run stops."""
+
+T = TypeVar("T")
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 """Of an object inside an error message: it would differ between processes."""
@@ -73,15 +74,14 @@ class TrainingStream(Dataset):
         source = self.sources[item.task][item.source]
         reasons: list[str] = []
         for attempt in range(MAX_REPLACEMENTS):
-            row, turn = self._row(source, item, attempt)
+            number, turn = self._unit(source, item, attempt)
             try:
-                sample = self._sample(row, turn, item)
+                sample = self._sample(source[number], turn, item)
             except (ValueError, OSError) as error:
-                reasons.append(f"{row['id']}: {_ADDRESS.sub('', str(error))}")
+                name = source.unchecked(number)["id"]
+                reasons.append(f"{name}: {_ADDRESS.sub('', str(error))}")
                 continue
-            for meta in sample.meta:
-                meta |= {"position": position, "replaced": reasons}
-            return sample
+            return sample._replace(position=position, replaced=tuple(reasons))
         raise RuntimeError(
             f"{MAX_REPLACEMENTS} samples in a row of {source.folder} cannot be used; the last: "
             f"{reasons[-1]}. Check the folder, then prepare it again"
@@ -94,14 +94,14 @@ class TrainingStream(Dataset):
         seed = sample_key(self.settings.seed, "step", positions[0])
         return [collate(samples, seed, pad_token_id)]
 
-    def _row(self, source: Records, item: StreamItem, attempt: int) -> tuple[dict[str, Any], int]:
-        """The record of an item, or of the unit `attempt` places after it, and its user turn."""
+    def _unit(self, source: Records, item: StreamItem, attempt: int) -> tuple[int, int]:
+        """Row number of an item, or of the unit `attempt` places after it, and its user turn."""
         if item.task == "segmentation":
             rows = source.segmentation_units
-            return source[int(rows[(item.unit + attempt) % len(rows)])], 0
+            return int(rows[(item.unit + attempt) % len(rows)]), 0
         units = source.language_units
         number, turn = units[(item.unit + attempt) % len(units)]
-        return source[int(number)], int(turn)
+        return int(number), int(turn)
 
     def _sample(self, row: dict[str, Any], turn: int, item: StreamItem) -> Sample:
         if item.task == "segmentation":
@@ -148,7 +148,7 @@ class TrainingStream(Dataset):
             masks=torch.from_numpy(masks),
             point_coords=torch.as_tensor(coords),
             point_labels=torch.as_tensor(labels),
-            meta=[row_meta(row, "segmentation", t["name"], self.groups) for t in targets],
+            facts=[mask_facts(row, t["name"], self.groups) for t in targets],
         )
 
     def _instructions(
@@ -171,7 +171,7 @@ class TrainingStream(Dataset):
         assert self.chat is not None, "a language sample needs an MLLM"
         pair = [Turn(**t) for t in row["conversations"][turn : turn + 2]]
         # Never cropped: what the answer is about might be outside.
-        flip = self.settings.augment and not any(names_side(t.text) for t in pair)
+        flip = self.settings.augment and not any(map(names_side, written(pair)))
         geometry = Geometry.full(
             row["height"],
             row["width"],
@@ -185,7 +185,7 @@ class TrainingStream(Dataset):
             masks=None,
             point_coords=None,
             point_labels=None,
-            meta=[row_meta(row, "language", pair[0].kind, self.groups)],
+            facts=[facts_of(row, task="language", kind=pair[0].kind)],
         )
 
     def _image(self, row: dict[str, Any], geometry: Geometry, key: int) -> np.ndarray:
@@ -193,37 +193,59 @@ class TrainingStream(Dataset):
         return read_image(row["image"], geometry, intensity_key=intensity)
 
 
-def row_meta(row: dict[str, Any], task: str, target: str, groups: dict[str, str]) -> dict[str, Any]:
-    """What training logs and evaluation rows say about a sample; missing attributes stay None."""
-    names = ("id", "modality", "anatomy", "source", "patient_id", "sex", "age", "race")
-    meta = {name: row[name] for name in names}
-    group = groups.get(target, "unseen") if task == "segmentation" else None
-    return meta | {"task": task, "target": target, "group": group}
+def facts_of(
+    row: dict[str, Any],
+    *,
+    task: str,
+    kind: str,
+    target: str | None = None,
+    prevalence: str | None = None,
+) -> Facts:
+    """What a stored row says about one of its sequences."""
+    same = ("source", "split", "modality", "anatomy", "patient_id", "sex", "age", "race")
+    return Facts(
+        image_id=row["id"],
+        task=task,
+        kind=kind,
+        target=target,
+        prevalence=prevalence,
+        **{name: row[name] for name in same},
+    )
+
+
+def mask_facts(row: dict[str, Any], target: str, groups: dict[str, str]) -> Facts:
+    """Facts of a target; one that has no training mask is "unseen"."""
+    prevalence = groups.get(target, "unseen")
+    return facts_of(
+        row, task="segmentation", kind="segmentation", target=target, prevalence=prevalence
+    )
 
 
 def collate(
     samples: list[Sample], seed: int, pad_token_id: int, *, padding_side: str = "right"
 ) -> Batch:
     """One micro-batch: segmentation rows first, then language rows."""
-    with_masks = [s for s in samples if s.image is not None]
-    ordered = with_masks + [s for s in samples if s.image is None]
+    shown = [s for s in samples if s.image is not None]
+    ordered = shown + [s for s in samples if s.image is None]
     sequences = [sequence for sample in ordered for sequence in sample.sequences]
-    rows = [len(s.meta) for s in with_masks]
+    rows = [len(s.point_coords) for s in shown if s.point_coords is not None]
     tokens = _collate_tokens(sequences, pad_token_id, padding_side) if sequences else {}
     return Batch(
-        images=_stack([s.image for s in with_masks]),
+        images=_stack([s.image for s in shown]),
         row_image=torch.repeat_interleave(torch.tensor(rows)) if rows else None,
         row_sequence=torch.arange(sum(rows)) if rows and sequences else None,
-        row_target=_number_targets([m["target"] for s in with_masks for m in s.meta]),
-        masks=_cat([s.masks for s in with_masks]),
-        prompts=_collate_prompts(with_masks) if rows else None,
+        row_target=_number_targets([f.target or "" for s in shown for f in s.facts]),
+        masks=_cat([s.masks for s in shown if s.masks is not None]),
+        prompts=_collate_prompts(shown) if rows else None,
         mllm_inputs=tokens.get("inputs", {}),
         image_slots=tokens.get("image_slots", []),
         prompt_mask=tokens.get("prompt_mask"),
         answer_positions=tokens.get("answer_positions"),
         answer_tokens=tokens.get("answer_tokens"),
         seed=seed,
-        meta=[meta for sample in ordered for meta in sample.meta],
+        facts=[facts for sample in ordered for facts in sample.facts],
+        replaced={s.position: s.replaced for s in samples if s.position is not None and s.replaced},
+        num_samples=len(samples),
     )
 
 
@@ -291,7 +313,7 @@ def _collate_tokens(
     }
 
 
-def first(batches: list[Batch]) -> Batch:
+def first(batches: list[T]) -> T:
     """The loader's collate function: the stream has built the batch already."""
     return batches[0]
 
@@ -323,4 +345,4 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
             return {k: move(v) for k, v in value.items()}
         return value
 
-    return batch._replace(**{k: move(v) for k, v in batch._asdict().items() if k != "meta"})
+    return Batch(*map(move, batch))

@@ -169,6 +169,11 @@ def apply_image(image: NDArray[np.uint8], geometry: Geometry) -> NDArray[np.uint
     return _resize(Image.fromarray(image), geometry)
 
 
+def apply_whole(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """[H, W, 3] uint8 native -> [size, size, 3] uint8, as evaluation shows an image."""
+    return apply_image(image, Geometry.full(image.shape[0], image.shape[1], size))
+
+
 def _resize(image: Image.Image, geometry: Geometry, reduction: int = 1) -> NDArray[np.uint8]:
     """PIL image of mode L or RGB -> [S, S, C], C = 1 or 3; see `apply_image` and `_decode`.
 

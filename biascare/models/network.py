@@ -3,7 +3,6 @@
     network = open_network("outputs/run/export")         # biascare.models.export_folder
     features = network.encode(batch)                     # every image and sentence once
     prediction = network.decode_masks(features, batch.prompts, batch.row_image)
-    tokens = network.generate(batch)                     # answers
 
 What a person asks of it in words and pixels is `biascare.BiasCareVL`, which holds one of these.
 
@@ -14,7 +13,6 @@ with the answer in sight (it is teacher-forced in training) the pooled token wou
 from __future__ import annotations
 
 import difflib
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,17 +104,6 @@ class DualPathNetwork(nn.Module):
         if batch.prompts is None or batch.row_image is None:
             return features, None
         return features, self.decode_masks(features, batch.prompts, batch.row_image)
-
-    def generate(self, batch: Batch, *, max_new_tokens: int = 32, **keywords: Any) -> Tensor:
-        """Answers to the batch's sequences, [B, <= max_new_tokens] token ids.
-
-        The batch must be collated for generation (left padding, no answers).
-        """
-        if self.mllm is None:
-            raise ValueError("this model has no MLLM pathway: it was trained in the vision stage")
-        return self.mllm.generate(
-            batch.mllm_inputs, batch.image_slots, max_new_tokens=max_new_tokens, **keywords
-        )
 
     def part_parameters(self, part: str) -> list[nn.Parameter]:
         """Parameters of one of `TRAINABLE_PARTS`; empty where the model lacks the part.

@@ -238,7 +238,9 @@ def blank_batch(model: DualPathNetwork, shape: BatchShape) -> Batch:
         answer_positions=None,
         answer_tokens=None,
         seed=0,
-        meta=[],
+        facts=[],
+        replaced={},
+        num_samples=shape.num_images + shape.num_questions,
     )
     if num_rows:
         batch = batch._replace(

@@ -79,7 +79,7 @@ def _front_matter(run: RunFacts) -> str:
 def _usage(name: str, merged: bool) -> str:
     lines = [
         "```python",
-        "from biascare.models import BiasCareVL",
+        "from biascare import BiasCareVL",
         "",
         f'model = open_network("{name}")[0]',
         "```",
@@ -133,7 +133,7 @@ def _results(evaluation: dict[str, Any] | None) -> Iterator[str]:
         for metric in (name for name in masks if name.startswith("dice")):
             scores = masks[metric]
             rows.append((metric, "all", masks["num_masks"], scores["mean"]))
-            for axis in ("by_group", "by_modality"):
+            for axis in ("by_prevalence", "by_modality"):
                 for name, cell in scores[axis].items():
                     rows.append((metric, name, cell["num"], cell["mean"]))
         yield _table(("metric", "group", "masks", "mean"), iter(rows))

@@ -1,6 +1,6 @@
-"""Pictures of predictions and of data.
+"""Pictures of finished cases and of data.
 
-panels = mask_panels(model, images, indices, settings)
+panels = mask_panels(representative_cases(cases.masks), records)
 contact_sheet(panels, "contact_sheet.png")
 overlay_sheet([Overlay(title="btcv/17", image=image, masks=[("liver", mask)])], "data.png")
 """
@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
-from biascare.data.heldout import HeldOutImages
-from biascare.data.loader import to_device
+from biascare.data.prevalence import PREVALENCE_GROUPS
+from biascare.data.transforms import decode_image
+from biascare.evaluation.cases import MaskCase
 from biascare.evaluation.metrics.segmentation import dice_score
-from biascare.hitl.clicks import refine_once
-from biascare.interfaces import POINT_POSITIVE, DualPathModel, Prediction, Prompts
+from biascare.interfaces import POINT_POSITIVE
+from biascare.records import Records, decode_mask
 
 TRUTH_COLOR, PREDICTION_COLOR = "#00d084", "#ffb000"
 CLICK_COLORS = {1: "#00e5ff", 0: "#ff3b6b"}
@@ -32,70 +32,57 @@ MASK_COLORS = (  # Tol's bright and vibrant palettes: told apart on grey with an
 
 
 class MaskPanel(NamedTuple):
-    """One (image, target) with what a reader compares, all at the model input size."""
+    """One (image, target) with what a reader compares, all at native size."""
 
     title: str
-    image: np.ndarray  # [S, S, 3] uint8
-    truth: np.ndarray  # [S, S] bool
-    predictions: list[np.ndarray]  # [S, S] bool: first, after one click, ...
+    image: np.ndarray  # [H, W, 3] uint8
+    truth: np.ndarray  # [H, W] bool
+    predictions: list[np.ndarray]  # [H, W] bool: by the first prompt, and after one correction
     clicks: list[tuple[float, float, int]]  # x, y, label, in the order they were given
+    box: tuple[float, float, float, float] | None  # XYXY, of the first prompt
 
 
-def representative_targets(
-    rows: Sequence[dict[str, Any]], per_group: int = 4
-) -> list[dict[str, Any]]:
-    """Rows that show the whole range: of each prevalence group, evenly spaced by Dice."""
+def representative_cases(cases: Sequence[MaskCase], per_group: int = 4) -> list[MaskCase]:
+    """Cases that show the whole range: of each prevalence group, evenly spaced by Dice."""
     chosen = []
-    for group in ("head", "medium", "tail"):
-        mine = sorted(
-            (r for r in rows if r["group"] == group), key=lambda r: r["mask_metrics"]["dice"]
-        )
+    for group in PREVALENCE_GROUPS:
+        mine = sorted((c for c in cases if c.facts.prevalence == group), key=_first_dice)
         picks = np.linspace(0, len(mine) - 1, min(per_group, len(mine))).astype(int)
         chosen += [mine[i] for i in picks]
     return chosen
 
 
-@torch.inference_mode()
-def mask_panels(
-    model: DualPathModel, images: HeldOutImages, rows: Sequence[dict[str, Any]]
-) -> list[MaskPanel]:
-    """Predict the chosen evaluation rows again and keep the pictures."""
-    model.eval()
-    index = {images.image_id(i): i for i in range(len(images))}
-    return [_panel(model, images, index[row["image_id"]], row) for row in rows]
+def _first_dice(case: MaskCase) -> float:
+    return dice_score(_mask(case, case.predictions[0].mask), _mask(case, case.truth))
 
 
-def _panel(
-    model: DualPathModel, images: HeldOutImages, index: int, row: dict[str, Any]
-) -> MaskPanel:
-    batch = to_device(images.one_target(index, row["target"]), model.device)
-    assert batch.prompts is not None and batch.row_image is not None and batch.masks is not None
-    assert batch.images is not None
-    row_image = batch.row_image
-    features = model.encode(batch)
+def _mask(case: MaskCase, code: str) -> np.ndarray:
+    """[H, W] bool at native size."""
+    return decode_mask(code.encode("ascii"), case.height, case.width) > 0
 
-    def decode(prompts: Prompts, mask_prompt: torch.Tensor | None) -> Prediction:
-        return model.decode_masks(features, prompts, row_image, mask_prompt=mask_prompt)
 
-    first = decode(batch.prompts, None)
-    prompts, refined = refine_once(
-        decode,
-        batch.prompts,
-        first,
-        batch.masks,
-        policy="center",
-        num_clicks=1,
-        generator=None,
-        mask_prompt=True,
-    )
-    points = zip(prompts.point_coords[0].tolist(), prompts.point_labels[0].tolist(), strict=True)
-    return MaskPanel(
-        title=f"{row['modality']}: {row['target']} ({row['group']})",
-        image=batch.images[0].permute(1, 2, 0).cpu().numpy(),
-        truth=batch.masks[0].bool().cpu().numpy(),
-        predictions=[(p.mask_logits[0] > 0).cpu().numpy() for p in (first, refined)],
-        clicks=[(x, y, label) for (x, y), label in points if label >= 0],
-    )
+def mask_panels(cases: Sequence[MaskCase], records: Sequence[Records]) -> list[MaskPanel]:
+    """Pictures of finished cases; their images are read from the records, no model is asked."""
+    places = {
+        (source.manifest["source"], source.manifest["split"], name): (source, row)
+        for source in records
+        for row, name in enumerate(source.table["id"].to_pylist())
+    }
+    panels = []
+    for case in cases:
+        source, row = places[case.facts.source, case.facts.split, case.facts.image_id]
+        shown = case.predictions[:2]
+        panels.append(
+            MaskPanel(
+                title=f"{case.facts.modality}: {case.facts.target} ({case.facts.prevalence})",
+                image=decode_image(source[row]["image"]),
+                truth=_mask(case, case.truth),
+                predictions=[_mask(case, prediction.mask) for prediction in shown],
+                clicks=shown[-1].points,
+                box=case.predictions[0].box,
+            )
+        )
+    return panels
 
 
 def contact_sheet(panels: Sequence[MaskPanel], path: str | Path, title: str = "") -> None:
@@ -123,23 +110,36 @@ def contact_sheet(panels: Sequence[MaskPanel], path: str | Path, title: str = ""
 
 def _draw_case(axes: Any, panel: MaskPanel) -> None:
     scores = [dice_score(mask, panel.truth) for mask in panel.predictions]
-    titles = [
-        panel.title,
-        "truth",
-        f"first click {scores[0]:.2f}",
-        f"one correction {scores[1]:.2f}",
-    ]
+    prompt = "box" if panel.box is not None else "first click"
+    titles = [panel.title, "truth", f"{prompt} {scores[0]:.2f}"]
+    titles += [f"one correction {score:.2f}" for score in scores[1:]]
     masks = [None, panel.truth, *panel.predictions]
-    colors = [None, TRUTH_COLOR, PREDICTION_COLOR, PREDICTION_COLOR]
-    shown = [0, 0, 1, len(panel.clicks)]
-    for axis, text, mask, color, num_clicks in zip(axes, titles, masks, colors, shown, strict=True):
+    colors = [None, TRUTH_COLOR, *[PREDICTION_COLOR] * len(scores)]
+    num_first = len(panel.clicks) - len(scores) + 1
+    shown = [0, 0, num_first, len(panel.clicks)]
+    drawn = len(titles)
+    for axis, text, mask, color, num_clicks in zip(
+        axes[:drawn], titles, masks, colors, shown[:drawn], strict=True
+    ):
         axis.imshow(panel.image)
         axis.set_title(textwrap.fill(text, TITLE_WIDTH), fontsize=7)
         if mask is not None and mask.any():
-            axis.contour(mask, levels=[0.5], colors=[color], linewidths=1.2)
+            # Padded, so that a mask at the image border has a closed outline too.
+            rows, columns = (np.arange(-1, n + 1) for n in mask.shape)
+            outline = np.pad(mask, 1)
+            axis.contour(columns, rows, outline, levels=[0.5], colors=[color], linewidths=1.2)
         for x, y, label in panel.clicks[:num_clicks]:
             marker = "+" if label == POINT_POSITIVE else "x"
             axis.plot(x, y, marker, color=CLICK_COLORS[label], markersize=6, markeredgewidth=1.6)
+        if panel.box is not None and text == titles[2]:
+            _draw_box(axis, panel.box, linewidth=1.2)
+        axis.set_xlim(-0.5, panel.image.shape[1] - 0.5)
+        axis.set_ylim(panel.image.shape[0] - 0.5, -0.5)
+
+
+def _draw_box(axis: Any, box: Sequence[float], **style: Any) -> None:
+    x0, y0, x1, y1 = box
+    axis.plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], **({"color": BOX_COLOR} | style))
 
 
 class Overlay(NamedTuple):
@@ -207,10 +207,9 @@ def _draw_overlay(axis: Any, cell: Overlay) -> None:
             va="top",
             color=_dark(color),
         )
-    for x0, y0, x1, y1 in cell.boxes:
-        xs, ys = [x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0]
-        axis.plot(xs, ys, color="black", linewidth=2.2)
-        axis.plot(xs, ys, color=BOX_COLOR, linewidth=1.2)
+    for box in cell.boxes:
+        _draw_box(axis, box, color="black", linewidth=2.2)
+        _draw_box(axis, box, linewidth=1.2)
     for x, y, label in cell.clicks:
         marker = "+" if label == POINT_POSITIVE else "x"
         axis.plot(x, y, marker, color="black", markersize=9, markeredgewidth=3)

@@ -19,7 +19,7 @@ def evaluation_table(summary: Mapping[str, Any], title: str) -> Table:
         table.add_row(metric, "all masks", str(segmentation["num_masks"]), _f(scores["mean"]), "")
         table.add_row("", "mean over targets", "", _f(scores["mean_over_targets"]), "")
         if metric == "dice":
-            for axis in ("by_group", "by_modality"):
+            for axis in ("by_prevalence", "by_modality"):
                 for name, cell in scores[axis].items():
                     table.add_row("", name, str(cell["num"]), _f(cell["mean"]), "")
     for name in ("semantic", "joint_label_free"):

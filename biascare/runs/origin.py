@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +35,11 @@ def read_run(folder: Path, step: int, config: dict[str, Any]) -> RunFacts:
         about=about,
         evaluation=done[-1] if done else None,
     )
+
+
+def git_commit() -> str:
+    """Commit of the code, "-dirty" appended when files differ from it; "unknown" outside git."""
+    root = Path(__file__).parents[2]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown"

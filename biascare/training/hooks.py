@@ -75,7 +75,7 @@ class LogHook:
         self.seconds += state.seconds
         self.data_seconds += state.data_seconds
         for batch, outcome in zip(state.micro_batches, state.outcomes, strict=True):
-            self.samples += len(batch.meta)
+            self.samples += len(batch.facts)
             if batch.mllm_inputs:
                 mask = batch.mllm_inputs["attention_mask"]
                 self.positions += mask.numel()
@@ -84,7 +84,7 @@ class LogHook:
                 continue
             self.terms.append({"total": outcome["loss"]} | outcome["terms"])
             if outcome["rows"] is not None:
-                self.meter.add(outcome["rows"], batch.meta)
+                self.meter.add(outcome["rows"], batch.facts)
 
     def summarise(self, state: StepState) -> dict[str, Any]:
         """Collective. Throughput of the interval is over all ranks; what it waited for, its padding
@@ -132,14 +132,12 @@ class LedgerHook:
 
     def __call__(self, state: StepState) -> None:
         for batch in state.micro_batches:
-            replaced = {meta["position"]: meta["replaced"] for meta in batch.meta}
-            bad = {position: reasons for position, reasons in replaced.items() if reasons}
-            self.seen += len(replaced)
-            self.replaced += len(bad)
-            if bad:
-                self.write(state.step, bad)
+            self.seen += batch.num_samples
+            self.replaced += len(batch.replaced)
+            if batch.replaced:
+                self.write(state.step, batch.replaced)
 
-    def write(self, step: int, bad: dict[int, list[str]]) -> None:
+    def write(self, step: int, bad: dict[int, tuple[str, ...]]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             for position, reasons in bad.items():
                 line = {"step": step, "position": position, "reasons": reasons}

@@ -19,11 +19,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from biascare.interfaces import Facts
 from biascare.training.ranks import gather_objects, rank
 from biascare.training.step import RowOutcome
 
-AXES = ("modality", "group")
-"""Keys of a sample's meta that training statistics are kept by."""
+AXES = ("modality", "prevalence")
+"""Facts that training statistics are kept by."""
 
 ROW_VALUES = ("dice_loss", "semantic", "weight")
 
@@ -35,23 +36,23 @@ class GroupMeter:
     """
 
     def __init__(self) -> None:
-        self.pending: list[tuple[torch.Tensor, list[dict[str, Any]]]] = []
+        self.pending: list[tuple[torch.Tensor, list[Facts]]] = []
 
-    def add(self, rows: RowOutcome, meta: list[dict[str, Any]]) -> None:
+    def add(self, rows: RowOutcome, facts: list[Facts]) -> None:
         columns = [rows.valid, *(getattr(rows, name) for name in ROW_VALUES)]
         values = torch.stack([column.detach().float() for column in columns], 1)
-        self.pending.append((values, meta[: len(values)]))
+        self.pending.append((values, facts[: len(values)]))
 
     def take(self) -> dict[str, dict[str, dict[str, float]]]:
         """{axis: {group: {"num", "dice_loss", "semantic", "weight"}}} over the valid rows of all
         ranks; then empty."""
         sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0] * 4)
-        for values, meta in self.pending:
-            for (valid, *row), about in zip(values.cpu().tolist(), meta, strict=True):
+        for values, facts in self.pending:
+            for (valid, *row), about in zip(values.cpu().tolist(), facts, strict=True):
                 if not valid:
                     continue
                 for axis in AXES:
-                    total = sums[axis, str(about[axis])]
+                    total = sums[axis, str(getattr(about, axis))]
                     for i, value in enumerate([1.0, *row]):
                         total[i] += value
         self.pending = []

@@ -109,7 +109,7 @@ class Trainer:
     def report_nonfinite(self, micro_batches: list[Batch]) -> None:
         """Say which samples it was; raise on every rank where the policy or the count asks to."""
         self.num_skipped += 1
-        ids = gather_objects([meta["id"] for batch in micro_batches for meta in batch.meta])
+        ids = gather_objects([f.image_id for batch in micro_batches for f in batch.facts])
         message = (
             "a loss or gradient is not finite, no weight was changed; samples of this step: "
             f"{', '.join(dict.fromkeys(name for mine in ids for name in mine))}"

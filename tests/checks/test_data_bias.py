@@ -99,7 +99,7 @@ def test_expected_shares_agree_with_what_the_stream_draws(
     stream = tiny_stream(
         tiny_records, None, SETTINGS._replace(targets_per_image=targets_per_image, augment=False)
     )
-    drawn = Counter(m["target"] for position in range(320) for m in stream[position].meta)
+    drawn = Counter(f.target for position in range(320) for f in stream[position].facts)
     use = SourceUse(Records(tiny_records), "segmentation", 320)
     shares = profile_sources(
         [use],

@@ -15,7 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from biascare.data import loader as module
-from biascare.data.heldout import HeldOut, HeldOutImages, HeldOutQuestions, heldout_loader
+from biascare.data.heldout import (
+    HeldOut,
+    HeldOutBatch,
+    HeldOutImages,
+    HeldOutQuestions,
+    heldout_loader,
+)
 from biascare.data.loader import (
     MAX_REPLACEMENTS,
     TrainingStream,
@@ -105,7 +111,7 @@ def test_a_batch_holds_segmentation_rows_first_then_as_many_questions(
     chat = tiny_chat(mllm_folder)
     stream = tiny_stream(tiny_records, chat, SETTINGS._replace(targets_per_image=3))
     batch = stream.__getitems__([0, 1, 2, 3])[0]
-    assert [meta["task"] for meta in batch.meta] == ["segmentation"] * 6 + ["language"] * 2
+    assert [facts.task for facts in batch.facts] == ["segmentation"] * 6 + ["language"] * 2
     assert batch.images is not None and batch.masks is not None and batch.prompts is not None
     assert batch.images.shape == (2, 3, IMAGE_SIZE, IMAGE_SIZE)
     assert batch.images.dtype == batch.masks.dtype == torch.uint8
@@ -117,7 +123,7 @@ def test_a_batch_holds_segmentation_rows_first_then_as_many_questions(
     assert len(batch.mllm_inputs["input_ids"]) == 8
     assert batch.prompt_mask is not None
     assert not batch.prompt_mask[batch.mllm_inputs["attention_mask"] == 0].any()
-    names = [meta["target"] for meta in batch.meta[:6]]
+    names = [facts.target for facts in batch.facts[:6]]
     assert batch.row_target is not None
     numbers = batch.row_target.tolist()
     assert len(set(zip(names, numbers, strict=True))) == len(set(names)) == len(set(numbers))
@@ -133,19 +139,19 @@ def test_each_distinct_image_is_processed_once_for_the_language_model(
     assert len(batch.mllm_inputs["pixel_values"]) == 4
 
 
-def test_meta_names_the_sample_its_attributes_and_its_group(
+def test_facts_name_the_sample_its_attributes_and_its_prevalence_group(
     tiny_records: Path, tiny_mllm: Path
 ) -> None:
     stream = tiny_stream(tiny_records, tiny_chat(tiny_mllm))
     stream.groups = {"liver": "head"}
-    sample = next(s for s in map(stream.__getitem__, range(0, 16, 2)) if s.meta[0]["sex"] is None)
-    meta = sample.meta[0]
-    row = next(r for r in rows_of(stream.sources["segmentation"][0]) if r["id"] == meta["id"])
+    sample = next(s for s in map(stream.__getitem__, range(0, 16, 2)) if s.facts[0].sex is None)
+    facts = sample.facts[0]
+    row = next(r for r in rows_of(stream.sources["segmentation"][0]) if r["id"] == facts.image_id)
     for name in ("modality", "anatomy", "source", "patient_id", "sex", "age", "race"):
-        assert meta[name] == row[name]
-    assert meta["group"] == {"liver": "head"}.get(meta["target"], "unseen")
-    assert meta["replaced"] == [] and meta["position"] % 2 == 0
-    assert stream[1].meta[0]["group"] is None  # questions have no prevalence group
+        assert getattr(facts, name) == row[name]
+    assert facts.prevalence == {"liver": "head"}.get(facts.target or "", "unseen")
+    assert sample.replaced == () and sample.position is not None and sample.position % 2 == 0
+    assert stream[1].facts[0].prevalence is None  # questions have no prevalence group
 
 
 def test_the_vision_stage_needs_no_chat(tiny_records: Path) -> None:
@@ -171,7 +177,7 @@ def test_to_device_moves_every_tensor_however_nested(tiny_records: Path, tiny_ml
 
     visit(moved)
     assert len(found) > 10 and set(found) == {"meta"}
-    assert moved.meta == batch.meta and moved.image_slots == batch.image_slots
+    assert moved.facts == batch.facts and moved.image_slots == batch.image_slots
 
 
 # ---------------------------------------------------------------- what augmentation may not do
@@ -222,7 +228,7 @@ def test_without_augmentation_an_image_is_only_resized(tiny_records: Path, tiny_
     stream = tiny_stream(tiny_records, tiny_chat(tiny_mllm), SETTINGS._replace(augment=False))
     sample = stream[0]
     row = next(
-        r for r in rows_of(stream.sources["segmentation"][0]) if r["id"] == sample.meta[0]["id"]
+        r for r in rows_of(stream.sources["segmentation"][0]) if r["id"] == sample.facts[0].image_id
     )
     whole = Geometry.full(HEIGHT, WIDTH, IMAGE_SIZE)
     resized = apply_image(decode_image(row["image"]), whole)
@@ -253,11 +259,11 @@ def test_k_targets_are_distinct_while_there_are_enough_and_repeat_in_turn_after_
 ) -> None:
     stream = tiny_stream(tiny_records, None, SETTINGS._replace(targets_per_image=3))
     for position in range(16):
-        names = [meta["target"] for meta in stream[position].meta]
+        names = [facts.target for facts in stream[position].facts]
         row = next(
             r
             for r in rows_of(stream.sources["segmentation"][0])
-            if r["id"] == stream[position].meta[0]["id"]
+            if r["id"] == stream[position].facts[0].image_id
         )
         available = len(row["targets"])
         assert len(names) == 3 and len(set(names)) == min(3, available)
@@ -293,19 +299,19 @@ def test_an_unreadable_sample_is_replaced_by_the_next_of_its_source_and_reported
 ) -> None:
     stream = tiny_stream(tiny_records, tiny_chat(tiny_mllm))
     before = [stream[position] for position in range(16)]
-    bad = before[0].meta[0]["id"]
+    bad = before[0].facts[0].image_id
     spoil(stream, {bad}, monkeypatch)
     first = [stream[position] for position in range(16)]
     again = [stream[position] for position in range(16)]
     for was, now, twice in zip(before, first, again, strict=True):
-        assert_same(now.meta, twice.meta)
-        if was.meta[0]["id"] == bad:
-            assert now.meta[0]["id"] != bad and now.meta[0]["task"] == was.meta[0]["task"]
-            assert now.meta[0]["replaced"][0].startswith(f"{bad}: image: got 40 bytes")
+        assert_same(now.facts, twice.facts)
+        if was.facts[0].image_id == bad:
+            assert now.facts[0].image_id != bad and now.facts[0].task == was.facts[0].task
+            assert now.replaced[0].startswith(f"{bad}: image: got 40 bytes")
         else:
-            assert_same(was.meta, now.meta)
+            assert_same(was.facts, now.facts)
     number = int(bad.rsplit("/", 1)[1])
-    assert first[0].meta[0]["id"] == f"tiny/train/{(number + 1) % 8}"
+    assert first[0].facts[0].image_id == f"tiny/train/{(number + 1) % 8}"
 
 
 def test_a_conversation_that_is_too_long_is_replaced_and_reported(
@@ -313,7 +319,7 @@ def test_a_conversation_that_is_too_long_is_replaced_and_reported(
 ) -> None:
     stream = tiny_stream(tiny_records, tiny_chat(tiny_mllm, max_tokens=34))
     samples = [stream[position] for position in range(1, 32, 2)]
-    reasons = [reason for sample in samples for reason in sample.meta[0]["replaced"]]
+    reasons = [reason for sample in samples for reason in sample.replaced]
     assert reasons and all("data.max_tokens = 34" in reason for reason in reasons)
     assert all(len(sample.sequences[0]["input_ids"]) <= 34 for sample in samples)
 
@@ -438,8 +444,9 @@ def heldout_records(tmp_path_factory: pytest.TempPathFactory) -> list[Records]:
     ]
 
 
-def share(items: HeldOut, batch_size: int, rank: int, world_size: int) -> list[Batch]:
-    return list(heldout_loader(items, batch_size, rank=rank, world_size=world_size))
+def share(items: HeldOut, batch_size: int, rank: int, world_size: int) -> list[HeldOutBatch]:
+    whole = range(len(items))
+    return list(heldout_loader(items, whole, batch_size, rank=rank, world_size=world_size))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -452,11 +459,11 @@ def test_every_target_is_evaluated_once_over_all_ranks_in_as_many_batches_each(
     shares = [share(items, batch_size, rank, world_size) for rank in range(world_size)]
     assert len({len(batches) for batches in shares}) == 1
     seen = Counter(
-        (meta["id"], meta["target"])
+        (item.facts.image_id, item.facts.target)
         for batches in shares
-        for batch in batches
-        for meta in batch.meta
-        if not meta["is_repeat"]
+        for held in batches
+        for item, repeated in zip(held.items, held.repeated, strict=True)
+        if not repeated
     )
     wanted = {
         (row["id"], t["name"])
@@ -476,14 +483,14 @@ def test_every_question_of_the_answered_kinds_is_asked_once_over_all_ranks(
     shares = [share(items, 4, rank, world_size) for rank in range(world_size)]
     assert len({len(batches) for batches in shares}) == 1
     seen = Counter(
-        (meta["id"], meta["turn"])
+        item.id
         for batches in shares
-        for batch in batches
-        for meta in batch.meta
-        if not meta["is_repeat"]
+        for held in batches
+        for item, repeated in zip(held.items, held.repeated, strict=True)
+        if not repeated
     )
     wanted = {
-        (row["id"], turn)
+        f"{row['id']}/{turn}"
         for records in heldout_records
         for row in rows_of(records)
         for turn in range(0, len(row["conversations"]), 2)
@@ -497,32 +504,34 @@ def test_questions_come_without_answers_and_padded_for_generation(
 ) -> None:
     chat = tiny_chat(tiny_mllm)
     items = HeldOutQuestions(heldout_records, chat, {}, image_size=IMAGE_SIZE)
-    batch = share(items, 4, 0, 1)[0]
+    batch, asked, _ = share(items, 4, 0, 1)[0]
     assert batch.answer_tokens is not None and len(batch.answer_tokens) == 0
     assert batch.images is None and batch.masks is None
     assert batch.mllm_inputs["attention_mask"][:, -1].all()
-    assert [m["reference"] for m in batch.meta] == ["yes", "no", "A: CT", "the liver"]
-    assert batch.meta[0]["question"] == "Is the liver visible?"
-    assert [m["target"] for m in batch.meta] == ["closed", "closed", "choice", "open"]
+    assert [item.answer.text for item in asked] == ["yes", "no", "CT", "the liver"]
+    assert asked[0].question.text == "Is the liver visible?"
+    assert [item.question.options for item in asked] == [(), (), ("CT", "MR"), ()]
+    assert [f.kind for f in batch.facts] == ["closed", "closed", "choice", "open"]
+    assert {f.target for f in batch.facts} == {None}
 
 
 def test_held_out_images_are_whole_and_prompted_by_the_first_click(
     heldout_records: list[Records],
 ) -> None:
     items = HeldOutImages(heldout_records, None, {"liver": "head"}, image_size=IMAGE_SIZE)
-    batch = share(items, 2, 0, 1)[0]
+    batch, shown, _ = share(items, 2, 0, 1)[0]
     assert batch.prompts is not None and batch.masks is not None
-    for r, meta in enumerate(batch.meta):
-        mask = decode_mask(meta["rle"], meta["height"], meta["width"])
+    for r, item in enumerate(shown):
+        mask = decode_mask(item.truth, item.height, item.width)
         x, y = first_point(mask)
-        assert meta["point"] == [x, y] and mask[y, x] == 1
+        assert item.points == [(x, y, 1)] and mask[y, x] == 1
         scaled = [(x + 0.5) * IMAGE_SIZE / WIDTH - 0.5, (y + 0.5) * IMAGE_SIZE / HEIGHT - 0.5]
         assert batch.prompts.point_coords[r, 0].tolist() == pytest.approx(scaled, abs=1e-4)
         assert batch.masks[r].any()
-    assert batch.prompts.point_labels.tolist() == [[1]] * len(batch.meta)
-    assert {meta["target"] for meta in batch.meta} == set(TARGETS)
-    assert batch.meta[0]["group"] == "head" and batch.meta[0]["split"] == "test"
-    assert batch.meta[1]["group"] == "unseen"
+    assert batch.prompts.point_labels.tolist() == [[1]] * len(batch.facts)
+    assert {item.facts.target for item in shown} == set(TARGETS)
+    assert batch.facts[0].prevalence == "head" and batch.facts[0].split == "test"
+    assert batch.facts[1].prevalence == "unseen"
 
 
 def test_held_out_instructions_are_always_the_canonical_ones(
@@ -532,7 +541,7 @@ def test_held_out_instructions_are_always_the_canonical_ones(
     items = HeldOutImages(heldout_records, chat, {}, image_size=IMAGE_SIZE)
     first, second = share(items, 3, 0, 1), share(items, 3, 0, 1)
     assert_same(first, second)
-    text = chat.tokenizer.decode(first[0].mllm_inputs["input_ids"][0])
+    text = chat.tokenizer.decode(first[0].batch.mllm_inputs["input_ids"][0])
     assert "Segment the liver in this MR image." in text
 
 
@@ -543,7 +552,7 @@ def test_a_limit_takes_evenly_spaced_items(
     everything = HeldOutImages(heldout_records, None, {}, image_size=IMAGE_SIZE)
     limited = HeldOutImages(heldout_records, None, {}, image_size=IMAGE_SIZE, limit=limit)
     wanted = range(9) if expected is None else expected
-    assert limited.items == [everything.items[i] for i in wanted]
+    assert limited.units == [everything.units[i] for i in wanted]
 
 
 @settings(deadline=None, max_examples=40)
@@ -553,10 +562,13 @@ def test_ranks_cover_any_number_of_items_with_equally_many_batches(
 ) -> None:
     class Numbers(HeldOut):
         def __init__(self, count: int) -> None:
-            self.items: list[Any] = list(range(count))
+            self.units: list[Any] = list(range(count))
 
         def _units(self, source: Records) -> list[Any]:
-            return self.items
+            return self.units
+
+        def case_keys(self) -> list[list[str]]:
+            return [[str(unit)] for unit in self.units]
 
         def _sample(self, source: Records, unit: Any) -> Any:
             raise AssertionError("numbers are never opened")
@@ -565,7 +577,7 @@ def test_ranks_cover_any_number_of_items_with_equally_many_batches(
             return [indices]
 
     shares: list[list[Any]] = [
-        list(heldout_loader(Numbers(num), batch_size, rank=rank, world_size=world_size))
+        list(heldout_loader(Numbers(num), range(num), batch_size, rank=rank, world_size=world_size))
         for rank in range(world_size)
     ]
     assert len({len(batches) for batches in shares}) == 1

@@ -17,6 +17,7 @@ from biascare.models.network import MLLM_PARTS, TRAINABLE_PARTS, DualPathNetwork
 from biascare.models.query_attention import CrossModalQueryAttention, MaskedMultiheadAttention
 from tests.tiny import (
     IMAGE_SIZE,
+    answers,
     language_sample,
     pad_token_id,
     segmentation_sample,
@@ -174,14 +175,12 @@ def test_a_row_is_the_same_alone_and_in_a_batch(model: DualPathNetwork, mllm_fol
     assert torch.allclose(together.mask_logits[2], alone.mask_logits[0], atol=1e-4)
 
 
-def test_the_vision_pathway_works_alone_and_does_not_answer() -> None:
+def test_the_vision_pathway_works_alone() -> None:
     model = tiny_model(None)
     batch = batch_of(None, [segmentation_sample(None, 1, ("liver", "spleen"))])
     features, prediction = model(batch)
     assert features.text_embedding is None and features.hidden_states is None
     assert prediction.mask_logits.shape[0] == 2
-    with pytest.raises(ValueError, match="no MLLM pathway"):
-        model.generate(batch)
 
 
 def test_the_two_halves_of_the_language_side_come_together(model: DualPathNetwork) -> None:
@@ -348,7 +347,7 @@ def test_an_export_restores_the_same_masks_and_answers(
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     asked = questions(mllm_folder)
     keywords: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6}
-    assert torch.equal(model.generate(asked, **keywords), restored.generate(asked, **keywords))
+    assert torch.equal(answers(model, asked, **keywords), answers(restored, asked, **keywords))
     assert not torch.equal(
         tiny_model(mllm_folder, seed=5, num_queries=2, query_heads=4)(batch)[1].mask_logits,
         theirs.mask_logits,
@@ -392,7 +391,7 @@ def test_a_bf16_export_opens_in_both_precisions(tiny_mllm: Path, tmp_path: Path)
         restored = open_network(tmp_path, dtype=dtype)[0]
         assert restored.vision.dtype == dtype
         assert torch.isfinite(decoded(restored, mixed_batch(tiny_mllm)).mask_logits).all()
-        assert restored.generate(questions(tiny_mllm), max_new_tokens=2).shape == (2, 2)
+        assert answers(restored, questions(tiny_mllm), max_new_tokens=2).shape == (2, 2)
 
 
 def test_the_vision_stage_exports_and_hands_over_to_the_joint_stage(

@@ -22,7 +22,14 @@ from biascare.models.network import DualPathNetwork
 from biascare.runs.origin import read_run
 from biascare.training.checkpoint import TAG, trained_weights
 from scripts import export
-from tests.tiny import language_sample, pad_token_id, segmentation_sample, tiny_chat, tiny_model
+from tests.tiny import (
+    answers,
+    language_sample,
+    pad_token_id,
+    segmentation_sample,
+    tiny_chat,
+    tiny_model,
+)
 from tests.training.training_runs import ROOT, Job, Run, World, environment, equal
 
 pytestmark = pytest.mark.timeout(240)
@@ -147,7 +154,7 @@ def test_a_merged_model_gives_the_same_states_masks_and_answers(
     print(f"hidden states {differences[0]:.1e}, mask logits {differences[1]:.1e}")
     assert max(differences) <= 1e-5
     asked = probe(mllm_folder, "left", None)
-    assert torch.equal(restored.generate(asked), model.generate(asked))
+    assert torch.equal(answers(restored, asked), answers(model, asked))
     without = tiny_model(mllm_folder, query_heads=4)
     assert without.mllm is not None
     with without.mllm.model.disable_adapter():  # type: ignore[operator]
@@ -177,7 +184,7 @@ def test_the_language_side_opens_in_plain_transformers(
     expected, folders = [], [tmp_path / "qwen", tmp_path / "llava"]
     for base, folder in zip((tiny_mllm, tiny_llava), folders, strict=True):
         batch = probe(base, "left", None)
-        expected.append(tiny_model(base, query_heads=4).generate(batch, max_new_tokens=12).tolist())
+        expected.append(answers(tiny_model(base, query_heads=4), batch).tolist())
         save_network(tiny_model(base, query_heads=4), folder / "export", merge=True)
         torch.save(dict(batch.mllm_inputs), folder / "inputs.pt")
     done = subprocess.run(

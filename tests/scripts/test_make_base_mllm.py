@@ -111,7 +111,7 @@ def test_the_folder_opens_by_auto_classes_and_answers_about_an_image(assembled: 
     assert text.startswith(f"<|im_start|>user\n{image}Which organ is bright?<|im_end|>")
     mllm = MLLMPathway.load(str(assembled), lora=LoraSettings(2, 4)).eval()
     batch = collate([sample], 0, chat.tokenizer.pad_token_id, padding_side="left")
-    tokens = mllm.generate(batch.mllm_inputs, batch.image_slots, max_new_tokens=4)
+    tokens = mllm.generate(batch.mllm_inputs, batch.image_slots, max_new_tokens=4).tokens
     assert 1 <= tokens.shape[1] <= 4
     assert len(mllm.part_parameters("lora")) == 2 * 7 * 2
 
@@ -228,7 +228,7 @@ def test_smollm2_from_its_gguf_file_answers_a_text_question(tmp_path: Path) -> N
     inputs = tokenizer.apply_chat_template(
         question, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    tokens = mllm.generate(dict(inputs), [], max_new_tokens=16)
+    tokens = mllm.generate(dict(inputs), [], max_new_tokens=16).tokens
     assert (
         tokenizer.decode(tokens[0], skip_special_tokens=True) == "The capital of France is Paris."
     )

@@ -66,8 +66,8 @@ def test_pictures_are_the_tensors_of_the_training_loader(
         np.testing.assert_array_equal(overlay.masks[0][1], batch.masks[row].numpy())
         clicks, boxes = preview.prompts_of(*(field[row] for field in batch.prompts))
         assert (overlay.clicks, overlay.boxes) == (clicks, boxes)
-        assert batch.meta[row]["target"] in overlay.title
-        assert batch.meta[row]["group"] in overlay.title
+        assert batch.facts[row].target in overlay.title
+        assert batch.facts[row].prevalence in overlay.title
     assert preview.overlays_of(stream, 1, stream[1]) == []
     seen = preview.watch_images(chat)
     stream[1]

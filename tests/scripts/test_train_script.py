@@ -23,6 +23,7 @@ from biascare.training.hooks import BadDataError, LedgerHook, LogHook, StepState
 from biascare.training.progress import GroupMeter, RunLog, progress_line
 from biascare.training.step import RowOutcome
 from scripts import train
+from tests.tiny import tiny_facts
 from tests.training.training_runs import ROOT, Job, Run, World, environment, free_port
 
 pytestmark = pytest.mark.timeout(240)
@@ -136,7 +137,7 @@ def test_a_run_ends_well_and_leaves_its_files(alone: Any) -> None:
     written = ("config.yaml", "run.json", "prevalence.json", "metrics.jsonl", "tensorboard")
     for name in (*written, "export/config.json"):
         assert (run.folder / name).exists(), name
-    assert sorted(p.name for p in (run.folder / "predictions").iterdir()) == [
+    assert sorted(p.name for p in (run.folder / "cases").iterdir()) == [
         "step_00000000.jsonl",
         "step_00000003.jsonl",
     ]
@@ -181,8 +182,8 @@ def test_every_step_is_logged_with_its_terms_groups_and_rates(alone: Any) -> Non
     assert [entry["step"] for entry in entries] == [1, 2, 3]
     for entry in entries:
         assert {"total", "dur", "hitl", "vlm"} <= entry["loss"].keys()
-        assert set(entry["by"]) == {"modality", "group"}
-        assert sum(cell["num"] for cell in entry["by"]["group"].values()) == 4
+        assert set(entry["by"]) == {"modality", "prevalence"}
+        assert sum(cell["num"] for cell in entry["by"]["prevalence"].values()) == 4
         assert entry["lr"].keys() == {"vision", "mllm"}
         assert entry["samples_per_second"] > 0 and entry["peak_memory_gib"] > 0
 
@@ -257,8 +258,9 @@ def state(step: int, batches: list[Batch], **changes: Any) -> StepState:
 
 
 def batch_of(*replaced: list[str]) -> Batch:
-    meta = [{"position": i, "replaced": reasons} for i, reasons in enumerate(replaced)]
-    return Batch(None, None, None, None, None, None, {}, [], None, None, None, 0, meta)
+    bad = {i: tuple(reasons) for i, reasons in enumerate(replaced) if reasons}
+    tensors: list[Any] = [None] * 6
+    return Batch(*tensors, {}, [], None, None, None, 0, [], bad, len(replaced))
 
 
 def test_replaced_samples_are_written_down(
@@ -291,30 +293,31 @@ def outcome(*dice: float, valid: tuple[bool, ...]) -> RowOutcome:
 
 def test_the_meter_keeps_groups_apart_and_leaves_out_empty_masks() -> None:
     meter = GroupMeter()
-    meta = [
-        {"modality": m, "group": g} for m, g in (("CT", "head"), ("MR", "head"), ("CT", "tail"))
+    facts = [
+        tiny_facts("image", modality=modality, prevalence=prevalence)
+        for modality, prevalence in (("CT", "head"), ("MR", "head"), ("CT", "tail"))
     ]
-    meter.add(outcome(0.2, 0.4, 0.9, valid=(True, True, False)), meta)
-    meter.add(outcome(0.6, valid=(True,)), meta[:1])
+    meter.add(outcome(0.2, 0.4, 0.9, valid=(True, True, False)), facts)
+    meter.add(outcome(0.6, valid=(True,)), facts[:1])
     found = meter.take()
     assert found["modality"]["CT"] == pytest.approx(
         {"num": 2, "dice_loss": 0.4, "semantic": 0.2, "weight": 0.8}
     )
-    assert found["group"].keys() == {"head"}
-    assert found["group"]["head"]["num"] == 3
-    assert meter.take() == {"modality": {}, "group": {}}
+    assert found["prevalence"].keys() == {"head"}
+    assert found["prevalence"]["head"]["num"] == 3
+    assert meter.take() == {"modality": {}, "prevalence": {}}
 
 
 def test_the_meter_merges_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Means over rows, not means of means."""
-    other = {("modality", "CT"): [3.0, 3.0, 0.0, 0.0], ("group", "tail"): [3.0, 3.0, 0.0, 0.0]}
+    other = {("modality", "CT"): [3.0, 3.0, 0.0, 0.0], ("prevalence", "tail"): [3.0, 3.0, 0.0, 0.0]}
     monkeypatch.setattr(progress, "gather_objects", lambda mine: [mine, other])
     meter = GroupMeter()
-    meter.add(outcome(0.2, valid=(True,)), [{"modality": "CT", "group": "head"}])
+    meter.add(outcome(0.2, valid=(True,)), [tiny_facts("image", prevalence="head")])
     found = meter.take()
     assert found["modality"]["CT"]["num"] == 4
     assert found["modality"]["CT"]["dice_loss"] == pytest.approx(3.2 / 4)
-    assert set(found["group"]) == {"head", "tail"}
+    assert set(found["prevalence"]) == {"head", "tail"}
 
 
 class SilentEngine:

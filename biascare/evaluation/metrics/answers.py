@@ -1,7 +1,7 @@
-"""Answer rows to numbers.
+"""Answer cases to numbers.
 
-    is_correct(kind="choice", prediction="B: ct", reference="B: CT")    # True
-    table = summarise_answers(rows)
+    is_correct("B: CT", case)
+    table = summarise_answers(cases)
 
 Answers are compared as whole texts, never by what they contain: "no mass" contains "mass".
 """
@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from string import ascii_lowercase
 from typing import Any
+
+from biascare.evaluation.cases import AnswerCase
 
 
 def normalise_answer(text: str) -> str:
@@ -23,70 +26,83 @@ def normalise_answer(text: str) -> str:
     return re.sub(r"\s+", " ", text.lower()).strip(" \"'.!?")
 
 
-def _letter_and_option(text: str) -> tuple[str | None, str]:
-    """ "b: ct" -> ("b", "ct"); a text without a letter -> (None, text).
+def read_choice(text: str, options: Sequence[str]) -> str | None:
+    """Which of the lettered options a text chooses: by its letter, else by the whole option.
 
-    The letter ends the text or is followed by a mark: "a mass" is no choice of option A.
+    The letter ends the text or is followed by a mark: "a mass" is no choice of option A. None for
+    anything else.
     """
-    found = re.match(r"\(?([a-z])(?:[:.)]\s*(.*))?$", text)
-    return (found.group(1), found.group(2) or "") if found else (None, text)
+    text = normalise_answer(text)
+    lettered = re.match(r"\(?([a-z])(?:[:.)]\s*.*)?$", text)
+    if lettered:
+        place = ascii_lowercase.index(lettered.group(1))
+        return options[place] if place < len(options) else None
+    return next((option for option in options if normalise_answer(option) == text), None)
 
 
-def _what_counts(kind: str, reference: str) -> str:
-    """The part of a reference that an answer is held against: of a choice, its letter."""
-    reference = normalise_answer(reference)
-    return (_letter_and_option(reference)[0] or reference) if kind == "choice" else reference
+def is_correct(text: str, case: AnswerCase) -> bool:
+    """Whether a text answers a case: by choice where options were shown, else as a whole."""
+    if case.facts.kind == "choice" and case.options:
+        return read_choice(text, case.options) == case.reference
+    return normalise_answer(text) == normalise_answer(case.reference)
 
 
-def is_correct(*, kind: str, prediction: str, reference: str) -> bool:
-    """Exact match after normalisation.
-
-    A choice is right when its letter is; where the prediction gives no letter, when it repeats the
-    text of the right option.
-    """
-    prediction, reference = normalise_answer(prediction), normalise_answer(reference)
-    if kind == "choice":
-        chosen, option = _letter_and_option(prediction)
-        right, text = _letter_and_option(reference)
-        if right is not None:
-            return chosen == right if chosen is not None else option == text
-    return prediction == reference
+def likeliest(case: AnswerCase) -> str | None:
+    """The option of highest log-probability; None where none was scored."""
+    if case.option_log_probs is None:
+        return None
+    return max(zip(case.option_log_probs, case.options, strict=True))[1]
 
 
-def summarise_answers(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summarise_answers(cases: Sequence[AnswerCase]) -> dict[str, Any]:
     """Accuracy by kind and by modality, beside what constant answers would get.
 
-    `best_constant` is the accuracy of the answer most frequent among these very references, an
-    upper bound for any constant; `always_yes` is given for closed questions.
+    `best_constant` answers every question of a source with the answer most frequent among its very
+    references, an upper bound for any constant; `always_yes` is given for closed questions;
+    `accuracy_by_option` takes the likeliest option instead of the text, where options were scored.
     """
-    by_kind: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        by_kind[row["kind"]].append(row)
+    by_kind = _split(cases, lambda case: case.facts.kind)
     return {kind: _accuracy_table(mine) for kind, mine in sorted(by_kind.items())}
 
 
-def _accuracy_table(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    references = Counter(_what_counts(row["kind"], row["reference"]) for row in rows)
+def _accuracy_table(cases: Sequence[AnswerCase]) -> dict[str, Any]:
+    constant = sum(
+        max(Counter(normalise_answer(case.reference) for case in mine).values())
+        for mine in _split(cases, lambda case: case.facts.source).values()
+    )
     table: dict[str, Any] = {
-        "num": len(rows),
-        "accuracy": _share(rows),
-        "best_constant": max(references.values()) / len(rows),
+        "num": len(cases),
+        "accuracy": _share(is_correct(case.text, case) for case in cases),
+        "best_constant": constant / len(cases),
         "by_modality": {
-            name: {"num": len(mine), "accuracy": _share(mine)}
-            for name, mine in sorted(_split(rows, "modality").items())
+            name: {
+                "num": len(mine),
+                "accuracy": _share(is_correct(case.text, case) for case in mine),
+            }
+            for name, mine in sorted(_split(cases, lambda case: case.facts.modality).items())
         },
     }
-    if rows[0]["kind"] == "closed":
-        table["always_yes"] = references["yes"] / len(rows)
+    scored = [case for case in cases if case.option_log_probs is not None]
+    if scored:
+        table["num_scored"] = len(scored)
+        table["accuracy_by_option"] = _share(
+            normalise_answer(likeliest(case) or "") == normalise_answer(case.reference)
+            for case in scored
+        )
+    if cases[0].facts.kind == "closed":
+        table["always_yes"] = _share(normalise_answer(case.reference) == "yes" for case in cases)
     return table
 
 
-def _split(rows: Sequence[dict[str, Any]], key: str) -> dict[str, list[dict[str, Any]]]:
-    parts: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        parts[str(row[key])].append(row)
+def _split(
+    cases: Iterable[AnswerCase], key: Callable[[AnswerCase], str]
+) -> dict[str, list[AnswerCase]]:
+    parts: dict[str, list[AnswerCase]] = defaultdict(list)
+    for case in cases:
+        parts[key(case)].append(case)
     return parts
 
 
-def _share(rows: Sequence[dict[str, Any]]) -> float:
-    return sum(row["correct"] for row in rows) / len(rows)
+def _share(values: Iterable[bool]) -> float:
+    found = list(values)
+    return sum(found) / len(found)

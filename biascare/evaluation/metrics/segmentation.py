@@ -1,7 +1,6 @@
-"""Segmentation rows to numbers.
+"""Mask cases to numbers.
 
-    rows = [...]                       # from biascare.evaluation.runner
-    table = summarise_segmentation(rows)
+    table = summarise_segmentation(cases, header)
 
 Scores are per mask at native size. Means are given over masks and, so that frequent targets do not
 hide rare ones, over targets.
@@ -16,8 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
+from biascare.evaluation.cases import Header, MaskCase
+from biascare.records import decode_mask
+
 FAILURE_DICE = 0.5
 """A mask below this Dice counts as failed when uncertainties are asked to find failures."""
+
+GROUPINGS = ("target", "prevalence", "modality")
+"""Facts that means are given by."""
 
 
 def dice_score(prediction: np.ndarray, truth: np.ndarray) -> float:
@@ -25,6 +30,29 @@ def dice_score(prediction: np.ndarray, truth: np.ndarray) -> float:
     prediction, truth = prediction.astype(bool), truth.astype(bool)
     size = int(prediction.sum()) + int(truth.sum())
     return 2 * int((prediction & truth).sum()) / size if size else 1.0
+
+
+def mask_scores(case: MaskCase, header: Header) -> dict[str, float]:
+    """Dice of everything a case holds: by the first prompt (`dice`), by text alone (`dice_text`),
+    after each correction (`dice_click_1`, ...), and of the trivial answers to its first click: a
+    disc of one size for all (`dice_disc`), or of its target's mean size (`dice_disc_by_target`)."""
+    size = case.height, case.width
+    truth = decode_mask(case.truth.encode("ascii"), *size)
+
+    def score(mask: str) -> float:
+        return dice_score(decode_mask(mask.encode("ascii"), *size), truth)
+
+    scores = {} if case.by_text is None else {"dice_text": score(case.by_text.mask)}
+    first, *corrected = case.predictions
+    scores["dice"] = score(first.mask)
+    scores |= {f"dice_click_{n}": score(p.mask) for n, p in enumerate(corrected, 1)}
+    if header.disc_share is not None and first.points:
+        own = header.disc_share_by_target.get(case.facts.target or "", header.disc_share)
+        shares = {"dice_disc": header.disc_share, "dice_disc_by_target": own}
+        for name, share in shares.items():
+            guess = disc(*size, first.points[0][:2], share * truth.size)
+            scores[name] = dice_score(guess, truth)
+    return scores
 
 
 def disc(height: int, width: int, center: Sequence[float], area: float) -> np.ndarray:
@@ -46,11 +74,9 @@ class DiscBaseline(NamedTuple):
 
 def fit_disc(
     masks: Iterable[tuple[str, np.ndarray, Sequence[float]]],
-) -> DiscBaseline:
-    """Size the discs on (target, [H, W] mask, click x and y) of the training records.
-
-    Raises ValueError without any mask.
-    """
+) -> DiscBaseline | None:
+    """Size the discs on (target, [H, W] mask, click x and y) of the training records; None without
+    any."""
     scores: list[list[float]] = []
     areas: dict[str, list[float]] = defaultdict(list)
     for target, mask, click in masks:
@@ -59,9 +85,7 @@ def fit_disc(
         scores.append([dice_score(guess, mask) for guess in guesses])
         areas[target].append(float(mask.mean()))
     if not scores:
-        raise ValueError(
-            "the disc baseline needs training masks; --train names folders without any"
-        )
+        return None
     best = int(np.mean(scores, axis=0).argmax())
     return DiscBaseline(
         share=DISC_SHARES[best],
@@ -69,43 +93,42 @@ def fit_disc(
     )
 
 
-def mean_by(rows: Iterable[dict[str, Any]], key: str, metric: str) -> dict[str, dict[str, float]]:
-    """{group: {"num", "mean"}} of a mask metric; rows without the attribute form "missing"."""
-    groups: dict[str, list[float]] = defaultdict(list)
-    for row in rows:
-        value = row["attributes"].get(key) if key in row["attributes"] else row.get(key)
-        groups["missing" if value is None else str(value)].append(row["mask_metrics"][metric])
+def mean_by(groups: Iterable[str | None], values: Iterable[float]) -> dict[str, dict[str, float]]:
+    """{group: {"num", "mean"}}; what has no group forms "missing"."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for group, value in zip(groups, values, strict=True):
+        found["missing" if group is None else str(group)].append(value)
     return {
-        name: {"num": len(values), "mean": float(np.mean(values))}
-        for name, values in sorted(groups.items())
+        name: {"num": len(mine), "mean": float(np.mean(mine))}
+        for name, mine in sorted(found.items())
     }
 
 
-def failure_auroc(rows: Sequence[dict[str, Any]], uncertainty: str) -> float | None:
+def failure_auroc(dice: Sequence[float], uncertainty: Sequence[float]) -> float | None:
     """How well an uncertainty ranks failed masks before good ones; None without both kinds."""
-    failed = [row["mask_metrics"]["dice"] < FAILURE_DICE for row in rows]
+    failed = [score < FAILURE_DICE for score in dice]
     if len(set(failed)) < 2:
         return None
-    return float(roc_auc_score(failed, [row["uncertainty"][uncertainty] for row in rows]))
+    return float(roc_auc_score(failed, list(uncertainty)))
 
 
-def summarise_segmentation(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summarise_segmentation(cases: Sequence[MaskCase], header: Header) -> dict[str, Any]:
     """Means over masks and targets, by group, and how uncertainty ranks failures."""
-    if not rows:
-        return {"num_masks": 0}
-    summary: dict[str, Any] = {"num_masks": len(rows)}
-    for metric in rows[0]["mask_metrics"]:
-        by_target = mean_by(rows, "target", metric)
+    scores = [mask_scores(case, header) for case in cases]
+    summary: dict[str, Any] = {"num_masks": len(cases)}
+    for metric in scores[0] if scores else ():
+        values = [score[metric] for score in scores]
+        tables = {
+            f"by_{name}": mean_by([getattr(case.facts, name) for case in cases], values)
+            for name in GROUPINGS
+        }
+        targets = [cell["mean"] for cell in tables["by_target"].values()]
         summary[metric] = {
-            "mean": float(np.mean([row["mask_metrics"][metric] for row in rows])),
-            "mean_over_targets": float(np.mean([v["mean"] for v in by_target.values()])),
-            "by_target": by_target,
-            "by_group": mean_by(rows, "group", metric),
-            "by_modality": mean_by(rows, "modality", metric),
-        }
-    for name in rows[0]["uncertainty"]:
-        summary[name] = {
-            "mean": float(np.mean([row["uncertainty"][name] for row in rows])),
-            "failure_auroc": failure_auroc(rows, name),
-        }
+            "mean": float(np.mean(values)),
+            "mean_over_targets": float(np.mean(targets)),
+        } | tables
+    for name in cases[0].predictions[0].uncertainty if cases else ():
+        values = [case.predictions[0].uncertainty[name] for case in cases]
+        auroc = failure_auroc([score["dice"] for score in scores], values)
+        summary[name] = {"mean": float(np.mean(values)), "failure_auroc": auroc}
     return summary

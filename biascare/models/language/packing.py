@@ -83,15 +83,21 @@ def unpack(hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
 def _positions(model: Any, inputs: dict[str, Any], mask: Tensor) -> Tensor:
     """Position ids [1, N]; with M-RoPE [4, 1, N], the plain ones first, as transformers wants."""
     plain = (mask.cumsum(1) - 1)[mask][None]
+    rotary = rotary_positions(model, inputs)
+    return plain if rotary is None else torch.cat([plain[None], rotary[:, mask][:, None]])
+
+
+def rotary_positions(model: Any, inputs: dict[str, Any]) -> Tensor | None:
+    """M-RoPE's own positions [3, B, L] of time, row and column; None where a model has none."""
     if not hasattr(model, "get_rope_index"):
-        return plain
-    rotary, _ = model.get_rope_index(
+        return None
+    positions: Tensor = model.get_rope_index(
         inputs["input_ids"],
         mm_token_type_ids=inputs["mm_token_type_ids"],
         image_grid_thw=inputs.get("image_grid_thw"),
         attention_mask=inputs["attention_mask"],
-    )
-    return torch.cat([plain[None], rotary[:, mask][:, None]])
+    )[0]
+    return positions
 
 
 def _borders(config: Any, mask: Tensor) -> dict[str, Any]:

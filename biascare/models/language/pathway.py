@@ -21,10 +21,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.import_utils import is_flash_attn_2_available
 
+from biascare.interfaces import Generated
 from biascare.models.language.packing import enable_packing, pack, unpack
 from biascare.models.weights.llava import (
     is_original_llava,
@@ -136,6 +142,26 @@ def _enable_checkpointing(model: Any) -> None:
     (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
+class _ChosenLogProbs(LogitsProcessor):
+    """Remembers how likely every chosen token was. One step of the vocabulary is held at a time.
+
+    transformers calls processors of the user before it applies a temperature.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[Tensor] = []
+        self.log_probs: Tensor | None = None
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self.take(input_ids[:, -1:])
+        self.log_probs = scores.float().log_softmax(-1)
+        return scores
+
+    def take(self, tokens: Tensor) -> None:
+        if self.log_probs is not None:
+            self.steps.append(self.log_probs.gather(1, tokens))
+
+
 class MLLMPathway(nn.Module):
     """A multimodal LLM, its adapter, and the three ways the project uses it."""
 
@@ -212,7 +238,7 @@ class MLLMPathway(nn.Module):
         )
         return {"mm_encoder_outputs": {"image": placed}}
 
-    def _with_image_features(
+    def with_image_features(
         self, inputs: dict[str, Tensor], image_slots: list[int]
     ) -> dict[str, Any]:
         """Inputs with features per image placeholder in place of the distinct images' pixels."""
@@ -230,7 +256,7 @@ class MLLMPathway(nn.Module):
         processor adds (`pixel_values` of the distinct images, `image_grid_thw`,
         `mm_token_type_ids`). `image_slots`: see `Batch`.
         """
-        placed = self._with_image_features(inputs, image_slots)
+        placed = self.with_image_features(inputs, image_slots)
         mask = inputs["attention_mask"]
         if not self.packing or bool(mask.all()):
             return self.base.model(**placed, use_cache=False).last_hidden_state
@@ -249,17 +275,25 @@ class MLLMPathway(nn.Module):
         *,
         max_new_tokens: int,
         **keywords: Any,
-    ) -> Tensor:
-        """New token ids [B, <= max_new_tokens]; greedy unless `keywords` say otherwise.
+    ) -> Generated:
+        """Answers to B prompts; greedy unless `keywords` say otherwise.
 
         `inputs` must be left-padded, as for any decoder-only generation.
         """
-        tokens = self.base.generate(
-            **self._with_image_features(inputs, image_slots),
+        chosen = _ChosenLogProbs()
+        output = self.base.generate(
+            **self.with_image_features(inputs, image_slots),
             max_new_tokens=max_new_tokens,
+            logits_processor=LogitsProcessorList([chosen]),
             **({"do_sample": False} | keywords),
         )
-        return tokens[:, inputs["input_ids"].shape[1] :]
+        tokens = output[:, inputs["input_ids"].shape[1] :]
+        chosen.take(tokens[:, -1:])
+        ends = self.base.generation_config.eos_token_id
+        ended = torch.isin(tokens, torch.tensor(ends, device=tokens.device)).long().cumsum(1)
+        # The first end token is spoken, what follows it is padding.
+        spoken = (ended - ended.diff(dim=1, prepend=torch.zeros_like(ended[:, :1]))) == 0
+        return Generated(tokens=tokens, log_probs=torch.cat(chosen.steps, 1), spoken=spoken)
 
     def save(self, folder: Path, state: dict[str, Tensor]) -> None:
         """Write the adapter (PEFT format) and any other trained weights of this pathway.

@@ -167,7 +167,7 @@ def test_generation_equals_hugging_faces_greedy_generation_and_encodes_images_on
     inputs = repeated_images(mllm_folder, batch)
     theirs = mllm.base.generate(**inputs, max_new_tokens=8, do_sample=False)
     seen, hook = counted_tower_inputs(mllm)
-    ours = mllm.generate(batch.mllm_inputs, batch.image_slots, max_new_tokens=8)
+    ours = mllm.generate(batch.mllm_inputs, batch.image_slots, max_new_tokens=8).tokens
     hook.remove()
     assert torch.equal(ours, theirs[:, inputs["input_ids"].shape[1] :])
     assert ours.shape[0] == 2 and 1 <= ours.shape[1] <= 8
@@ -184,7 +184,7 @@ def test_the_first_generated_token_is_the_best_answer_logit(
     assert answered.answer_positions is not None
     hidden = mllm.hidden_states(answered.mllm_inputs, answered.image_slots)
     logits = mllm.answer_logits(hidden, answered.answer_positions[:1])
-    tokens = mllm.generate(asked.mllm_inputs, asked.image_slots, max_new_tokens=1)
+    tokens = mllm.generate(asked.mllm_inputs, asked.image_slots, max_new_tokens=1).tokens
     assert tokens[0, 0] == logits[0].argmax()
 
 

@@ -8,6 +8,9 @@ that need them are skipped where they are absent.
 from __future__ import annotations
 
 import importlib.util
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, interpolate
 
-from biascare.data.heldout import HeldOutImages
 from biascare.evaluation.metrics.segmentation import dice_score
-from biascare.evaluation.runner import RunnerSettings, segmentation_rows
 from biascare.interfaces import Prompts
 from biascare.models.export_folder import build_network, open_network, save_network
 from biascare.models.network import DualPathNetwork
@@ -33,9 +34,13 @@ from biascare.models.vision.tiny_vit import (
     WindowBlock,
 )
 from biascare.models.weights.vision import load_vision_checkpoint, read_state_dict
-from biascare.records import Records
-from tests.tiny import tiny_record_folder
-from tests.training.training_runs import Job, World, largest_difference, largest_weight_difference
+from tests.training.training_runs import (
+    ROOT,
+    Job,
+    World,
+    largest_difference,
+    largest_weight_difference,
+)
 
 PACK = Path(__file__).parents[4] / "shared" / "data"
 
@@ -299,16 +304,16 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("source", BARS)
 def test_untrained_it_segments_real_images_from_boxes(
-    weights: Path, pack: Path, source: str
+    weights: Path, pack: Path, source: str, tmp_path: Path
 ) -> None:
-    model = build_network(vision="litemedsam", image_size=256, vision_weights=str(weights))
     folders = sorted(path for path in (pack / source).iterdir() if path.is_dir())
-    images = HeldOutImages([Records(path) for path in folders], None, {}, image_size=256, limit=40)
-    rows = segmentation_rows(
-        model, images, RunnerSettings(batch_size=4, num_clicks=0, prompt="box")
-    )
-    mean = np.mean([row["mask_metrics"]["dice"] for row in rows])
-    print(f"{source}: mean Dice {mean:.3f} of {len(rows)} masks")
+    output, options = tmp_path / "evaluation", "--vision litemedsam --prompt box --corrections 0"
+    command = f"scripts/evaluate.py {weights} {options} --limit 40 --output {output}".split()
+    place = ["--segmentation", *map(str, folders)]
+    subprocess.run([sys.executable, *command, *place], cwd=ROOT, check=True)
+    summary = json.loads((output / "metrics.json").read_text())["segmentation"]
+    mean = summary["dice"]["mean"]
+    print(f"{source}: mean Dice {mean:.3f} of {summary['num_masks']} masks")
     assert mean >= BARS[source]
 
 
@@ -336,32 +341,6 @@ def test_the_training_program_starts_from_its_weights_and_partitioned_parameters
     trained = whole.weights()["vision_pathway.safetensors/image_encoder.neck.0.weight"]
     published = read_state_dict(weights)["image_encoder.neck.0.weight"]
     assert 0 < (trained - published).abs().max() < 1e-2
-
-
-def test_a_box_prompt_is_the_tight_box_of_the_native_mask(tmp_path: Path) -> None:
-    folder = tiny_record_folder(tmp_path / "records", num_images=1)
-    images = HeldOutImages([Records(folder)], None, {}, image_size=64)
-    seen: list[Prompts] = []
-    torch.manual_seed(0)
-    model = build_network(vision="tiny", image_size=64)
-    decode = model.decode_masks
-
-    def spy(features: object, prompts: Prompts, *rest: object, **more: object) -> object:
-        seen.append(prompts)
-        return decode(features, prompts, *rest, **more)
-
-    model.decode_masks = spy
-    rows = segmentation_rows(model, images, RunnerSettings(num_clicks=0, prompt="box"))
-    by_target = {row["target"]: row["prompt"]["box"] for row in rows}
-    # Rows 8 to 29, columns 6 to 29 of 48 x 72 pixels; the lesion is the pixel (60, 5).
-    assert by_target["liver"] == [6, 8, 29, 29]
-    assert by_target["lesion"] == [60, 5, 60, 5]
-    first = [row["target"] for row in rows].index("liver")
-    x = [(c + 0.5) * 64 / 72 - 0.5 for c in (6, 29)]
-    y = [(r + 0.5) * 64 / 48 - 0.5 for r in (8, 29)]
-    corners = seen[0].point_coords[first]
-    assert torch.allclose(corners, torch.tensor([[x[0], y[0]], [x[1], y[1]]]), atol=1e-4)
-    assert seen[0].point_labels[first].tolist() == [2, 3]
 
 
 def test_logits_stay_at_the_size_of_the_input(pathway: VisionPathway) -> None:

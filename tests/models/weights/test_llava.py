@@ -339,7 +339,7 @@ def test_generation_equals_that_of_the_model_it_was_written_from(original: Origi
         suppress_tokens=never or None,
         pad_token_id=chat.tokenizer.pad_token_id,
     )
-    ours = mllm.generate(batch.mllm_inputs, batch.image_slots, max_new_tokens=12)
+    ours = mllm.generate(batch.mllm_inputs, batch.image_slots, max_new_tokens=12).tokens
     assert torch.equal(ours, theirs[:, batch.mllm_inputs["input_ids"].shape[1] :])
     hidden = mllm.hidden_states(batch.mllm_inputs, batch.image_slots)
     wanted = original.reference.model(**batch.mllm_inputs).last_hidden_state

@@ -1,0 +1,346 @@
+"""A model and held-out records to finished cases: the only loop of evaluation.
+
+    cases = evaluate(segmenter, answerer, images, questions, path, header, settings)
+
+Training's periodic evaluation, scripts/evaluate.py and the benchmarks all come here. Each rank
+appends its share to a file of its own, which rank 0 joins at the end, in the order of the items. A
+killed evaluation goes on where it was: cases that are on disk are not computed again.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from biascare.data.chat import question_text
+from biascare.data.heldout import (
+    HeldOut,
+    HeldOutBatch,
+    HeldOutImages,
+    HeldOutQuestions,
+    MaskItem,
+    QuestionItem,
+    case_key,
+    heldout_loader,
+)
+from biascare.data.loader import to_device
+from biascare.data.transforms import Geometry, invert_points, restore_mask
+from biascare.evaluation.cases import (
+    AnswerCase,
+    Cases,
+    CaseWriter,
+    FinishedCase,
+    Header,
+    MaskCase,
+    MaskPrediction,
+    read_cases,
+    read_lines,
+)
+from biascare.evaluation.metrics.answers import summarise_answers
+from biascare.evaluation.metrics.segmentation import summarise_segmentation
+from biascare.hitl.clicks import refine_once
+from biascare.inference.answerer import Answerer, spoken
+from biascare.inference.segmenter import Decoded, Segmenter
+from biascare.interfaces import POINT_PADDING, Prediction, Prompts
+from biascare.records import encode_mask
+from biascare.training.ranks import from_rank_zero, gather_objects, rank, world_size
+
+YES_NO = ("yes", "no")
+
+
+class EvaluationSettings(NamedTuple):
+    """How to evaluate; cases do not depend on the first two."""
+
+    batch_size: int
+    num_workers: int
+    num_corrections: int  # simulated clicks after the first prediction
+    mask_prompt: bool  # whether a correction sees the mask before
+    max_new_tokens: int
+    synced_generation: bool = False  # ZeRO-3: all ranks make the same calls
+
+
+def evaluate(
+    segmenter: Segmenter,
+    answerer: Answerer | None,
+    images: HeldOutImages,
+    questions: HeldOutQuestions | None,
+    path: Path,
+    header: Header,
+    settings: EvaluationSettings,
+    *,
+    overwrite: bool = False,
+) -> Cases:
+    """Evaluate every target and question once; write `path`, and return what stands in it.
+
+    Call on every rank. What an earlier call with the same header left is kept and completed.
+
+    Raises ValueError when there is nothing to evaluate, two folders hold a case of one name, or
+    `path` holds cases of another header (and `overwrite` is not set).
+    """
+    order = _order(images, questions)
+    done = from_rank_zero(lambda: _begin(path, header, overwrite))
+    with CaseWriter(_share_of(path, rank()), header) as writer:
+        for held in _batches(images, done, segmenter.network.device, settings):
+            began = time.perf_counter()
+            masks = mask_cases(segmenter, images, held, settings)
+            writer.append(list(_new(masks, held, done, began)))
+        if answerer is not None and questions is not None:
+            for held in _batches(questions, done, answerer.network.device, settings):
+                began = time.perf_counter()
+                answers = answer_cases(answerer, held, settings)
+                writer.append(list(_new(answers, held, done, began)))
+    gather_objects(None)  # all shares are on disk
+    from_rank_zero(lambda: _join(path, header, order))
+    return read_cases(path)
+
+
+def summarise(cases: Cases) -> dict[str, Any]:
+    """Numbers of both kinds of cases: `segmentation` and `answers`, each where there are some."""
+    summary: dict[str, Any] = {}
+    if cases.masks:
+        summary["segmentation"] = summarise_segmentation(cases.masks, cases.header)
+    if cases.answers:
+        summary["answers"] = summarise_answers(cases.answers)
+    return summary
+
+
+# ---------------------------------------------------------------- one batch
+
+
+@torch.inference_mode()
+def mask_cases(
+    segmenter: Segmenter, images: HeldOutImages, held: HeldOutBatch, settings: EvaluationSettings
+) -> list[MaskCase]:
+    """Masks by the first prompt, by text alone where text is read, and after each correction."""
+    batch = held.batch
+    assert batch.prompts is not None and batch.masks is not None
+    encoded = segmenter.encode_batch(batch)
+    by_text = None
+    if encoded.features.text_embedding is not None:
+        silent = torch.full_like(batch.prompts.point_labels, POINT_PADDING)
+        by_text = segmenter.decode(encoded, batch.prompts._replace(point_labels=silent))
+    history = [(batch.prompts, segmenter.decode(encoded, batch.prompts))]
+
+    def decode(prompts: Prompts, previous: Tensor | None) -> Prediction:
+        history.append((prompts, segmenter.decode(encoded, prompts, previous)))
+        return history[-1][1].prediction
+
+    for _ in range(settings.num_corrections):
+        prompts, decoded = history[-1]
+        refine_once(
+            decode,
+            prompts,
+            decoded.prediction,
+            batch.masks,
+            policy="center",
+            num_clicks=1,
+            generator=None,
+            mask_prompt=settings.mask_prompt,
+        )
+    num_given = batch.prompts.point_labels.shape[1]
+    return [
+        MaskCase(
+            id=item.id,
+            facts=item.facts,
+            height=item.height,
+            width=item.width,
+            instruction=item.instruction,
+            truth=item.truth.decode("ascii"),
+            by_text=None
+            if by_text is None
+            else _prediction(by_text, r, item._replace(points=[], box=None), []),
+            predictions=[
+                _prediction(
+                    decoded, r, item, _clicks(prompts, r, num_given, item, images.image_size)
+                )
+                for prompts, decoded in history
+            ],
+            seconds=0.0,
+        )
+        for r, item in enumerate(held.items)
+    ]
+
+
+def _prediction(
+    decoded: Decoded, row: int, item: MaskItem, clicks: list[tuple[float, float, int]]
+) -> MaskPrediction:
+    mask = restore_mask(decoded.prediction.mask_logits[row], item.height, item.width)
+    return MaskPrediction(
+        points=[*item.points, *clicks],
+        box=item.box,
+        mask=encode_mask(mask.cpu().numpy().astype(np.bool_)).decode("ascii"),
+        predicted_dice=float(decoded.prediction.predicted_dice[row]),
+        uncertainty={name: float(value[row]) for name, value in decoded.uncertainty.items()},
+    )
+
+
+def _clicks(
+    prompts: Prompts, row: int, num_given: int, item: MaskItem, image_size: int
+) -> list[tuple[float, float, int]]:
+    """The corrections of a row in native pixels; a row without errors left may have had none."""
+    geometry = Geometry.full(item.height, item.width, image_size)
+    coords = prompts.point_coords[row, num_given:].cpu().numpy()
+    labels = prompts.point_labels[row, num_given:].tolist()
+    native = invert_points(coords, geometry).tolist()
+    return [
+        (x, y, label)
+        for (x, y), label in zip(native, labels, strict=True)
+        if label != POINT_PADDING
+    ]
+
+
+@torch.inference_mode()
+def answer_cases(
+    answerer: Answerer, held: HeldOutBatch, settings: EvaluationSettings
+) -> list[AnswerCase]:
+    """The greedy answer to every question, and the log-probabilities of its options.
+
+    Under ZeRO-3 options are not scored: how often the model is called would differ between ranks.
+    """
+    items: list[QuestionItem] = held.items
+    answered = answerer.generate_batch(
+        held.batch,
+        max_new_tokens=settings.max_new_tokens,
+        synced_gpus=settings.synced_generation,
+    )
+    options = [options_of(item) for item in items]
+    scores: Sequence[Tensor | None] = [None] * len(items)
+    if not settings.synced_generation and any(options):
+        said = [spoken(item.question, mine) for item, mine in zip(items, options, strict=True)]
+        scores = answerer.score_batch(held.batch, said)
+    return [
+        AnswerCase(
+            id=item.id,
+            facts=item.facts,
+            question=item.question.text,
+            question_facts=dict(item.question.facts),
+            prompt=question_text(item.question),
+            options=list(mine),
+            option_log_probs=score.tolist() if score is not None and mine else None,
+            text=answer.text,
+            token_log_probs=answer.token_log_probs,
+            reference=item.answer.text,
+            labels=item.labels,
+            seconds=0.0,
+        )
+        for item, mine, answer, score in zip(items, options, answered, scores, strict=True)
+    ]
+
+
+def options_of(item: QuestionItem) -> tuple[str, ...]:
+    """What an answer is chosen from: as the record states, or yes and no."""
+    if not item.question.options and item.answer.text.lower() in YES_NO:
+        return YES_NO
+    return item.question.options
+
+
+# ---------------------------------------------------------------- files and ranks
+
+
+def _batches(
+    items: HeldOut, done: set[str], device: torch.device, settings: EvaluationSettings
+) -> Iterator[HeldOutBatch]:
+    """This rank's batches of the units that are not done."""
+    left = [i for i, keys in enumerate(items.case_keys()) if not done.issuperset(keys)]
+    loader = heldout_loader(
+        items,
+        left,
+        settings.batch_size,
+        rank=rank(),
+        world_size=world_size(),
+        num_workers=settings.num_workers,
+    )
+    for held in loader:
+        yield held._replace(batch=to_device(held.batch, device))
+
+
+def _new(
+    cases: Iterable[FinishedCase], held: HeldOutBatch, done: set[str], began: float
+) -> Iterator[FinishedCase]:
+    """Cases that no file has, with their share of the batch's time."""
+    seconds = (time.perf_counter() - began) / len(held.items)
+    for case, repeated in zip(cases, held.repeated, strict=True):
+        if not repeated and _key(case) not in done:
+            yield replace(case, seconds=round(seconds, 6))
+
+
+def _key(case: FinishedCase) -> str:
+    return case_key(case.facts.source, case.facts.split, case.id)
+
+
+def _order(images: HeldOut, questions: HeldOut | None) -> dict[str, int]:
+    """Key of every case -> its place in the finished file."""
+    keys = [*chain(*images.case_keys()), *chain(*(questions.case_keys() if questions else []))]
+    if not keys:
+        raise ValueError(
+            "nothing to evaluate: the folders hold neither masks nor questions that are scored by "
+            "their answer (reports are not)"
+        )
+    order = {key: place for place, key in enumerate(keys)}
+    if len(order) < len(keys):
+        twice = next(key for place, key in enumerate(keys) if order[key] != place)
+        raise ValueError(
+            f"two cases are called {twice}: two folders hold the same record of one source and "
+            "split; name each folder once"
+        )
+    return order
+
+
+def _share_of(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem}.rank{number}{path.suffix}")
+
+
+def _files(path: Path) -> list[Path]:
+    """What there is of an evaluation: the finished file and the shares of ranks."""
+    shares = sorted(path.parent.glob(f"{path.stem}.rank*{path.suffix}"))
+    return [file for file in (path, *shares) if file.exists() and file.stat().st_size]
+
+
+def _begin(path: Path, header: Header, overwrite: bool) -> set[str]:
+    """Keys of the cases that are on disk."""
+    done: set[str] = set()
+    for file in _files(path):
+        if overwrite:
+            file.unlink()
+            continue
+        found, cases = read_lines(file, finished=False)
+        _check_same(file, found, header)
+        done |= {_key(case) for case in cases}
+    return done
+
+
+def _check_same(file: Path, found: Header, wanted: Header) -> None:
+    theirs, ours = asdict(found), asdict(wanted)
+    differing = [name for name in ours if theirs[name] != ours[name]]
+    if differing:
+        name = differing[0]
+        shown = f": {theirs[name]!r} there, {ours[name]!r} here"
+        raise ValueError(
+            f"{file} holds another evaluation, which differs in {', '.join(differing)}"
+            f"{shown if len(shown) < 200 else ''}; name another --output, or --overwrite it"
+        )
+
+
+def _join(path: Path, header: Header, order: dict[str, int]) -> None:
+    """All shares as one file, in the order of the items; it appears at once."""
+    files = _files(path)
+    if files == [path]:
+        return
+    cases = {_key(case): case for file in files for case in read_lines(file, finished=False)[1]}
+    partial = path.with_suffix(".tmp")
+    partial.unlink(missing_ok=True)
+    with CaseWriter(partial, header) as writer:
+        writer.append([cases[key] for key in sorted(cases, key=lambda key: order[key])])
+    os.replace(partial, path)
+    for file in files:
+        if file != path:
+            file.unlink()

@@ -1,0 +1,280 @@
+"""What is evaluated, and how it is called: a run that trains, an export, foreign weights.
+
+summary = evaluate_model(EvaluationRequest(model="outputs/demo/stage2/export", ...))
+evaluator = Evaluator(config, engine, chat, groups, commit, log)     # inside training
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from biascare.config import Config
+from biascare.data.chat import ChatBuilder
+from biascare.data.heldout import (
+    ANSWERED_KINDS,
+    HeldOutImages,
+    HeldOutQuestions,
+    check_held_out,
+    refuse_trained,
+)
+from biascare.data.prevalence import groups_of, total_counts
+from biascare.data.prompts import first_point
+from biascare.evaluation.cases import Header
+from biascare.evaluation.evaluate import EvaluationSettings, evaluate, summarise
+from biascare.evaluation.metrics.segmentation import DiscBaseline, fit_disc
+from biascare.inference.answerer import Answerer
+from biascare.inference.model import BiasCareVL
+from biascare.inference.segmenter import Segmenter
+from biascare.models.export_folder import build_network
+from biascare.records import Records, decode_mask
+from biascare.reports.sheets import contact_sheet, mask_panels, representative_cases
+from biascare.reports.tables import evaluation_table
+from biascare.runs.origin import git_commit
+from biascare.settings.keys import EvalConfig
+from biascare.training.progress import RunLog
+from biascare.training.ranks import rank
+
+CASES = "cases.jsonl"
+
+
+class EvaluationRequest(NamedTuple):
+    """What scripts/evaluate.py was asked for; its help describes the fields."""
+
+    model: str
+    segmentation: list[str]
+    language: list[str]
+    output: Path
+    train: list[str]
+    prevalence: str | None
+    vision: str | None
+    image_size: int
+    mllm: str | None
+    prompt: str
+    corrections: int
+    batch_size: int
+    num_workers: int
+    max_new_tokens: int
+    limit: int
+    overwrite: bool
+    allow_trained: bool
+
+
+def evaluate_model(request: EvaluationRequest) -> dict[str, Any]:
+    """Cases, metrics.json and a contact sheet in the output folder; returns the metrics.
+
+    Raises ValueError for folders without anything to score, for records that were trained on, and
+    where the output folder holds another evaluation.
+    """
+    train, segmentation, language = (
+        [Records(path) for path in paths]
+        for paths in (request.train, request.segmentation, request.language)
+    )
+    check_scored(segmentation, language)
+    check_held_out(train, segmentation + language)
+    model = open_model(request)
+    facts = model.facts
+    if facts is not None and not request.allow_trained:
+        refuse_trained(dict.fromkeys(facts.trained_on, "training data"), segmentation + language)
+    if language and model.answerer is None:
+        print(f"{request.model} answers no questions: --language is left out", file=sys.stderr)
+    groups, discs = _trained_targets(request, train, model)
+    common: dict[str, Any] = {"image_size": model.segmenter.image_size, "limit": request.limit}
+    images = HeldOutImages(segmentation, model.chat, groups, prompt=request.prompt, **common)
+    asked = language if model.answerer else []
+    settings = EvaluationSettings(
+        batch_size=request.batch_size,
+        num_workers=request.num_workers,
+        num_corrections=request.corrections,
+        mask_prompt=model.mask_prompt,
+        max_new_tokens=request.max_new_tokens,
+    )
+    header = Header(
+        model=request.model,
+        weights=weights_hash(Path(request.model)),
+        commit=git_commit(),
+        data=[*about_data(segmentation, "segmentation"), *about_data(asked, "language")],
+        settings=_choices(settings) | {"prompt": request.prompt, "limit": request.limit},
+        beta_vl=model.segmenter.beta_vl,
+        prevalence=groups,
+        disc_share=None if discs is None else discs.share,
+        disc_share_by_target={} if discs is None else discs.by_target,
+    )
+    cases = evaluate(
+        model.segmenter,
+        model.answerer,
+        images,
+        HeldOutQuestions(asked, model.chat, groups, **common) if asked else None,
+        request.output / CASES,
+        header,
+        settings,
+        overwrite=request.overwrite,
+    )
+    summary = {"model": request.model} | summarise(cases)
+    if rank() == 0:
+        (request.output / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n")
+        if cases.masks:
+            panels = mask_panels(representative_cases(cases.masks), segmentation)
+            title = f"{request.model}, held-out records"
+            contact_sheet(panels, request.output / "contact_sheet.png", title)
+    return summary
+
+
+def open_model(request: EvaluationRequest) -> BiasCareVL:
+    """An export, or foreign vision weights without a language side."""
+    if request.vision is None:
+        return BiasCareVL.from_pretrained(request.model, mllm=request.mllm)
+    network = build_network(
+        vision=request.vision, image_size=request.image_size, vision_weights=request.model
+    )
+    return BiasCareVL(network.eval(), None)
+
+
+def check_scored(segmentation: Sequence[Records], language: Sequence[Records]) -> None:
+    """Raises ValueError for a folder without what it was named for: its table would be empty."""
+    for source in segmentation:
+        if not len(source.segmentation_units):
+            raise ValueError(f"{source.folder} holds no masks; leave it out of --segmentation")
+    for source in language:
+        if not set(source.question_kinds()) & set(ANSWERED_KINDS):
+            raise ValueError(
+                f"{source.folder} holds no questions that are scored by their answer "
+                f"({', '.join(ANSWERED_KINDS)}); leave it out of --language"
+            )
+
+
+def _trained_targets(
+    request: EvaluationRequest, train: list[Records], model: BiasCareVL
+) -> tuple[dict[str, str], DiscBaseline | None]:
+    """Prevalence groups and disc sizes: of the folders named, or as the export has them."""
+    facts = model.facts
+    if train or request.prevalence is not None or facts is None:
+        shares = EvalConfig()
+        counts = total_counts(records.target_counts for records in train)
+        groups = groups_of(request.prevalence, counts, shares.head_share, shares.tail_share)
+        return groups, fit_disc(training_masks(train))
+    if facts.disc_share is None:
+        return facts.prevalence, None
+    return facts.prevalence, DiscBaseline(facts.disc_share, facts.disc_share_by_target)
+
+
+def training_masks(
+    sources: Sequence[Records], limit: int = 1000
+) -> Iterator[tuple[str, np.ndarray, tuple[int, int]]]:
+    """(target, mask, first click) of at most `limit` evenly spaced training images."""
+    rows = [(records, int(i)) for records in sources for i in records.segmentation_units]
+    step = max(1, -(-len(rows) // limit))
+    for records, i in rows[::step]:
+        row = records[i]
+        for target in row["targets"]:
+            mask = decode_mask(target["rle"], row["height"], row["width"])
+            yield target["name"], mask, first_point(mask)
+
+
+def weights_hash(model: Path) -> str:
+    """sha256 of what was trained: a file, or config.json and safetensors of an export. The base
+    language model, which config.json names, is left out: it may be large, and others keep it."""
+    parts = [
+        model / "config.json",
+        *model.glob("*.safetensors"),
+        *model.glob("adapter/*.safetensors"),
+    ]
+    files = [model] if model.is_file() else sorted(parts)
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + b"\0")
+        with file.open("rb") as opened:
+            while block := opened.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def about_data(sources: Sequence[Records], task: str) -> list[dict[str, Any]]:
+    """What the header says of the record folders of one task."""
+    names = ("source", "split", "version", "licence", "content_hash")
+    return [{"task": task} | {name: s.manifest[name] for name in names} for s in sources]
+
+
+def _choices(settings: EvaluationSettings) -> dict[str, Any]:
+    """What cases depend on."""
+    free = ("batch_size", "num_workers")
+    return {name: value for name, value in settings._asdict().items() if name not in free}
+
+
+class Evaluator:
+    """Periodic evaluation of a run on its held-out records: cases, summary, table."""
+
+    def __init__(
+        self,
+        config: Config,
+        engine: Any,
+        chat: ChatBuilder | None,
+        groups: dict[str, str],
+        log: RunLog,
+    ):
+        self.config = config
+        self.groups = groups
+        self.log = log
+        network, size = engine.module.model, config.model.image_size
+        beta_vl = config.objective.beta_vl
+        self.segmenter = Segmenter(network, chat, image_size=size, beta_vl=beta_vl)
+        self.answerer = None if chat is None else Answerer(network, chat, image_size=size)
+        self.segmentation = [Records(source.path) for source in config.data.eval_segmentation]
+        self.language = [Records(s.path) for s in config.data.eval_language] if chat else []
+        options = config.eval
+        self.images = HeldOutImages(
+            self.segmentation, chat, groups, image_size=size, limit=options.max_images
+        )
+        self.questions = HeldOutQuestions(
+            self.language, chat, groups, image_size=size, limit=options.max_questions
+        )
+        self.settings = EvaluationSettings(
+            batch_size=options.batch_size,
+            num_workers=config.data.num_workers,
+            num_corrections=options.num_clicks,
+            mask_prompt=config.hitl.mask_prompt,
+            max_new_tokens=options.max_new_tokens,
+            synced_generation=engine.zero_optimization_stage() == 3,
+        )
+        self.commit = git_commit()
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        """Summary of the weights as they are; {} where nothing is held out."""
+        if not len(self.images) and not len(self.questions):
+            return {}
+        path = Path(self.config.train.output_dir) / "cases" / f"step_{step:08d}.jsonl"
+        cases = evaluate(
+            self.segmenter,
+            self.answerer,
+            self.images,
+            self.questions,
+            path,
+            self.header(step),
+            self.settings,
+            overwrite=True,  # of these weights and no others
+        )
+        summary = summarise(cases)
+        if rank() == 0:
+            self.log.record("eval", step, summary)
+            self.log.say(evaluation_table(summary, f"Held-out records at step {step}"))
+        return summary
+
+    def header(self, step: int) -> Header:
+        segmentation, language = self.segmentation, self.language
+        return Header(
+            model=self.config.train.output_dir,
+            weights=f"step {step}",
+            commit=self.commit,
+            data=[*about_data(segmentation, "segmentation"), *about_data(language, "language")],
+            settings=_choices(self.settings),
+            beta_vl=self.segmenter.beta_vl,
+            prevalence=self.groups,
+            disc_share=None,
+            disc_share_by_target={},
+        )
