@@ -7,9 +7,9 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(  # read, not imported: an isolated build has none of the dependencies
-    r'^__version__ = "(.+)"$', (ROOT / "biascare" / "__init__.py").read_text(), re.MULTILINE
+    r'^__version__ = "(.+)"$', (ROOT / "biascare" / "version.py").read_text(), re.MULTILINE
 )
-assert VERSION, "biascare/__init__.py holds no __version__ line"
+assert VERSION, "biascare/version.py holds no __version__ line"
 README = ROOT / "README.md"
 
 REQUIRES = [

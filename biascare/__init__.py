@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from biascare.version import __version__
+
 if TYPE_CHECKING:
     from biascare.inference.model import BiasCareVL
 
-__all__ = ["BiasCareVL"]
-__version__ = "0.1.0"
+__all__ = ["BiasCareVL", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -30,8 +30,8 @@ import numpy as np
 import pyarrow as pa
 from datasets.arrow_writer import ArrowWriter
 
-from biascare import __version__
 from biascare.records.record import FEATURES, HISTOGRAMS, Record, check_record, row_digest, row_of
+from biascare.version import __version__
 
 FORMAT = "biascare-records"
 FORMAT_VERSION = 2

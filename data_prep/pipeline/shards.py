@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from biascare import __version__
 from biascare.records import (
     FORMAT_VERSION,
     MANIFEST,
@@ -38,6 +37,7 @@ from biascare.records import (
     read_part,
     scratch_folder,
 )
+from biascare.version import __version__
 from data_prep.pipeline.fingerprints import (
     changed_options,
     code_fingerprint,
