@@ -20,13 +20,13 @@ A loss that sums over rows sums over one micro-batch; the engine then averages m
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from biascare.choices import unknown
 from biascare.interfaces import IGNORE_INDEX
 from biascare.uncertainty import _mean_query, _unit, joint_uncertainty, semantic_uncertainty
 
@@ -98,7 +98,8 @@ def row_weight(
     `detach` treats the weight as a number. `full` is the literal autograd reading; it keeps the
     sign of every gradient, since d/dl [l exp(l)] = (1 + l) exp(l) > 0.
     """
-    _check_choice("weight_gradient", weight_gradient, WEIGHT_GRADIENTS)
+    if weight_gradient not in WEIGHT_GRADIENTS:
+        raise ValueError(unknown("weight_gradient", weight_gradient, WEIGHT_GRADIENTS))
     if not enabled:
         return torch.ones_like(dice, dtype=torch.float32)
     uncertainty = joint_uncertainty(semantic, dice, beta_vl)
@@ -158,7 +159,8 @@ def alignment_loss(
         kind: one of `ALIGNMENTS`.
         temperature: scale of the cosines.
     """
-    _check_choice("alignment", kind, ALIGNMENTS)
+    if kind not in ALIGNMENTS:
+        raise ValueError(unknown("alignment", kind, ALIGNMENTS))
     if kind == "none":
         return torch.zeros((), device=image_vector.device)
     image_vector = torch.where(valid[:, None], image_vector.float(), 0.0)
@@ -271,7 +273,8 @@ class _TokenNLL(torch.autograd.Function):
 
 def _reduce(values: Tensor, valid: Tensor, reduction: str) -> Tensor:
     """Sum or mean of `[R]` fp32 values over valid rows; 0 with a graph when there is none."""
-    _check_choice("reduction", reduction, REDUCTIONS)
+    if reduction not in REDUCTIONS:
+        raise ValueError(unknown("reduction", reduction, REDUCTIONS))
     total = torch.where(valid, values.float(), 0.0).sum()
     return total if reduction == "sum" else total / valid.sum().clamp(min=1)
 
@@ -279,12 +282,3 @@ def _reduce(values: Tensor, valid: Tensor, reduction: str) -> Tensor:
 def _without_channel(masks: Tensor) -> Tensor:
     """`[R, 1, H, W]` -> `[R, H, W]`; anything else is returned as it is."""
     return masks.squeeze(1) if masks.ndim == 4 else masks
-
-
-def _check_choice(key: str, got: str, expected: Sequence[str]) -> None:
-    """Raise ValueError naming the known values and the nearest one."""
-    if got in expected:
-        return
-    near = difflib.get_close_matches(got, expected, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{key} got {got!r}, expected one of {', '.join(expected)}{hint}")

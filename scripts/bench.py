@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from biascare.interfaces import Batch
+    from biascare.models.language.pathway import LoraSettings
     from biascare.models.network import DualPathNetwork
 
 Run = Callable[[], Any]
@@ -239,6 +240,7 @@ def joint_step(repeats: int) -> None:
     from biascare.models.export_folder import build_network
     from biascare.models.language.tiny import build_tiny_mllm
     from biascare.models.network import TRAINABLE_PARTS
+    from biascare.settings.keys import HITLConfig, ObjectiveConfig
     from biascare.training.step import HITLSettings, ObjectiveSettings, TrainStep
 
     for name, size in SIZES.items():
@@ -251,13 +253,19 @@ def joint_step(repeats: int) -> None:
                 image_size=size["image_size"],
             )
             batch = make_batch(folder, size["image_size"], num_images=2)
-            model = build_network(vision=size["vision"], image_size=size["image_size"], mllm=folder)
+            model = build_network(
+                vision=size["vision"],
+                image_size=size["image_size"],
+                mllm=folder,
+                lora=paper_adapter(),
+            )
         frozen = ("mllm_vision_tower", "embeddings")
         model.set_trainable({part: part not in frozen for part in TRAINABLE_PARTS})
-        objective = ObjectiveSettings(
-            alignment="contrastive", alignment_weight=0.1, quality_weight=0.1
+        step = TrainStep(
+            model,
+            ObjectiveSettings(**vars(ObjectiveConfig())),
+            HITLSettings(**vars(HITLConfig())),
         )
-        step = TrainStep(model, objective, HITLSettings())
         num_tokens = len(batch.answer_tokens) if batch.answer_tokens is not None else 0
 
         def run_joint(step: TrainStep = step, batch: Batch = batch, n: int = num_tokens) -> None:
@@ -273,6 +281,14 @@ def joint_step(repeats: int) -> None:
         )
 
 
+def paper_adapter() -> LoraSettings:
+    from biascare.models.language.pathway import LoraSettings
+    from biascare.settings.keys import ModelConfig
+
+    model = ModelConfig()
+    return LoraSettings(model.lora_rank, model.lora_alpha, model.lora_dropout)
+
+
 LENGTHS = {
     "short answers": (95, 90, 98, 92, 110, 130, 160, 120),
     "with reports": (95, 90, 98, 92, 400, 120, 350, 130),
@@ -284,13 +300,13 @@ def packing(repeats: int) -> None:
     """Forward and backward of the adapted LLM, padded against packed, on the same tokens."""
     import torch
 
-    from biascare.models.language.pathway import LoraSettings, MLLMPathway
+    from biascare.models.language.pathway import MLLMPathway
     from biascare.models.language.tiny import build_tiny_mllm
 
     for hidden_size, num_layers in ((128, 4), (512, 12)):
         with tempfile.TemporaryDirectory() as folder:
             build_tiny_mllm(folder, TEXTS, hidden_size=hidden_size, num_layers=num_layers)
-            mllm = MLLMPathway.load(folder, lora=LoraSettings()).train()
+            mllm = MLLMPathway.load(folder, lora=paper_adapter()).train()
         for name, lengths in LENGTHS.items():
             mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
             inputs = {

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from biascare import losses
 from biascare.interfaces import IGNORE_INDEX
 from biascare.settings.keys import ObjectiveConfig
+from biascare.uncertainty import joint_uncertainty, mask_weighted_embedding, semantic_uncertainty
 
 SETTINGS = settings(deadline=None, max_examples=25, derandomize=True)
 unit_floats = st.floats(0.001, 0.999)
@@ -104,9 +105,7 @@ class TestMaskWeightedEmbedding:
     ) -> None:
         embedding = random(3, 12, *grid)
         probs = random(3, *size, seed=1).sigmoid()
-        difference = losses.mask_weighted_embedding(embedding, probs) - literal_embedding(
-            embedding, probs
-        )
+        difference = mask_weighted_embedding(embedding, probs) - literal_embedding(embedding, probs)
         print(f"largest difference to the literal form: {difference.abs().max():.1e}")
         assert difference.abs().max() < 1e-5
 
@@ -117,7 +116,7 @@ class TestMaskWeightedEmbedding:
     ) -> None:
         embedding, probs = random(2, 3, *grid, seed=seed), random(2, *size, seed=seed + 1).sigmoid()
         torch.testing.assert_close(
-            losses.mask_weighted_embedding(embedding, probs),
+            mask_weighted_embedding(embedding, probs),
             literal_embedding(embedding, probs),
             atol=1e-5,
             rtol=1e-5,
@@ -126,7 +125,7 @@ class TestMaskWeightedEmbedding:
     def test_has_the_gradients_of_the_literal_equation(self) -> None:
         direction = random(2, 6, seed=2)
         gradients = []
-        for function in (losses.mask_weighted_embedding, literal_embedding):
+        for function in (mask_weighted_embedding, literal_embedding):
             embedding = random(2, 6, 4, 5).requires_grad_()
             logits = random(2, 17, 22, seed=1).requires_grad_()
             (function(embedding, logits.sigmoid()) * direction).sum().backward()
@@ -138,30 +137,30 @@ class TestMaskWeightedEmbedding:
         embedding = random(3, 8, 4, 4).requires_grad_()
         probs = random(5, 32, 32, seed=1).sigmoid()
         row_image = torch.tensor([2, 0, 0, 2, 1])
-        shared = losses.mask_weighted_embedding(embedding, probs, row_image=row_image)
-        copied = losses.mask_weighted_embedding(embedding[row_image], probs)
+        shared = mask_weighted_embedding(embedding, probs, row_image=row_image)
+        copied = mask_weighted_embedding(embedding[row_image], probs)
         torch.testing.assert_close(shared, copied, atol=1e-6, rtol=1e-5)
         with pytest.raises(ValueError, match="row_image="):
-            losses.mask_weighted_embedding(embedding, probs)
+            mask_weighted_embedding(embedding, probs)
 
     def test_a_constant_embedding_is_returned_whatever_the_mask(self) -> None:
         embedding = torch.tensor([2.0, -3.0])[None, :, None, None].expand(1, 2, 4, 4)
         probs = torch.zeros(1, 16, 16)
         probs[0, 3, 5] = 1
-        result = losses.mask_weighted_embedding(embedding, probs)
+        result = mask_weighted_embedding(embedding, probs)
         torch.testing.assert_close(result, torch.tensor([[2.0, -3.0]]), atol=1e-5, rtol=0)
 
     def test_an_empty_prediction_gives_the_zero_vector(self) -> None:
-        result = losses.mask_weighted_embedding(random(1, 4, 2, 2), torch.zeros(1, 8, 8))
+        result = mask_weighted_embedding(random(1, 4, 2, 2), torch.zeros(1, 8, 8))
         assert result.abs().max() == 0
 
     def test_stays_in_fp32_under_autocast(self) -> None:
         embedding, probs = random(2, 4, 4, 4), random(2, 16, 16, seed=1).sigmoid()
-        expected = losses.mask_weighted_embedding(embedding, probs)
+        expected = mask_weighted_embedding(embedding, probs)
         row_image = torch.arange(2)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert torch.equal(losses.mask_weighted_embedding(embedding, probs), expected)
-            shared = losses.mask_weighted_embedding(embedding, probs, row_image=row_image)
+            assert torch.equal(mask_weighted_embedding(embedding, probs), expected)
+            shared = mask_weighted_embedding(embedding, probs, row_image=row_image)
         torch.testing.assert_close(shared, expected, atol=1e-6, rtol=1e-5)
 
 
@@ -170,18 +169,18 @@ class TestUncertainty:
         image = torch.tensor([[1.0, 0.0], [0.0, 3.0], [2.0, 0.0], [3.0, 4.0]])
         text = torch.tensor([[5.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [4.0, 3.0]])
         expected = torch.tensor([0.0, 1.0, 2.0, 1 - 24 / 25])
-        torch.testing.assert_close(losses.semantic_uncertainty(image, text), expected)
+        torch.testing.assert_close(semantic_uncertainty(image, text), expected)
 
     def test_averages_the_queries_before_the_cosine(self) -> None:
         image = torch.tensor([[1.0, 0.0]])
         text = torch.tensor([[[3.0, 0.0], [0.0, 3.0]]])  # mean (1.5, 1.5)
         expected = 1 - 1 / math.sqrt(2)
-        assert losses.semantic_uncertainty(image, text).item() == pytest.approx(expected)
+        assert semantic_uncertainty(image, text).item() == pytest.approx(expected)
 
     def test_a_zero_vector_is_as_uncertain_as_an_orthogonal_one_and_gets_no_gradient(self) -> None:
         image = torch.zeros(1, 4, requires_grad=True)
         text = random(1, 4).requires_grad_()
-        uncertainty = losses.semantic_uncertainty(image, text)
+        uncertainty = semantic_uncertainty(image, text)
         uncertainty.sum().backward()
         assert uncertainty.item() == 1
         assert image.grad is not None and image.grad.abs().max() == 0
@@ -192,14 +191,14 @@ class TestUncertainty:
     def test_lies_between_0_and_2_and_ignores_length(self, seed: int, scale: float) -> None:
         image, text = random(8, 5, seed=seed), random(8, 5, seed=seed + 1)
         image[0] = text[0]
-        uncertainty = losses.semantic_uncertainty(image * scale, text)
+        uncertainty = semantic_uncertainty(image * scale, text)
         assert ((uncertainty >= 0) & (uncertainty <= 2)).all()
         torch.testing.assert_close(
             uncertainty, 1 - nn.functional.cosine_similarity(image, text), atol=1e-5, rtol=0
         )
 
     def test_eqs_6_and_7_by_hand(self) -> None:
-        joint = losses.joint_uncertainty(torch.tensor([0.4, 2.0]), torch.tensor([0.3, 1.0]), 0.5)
+        joint = joint_uncertainty(torch.tensor([0.4, 2.0]), torch.tensor([0.3, 1.0]), 0.5)
         torch.testing.assert_close(joint, torch.tensor([0.5, 2.0]))
         weight = losses.uncertainty_weight(joint, 2.0)
         torch.testing.assert_close(weight, torch.tensor([math.e, math.exp(4)]))
@@ -339,7 +338,7 @@ class TestAlignment:
         image, text = random(5, 6), random(5, 2, 6, seed=1)
         valid = torch.tensor([True, False, True, True, False])
         loss = losses.alignment_loss(image, text, valid, torch.arange(5), kind="cosine")
-        torch.testing.assert_close(loss, losses.semantic_uncertainty(image, text)[valid].mean())
+        torch.testing.assert_close(loss, semantic_uncertainty(image, text)[valid].mean())
 
     def test_rows_of_one_target_are_not_negatives_of_each_other(self) -> None:
         image = random(2, 6).requires_grad_()
@@ -370,12 +369,12 @@ class TestAlignment:
         image, text = random(6, 8).requires_grad_(), random(6, 8, seed=1)
         valid, group = torch.ones(6).bool(), torch.arange(6)
         optimizer = torch.optim.Adam([image], lr=0.05)
-        before = losses.semantic_uncertainty(image, text).mean().item()
+        before = semantic_uncertainty(image, text).mean().item()
         for _ in range(60):
             optimizer.zero_grad()
             losses.alignment_loss(image, text, valid, group, kind="contrastive").backward()
             optimizer.step()
-        assert losses.semantic_uncertainty(image, text).mean().item() < before - 0.4
+        assert semantic_uncertainty(image, text).mean().item() < before - 0.4
 
 
 class TestQuality:
@@ -447,9 +446,9 @@ class TestPrecisionAndDevice:
         tokens, group = torch.tensor([1, 2, 3]), torch.arange(3)
         calls = [
             lambda f: losses.dice_loss_per_row(f(logits), f(masks)),
-            lambda f: losses.mask_weighted_embedding(f(embedding), f(probs)),
-            lambda f: losses.semantic_uncertainty(f(vector), f(embedding.flatten(2)[..., :8])),
-            lambda f: losses.joint_uncertainty(f(values), f(values), 0.5),
+            lambda f: mask_weighted_embedding(f(embedding), f(probs)),
+            lambda f: semantic_uncertainty(f(vector), f(embedding.flatten(2)[..., :8])),
+            lambda f: joint_uncertainty(f(values), f(values), 0.5),
             lambda f: losses.uncertainty_weight(f(values), 1.0),
             lambda f: row_weight(f(values), f(values), "full"),
             lambda f: losses.weighted_dice(f(values), f(values), valid, "sum"),
@@ -471,10 +470,8 @@ class TestPrecisionAndDevice:
             text = torch.randn(4, 1, 8, requires_grad=True)
             row_image, valid = torch.zeros(4, dtype=torch.int64), torch.ones(4, dtype=torch.bool)
             dice = losses.dice_loss_per_row(logits, torch.ones(4, 16, 16, dtype=torch.uint8))
-            vector = losses.mask_weighted_embedding(
-                embedding, logits.sigmoid(), row_image=row_image
-            )
-            weight = row_weight(losses.semantic_uncertainty(vector, text), dice, "full")
+            vector = mask_weighted_embedding(embedding, logits.sigmoid(), row_image=row_image)
+            weight = row_weight(semantic_uncertainty(vector, text), dice, "full")
             nll = losses.token_nll_sum(
                 torch.randn(5, 30, requires_grad=True), row_image[:1].expand(5)
             )

@@ -28,6 +28,8 @@ from biascare.models.language.pathway import LoraSettings, load_processor
 from biascare.models.language.tiny import build_tiny_mllm
 from biascare.models.network import DualPathNetwork
 from biascare.records import Record, Records, RecordWriter, Turn
+from biascare.settings.keys import HITLConfig, ModelConfig, ObjectiveConfig
+from biascare.training.step import HITLSettings, ObjectiveSettings
 
 FAMILIES = ("qwen2_5_vl", "llava")
 IMAGE_SIZE = 64
@@ -59,6 +61,14 @@ SETTINGS = StreamSettings(
     augment=True,
     seed=0,
 )
+OBJECTIVE = ObjectiveSettings(**vars(ObjectiveConfig()))
+HITL = HITLSettings(**vars(HITLConfig()))
+"""As a run has them that says nothing of them."""
+
+PAPER_OBJECTIVE = OBJECTIVE._replace(alignment="none", alignment_weight=0.0, quality_weight=0.0)
+"""Without the terms that are not in the paper."""
+
+LORA = LoraSettings(*(getattr(ModelConfig(), f"lora_{name}") for name in LoraSettings._fields))
 
 
 def corpus() -> list[str]:

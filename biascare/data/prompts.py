@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from biascare.choices import unknown
 from biascare.data.mask_resize import EIGHT_CONNECTED, filled_box
 from biascare.data.transforms import _PROMPTS, Array, _generator
 from biascare.interfaces import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, POINT_PADDING, POINT_POSITIVE
@@ -139,11 +139,7 @@ def _prompt_shares(mix: Mapping[str, float] | PromptMixConfig) -> NDArray[np.flo
     named = mix if isinstance(mix, Mapping) else {kind: getattr(mix, kind) for kind in PROMPT_KINDS}
     for kind in named:
         if kind not in PROMPT_KINDS:
-            close = difflib.get_close_matches(kind, PROMPT_KINDS, n=1, cutoff=0)[0]
-            raise ValueError(
-                f"data.prompts: got kind {kind!r}, expected one of {', '.join(PROMPT_KINDS)}; "
-                f"did you mean {close!r}?"
-            )
+            raise ValueError(unknown("a kind of data.prompts", kind, PROMPT_KINDS))
     weights = np.array([float(named.get(kind, 0.0)) for kind in PROMPT_KINDS])
     if not (np.isfinite(weights).all() and weights.min() >= 0 and weights.sum() > 0):
         raise ValueError(

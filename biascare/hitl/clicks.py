@@ -13,7 +13,6 @@ expert's click does not carry one.
 
 from __future__ import annotations
 
-import difflib
 import math
 from typing import TYPE_CHECKING, Protocol
 
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from scipy import ndimage  # type: ignore[import-untyped, unused-ignore]
 
+from biascare.choices import unknown
 from biascare.interfaces import (
     POINT_NEGATIVE,
     POINT_PADDING,
@@ -145,10 +145,7 @@ def sample_clicks(
     elif policy == "center":
         pixel = _center_pixels(error, target, num_clicks)
     else:
-        near = difflib.get_close_matches(policy, CLICK_POLICIES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        known = ", ".join(CLICK_POLICIES)
-        raise ValueError(f"policy got {policy!r}, expected one of {known}{hint}")
+        raise ValueError(unknown("policy", policy, CLICK_POLICIES))
     return _clicks_at(pixel, target)
 
 

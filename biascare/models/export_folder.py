@@ -213,7 +213,9 @@ def build_network(
     dtype: torch.dtype = torch.float32,
     activation_checkpointing: bool = False,
 ) -> DualPathNetwork:
-    """A model to train: pathways with their initial weights, joined if there is an MLLM."""
+    """A model to train: pathways with their initial weights, joined if there is an MLLM.
+
+    Without `lora` the language model has no adapter."""
     pathway = VisionPathway(vision, image_size, activation_checkpointing)
     pathway.reads_text = mllm is not None
     if vision_weights is not None:
@@ -224,7 +226,7 @@ def build_network(
         return DualPathNetwork(pathway)
     language = MLLMPathway.load(
         mllm,
-        lora=lora or LoraSettings(),
+        lora=lora,
         attention=attention,
         dtype=dtype,
         activation_checkpointing=activation_checkpointing,

@@ -12,11 +12,10 @@ with the answer in sight (it is teacher-forced in training) the pooled token wou
 
 from __future__ import annotations
 
-import difflib
-
 import torch
 from torch import Tensor, nn
 
+from biascare.choices import unknown
 from biascare.interfaces import Batch, Features, Prediction, Prompts
 from biascare.models.language.pathway import MLLMPathway
 from biascare.models.query_attention import CrossModalQueryAttention
@@ -111,9 +110,7 @@ class DualPathNetwork(nn.Module):
         Parameters that no computation here reads belong to no part.
         """
         if part not in TRAINABLE_PARTS:
-            near = difflib.get_close_matches(part, TRAINABLE_PARTS, n=1, cutoff=0)[0]
-            known = ", ".join(TRAINABLE_PARTS)
-            raise ValueError(f"part: got {part!r}, expected one of {known}; did you mean {near!r}?")
+            raise ValueError(unknown("part", part, TRAINABLE_PARTS))
         vision_parts: dict[str, nn.Module] = {
             "vision_encoder": self.vision.image_encoder,
             "prompt_encoder": self.vision.prompt_encoder,

@@ -30,6 +30,7 @@ import numpy as np
 import pyarrow as pa
 from datasets.arrow_writer import ArrowWriter
 
+from biascare.durable import claim_name, flush, flush_tree, put_in_place, write_json
 from biascare.records.record import FEATURES, HISTOGRAMS, Record, check_record, row_digest, row_of
 from biascare.version import __version__
 
@@ -107,15 +108,15 @@ class PartWriter:
         np.save(self.folder / ID_HASHES, np.array(self._id_hashes, dtype=np.uint64))
         digests = np.frombuffer(bytes(self._digests), dtype=np.uint8).reshape(-1, 32)
         np.save(self.folder / ROW_DIGESTS, digests)
-        _sync(self.folder)
+        flush_tree(self.folder)
         part = {
             "num_rows": len(self),
             "files": self._names,
             "counts": self._counts,
             "facts": facts,
         }
-        _write_json(self.folder / PART, part)
-        _sync(self.folder)
+        write_json(self.folder / PART, part)
+        flush(self.folder)
 
     def abandon(self) -> None:
         """Close the open file; the part stays incomplete."""
@@ -182,8 +183,8 @@ def assemble(
     try:
         digest = _content_hash(parts)
         files = _link_files(parts, new)
-        _write_json(new / "state.json", _dataset_state(digest, split, files))
-        _write_json(new / "dataset_info.json", _dataset_info())
+        write_json(new / "state.json", _dataset_state(digest, split, files))
+        write_json(new / "dataset_info.json", _dataset_info())
         segmentation, language = stream_units(datasets.load_from_disk(str(new)).data.table)
         np.save(new / SEGMENTATION_UNITS, segmentation)
         np.save(new / LANGUAGE_UNITS, language)
@@ -201,11 +202,12 @@ def assemble(
             "num_language_units": len(language),
             **_histograms(parts),
         }
-        _write_json(
-            new / MANIFEST, manifest | ({"preparation": preparation} if preparation else {})
-        )
-        _sync(new)
-        _publish(new, folder, overwrite)
+        write_json(new / MANIFEST, manifest | ({"preparation": preparation} if preparation else {}))
+        flush_tree(new)
+        if overwrite:
+            put_in_place(new, folder, aside=scratch_folder(folder))
+        else:
+            claim_name(new, folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
@@ -386,45 +388,3 @@ def _link_files(parts: Sequence[Part], folder: Path) -> list[str]:
         except OSError:  # no hard links here (exFAT, some network mounts)
             shutil.copyfile(source, folder / name)
     return names
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
-
-
-def _sync(folder: Path) -> None:
-    """Flush the files of a folder and its list of names to disk."""
-    for path in (*folder.iterdir(), folder):
-        _fsync(path)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _publish(new: Path, folder: Path, overwrite: bool) -> None:
-    """Rename `new` to `folder`. An older folder is moved aside first and removed last."""
-    if not overwrite:
-        _rename_new(new, folder)
-        return
-    old = scratch_folder(folder)
-    if folder.exists():
-        folder.rename(old)
-    _rename_new(new, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _rename_new(new: Path, folder: Path) -> None:
-    """Raises FileExistsError when the folder is there: of two processes exactly one gets it."""
-    try:
-        new.rename(folder)
-    except OSError as error:
-        if folder.exists():
-            raise FileExistsError(f"{folder} exists already") from error
-        raise
-    _fsync(folder.parent)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from biascare.training.checkpoint import PARTIAL
+from biascare.durable import PARTIAL
 
 RESEARCH_ONLY = (
     "For research on bias-aware segmentation and question answering. Not a medical device: it must "

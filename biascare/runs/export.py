@@ -9,7 +9,6 @@ whole. `model.save_pretrained` decides what the model's own files are.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +16,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from biascare.durable import PARTIAL, flush_tree, put_in_place
 from biascare.reports.model_card import RunFacts, model_card
-from biascare.training.checkpoint import PARTIAL, REPLACED
 
 
 def refuse_existing(folder: Path) -> None:
@@ -60,35 +59,11 @@ def write_export(
         else:
             card = origin(partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
-        _flush(partial)
-        _put_in_place(partial, folder)
+        flush_tree(partial)
+        put_in_place(partial, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
             f"the export could not be written to {folder} ({error}); free space or fix the "
             "permissions, then run scripts/export.py: checkpoints are untouched"
         ) from error
-
-
-def _put_in_place(partial: Path, folder: Path) -> None:
-    old = folder.with_name(folder.name + REPLACED)
-    if old.exists():
-        shutil.rmtree(old)
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    if old.exists():
-        shutil.rmtree(old)
-
-
-def _flush(folder: Path) -> None:
-    """Make every file durable before the folder gets its name."""
-    for path in (*folder.rglob("*"), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-# ---------------------------------------------------------------- the card

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import json
 import operator
 import types
@@ -31,7 +30,7 @@ from typing import (
     get_type_hints,
 )
 
-from biascare.choices import did_you_mean
+from biascare.choices import did_you_mean, nearest
 from biascare.settings.strict_yaml import Location, Problem, Tree, dotted, show
 
 if TYPE_CHECKING:
@@ -238,11 +237,12 @@ def _explain_unknown(cls: Any, location: Location) -> str:
     _, _, section = _lookup(cls, tuple(parent))
     siblings = [item.name for item in fields(_element(section) or section)]
     known = [key.key for key in describe(cls)]
-    near = [dotted((*parent, word)) for word in difflib.get_close_matches(str(name), siblings, n=1)]
+    sibling = nearest(str(name), siblings)
+    near = [] if sibling is None else [dotted((*parent, sibling))]
     near += [key for key in known if key.rpartition(".")[2] == name]
     if not near:
-        names = difflib.get_close_matches(str(name), [key.rpartition(".")[2] for key in known], n=1)
-        near = [key for key in known if key.rpartition(".")[2] in names]
+        meant = nearest(str(name), [key.rpartition(".")[2] for key in known])
+        near = [key for key in known if key.rpartition(".")[2] == meant]
     if not near:
         return f"unknown key; known here: {', '.join(siblings)}"
     return f"unknown key; did you mean {' or '.join(map(repr, near))}?"

@@ -24,13 +24,11 @@ import torch
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from torch import Tensor
 
+from biascare.durable import PARTIAL, REPLACED, flush_tree, put_in_place, replace_text, write_json
 from biascare.training.ranks import from_rank_zero, gather_objects, world_size
 
 TAG = "engine"
 """Subfolder that DeepSpeed fills."""
-
-PARTIAL, REPLACED = ".tmp", ".replaced"
-"""Endings of a checkpoint still being written, and of one whose successor is being put in place."""
 
 
 def _trusted_globals() -> list[Any]:
@@ -122,16 +120,11 @@ class CheckpointStore:
             if path.is_file()
         }
         manifest = {"step": step, "world_size": world_size(), "files": files} | fingerprint
-        _write_flushed(partial / "manifest.json", json.dumps(manifest, indent=2))
-        _flush_folder(partial / TAG)
-        _flush_folder(partial)
-        if final.exists():  # this step was taken before, from an older checkpoint
-            final.rename(final.with_name(final.name + REPLACED))
-        partial.rename(final)
-        _flush_folder(self.folder)
-        _write_flushed(self.folder / f"latest{PARTIAL}", final.name)
-        (self.folder / f"latest{PARTIAL}").replace(self.folder / "latest")
-        for replaced in self.folder.glob(f"step_*{REPLACED}"):
+        write_json(partial / "manifest.json", manifest)
+        flush_tree(partial)
+        put_in_place(partial, final)  # the name is taken where a fall back repeats this step
+        replace_text(self.folder / "latest", final.name + "\n")
+        for replaced in self.folder.glob(f"step_*{REPLACED}"):  # of a save that crashed
             shutil.rmtree(replaced)
         for old in self._all()[: -self.keep]:
             shutil.rmtree(old)
@@ -284,19 +277,3 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _write_flushed(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush_folder(path: Path) -> None:
-    """Make the names in a folder durable, not only the contents of its files."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from biascare.durable import replace_text
 from biascare.interfaces import Facts
 from biascare.training.ranks import gather_objects, rank
 from biascare.training.step import RowOutcome
@@ -102,10 +103,8 @@ class RunLog:
 
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.path.exists() and start_step:
-            partial = self.path.with_suffix(".tmp")
             lines = self.path.read_text(encoding="utf-8").splitlines()
-            partial.write_text("".join(f"{line}\n" for line in lines if kept(line)))
-            partial.replace(self.path)
+            replace_text(self.path, "".join(f"{line}\n" for line in lines if kept(line)))
         elif self.path.exists():
             number = len(list(self.folder.glob("metrics.before-*.jsonl"))) + 1
             self.path.rename(self.folder / f"metrics.before-{number}.jsonl")

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -29,6 +28,8 @@ SINGLE_PROCESS = {
 
 def init_process_group(timeout: timedelta = PROCESS_GROUP_TIMEOUT) -> None:
     """Join the ranks the launcher started, or become a world of one."""
+    import deepspeed  # takes seconds, which a program of one process need not spend
+
     for name in ("DeepSpeed", "deepspeed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if not torch.cuda.is_available():

@@ -31,25 +31,25 @@ from biascare.uncertainty import joint_uncertainty, mask_weighted_embedding, sem
 class ObjectiveSettings(NamedTuple):
     """Weights and switches of Eqs. 6-12; the meaning of each stands in the configuration."""
 
-    uncertainty_weighting: bool = True
-    beta_vl: float = 0.5
-    lambda_u: float = 1.0
-    weight_gradient: str = "detach"
-    reduction: str = "sum"
-    alignment: str = "none"
-    alignment_weight: float = 0.0
-    quality_weight: float = 0.0
+    uncertainty_weighting: bool
+    beta_vl: float
+    lambda_u: float
+    weight_gradient: str
+    reduction: str
+    alignment: str
+    alignment_weight: float
+    quality_weight: float
 
 
 class HITLSettings(NamedTuple):
     """The simulated expert; the meaning of each stands in the configuration."""
 
-    enabled: bool = True
-    ratio: float = 0.3
-    num_rounds: int = 1
-    clicks_per_round: int = 1
-    policy: str = "uniform"
-    mask_prompt: bool = True
+    enabled: bool
+    ratio: float
+    num_rounds: int
+    clicks_per_round: int
+    policy: str
+    mask_prompt: bool
 
 
 class RowOutcome(NamedTuple):

@@ -27,7 +27,6 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from biascare.data.loader import collate
 from biascare.interfaces import Batch
 from biascare.models.export_folder import build_network
-from biascare.models.language.pathway import LoraSettings
 from biascare.models.network import MLLM_PARTS, TRAINABLE_PARTS, DualPathNetwork
 from biascare.models.vision import encoder
 from biascare.models.vision.relative_attention import attend
@@ -56,9 +55,12 @@ from biascare.planning.plan import (
     verdict,
 )
 from biascare.training.optimizer import OptimizerSettings, parameter_groups
-from biascare.training.step import HITLSettings, ObjectiveSettings, TrainStep
+from biascare.training.step import TrainStep
 from scripts import train
 from tests.tiny import (
+    HITL,
+    LORA,
+    OBJECTIVE,
     language_sample,
     pad_token_id,
     segmentation_sample,
@@ -67,7 +69,6 @@ from tests.tiny import (
 )
 from tests.training.training_runs import ROOT, environment, free_port
 
-FULL_STEP = ObjectiveSettings(alignment="contrastive", alignment_weight=0.1, quality_weight=0.1)
 TRAINABLE = {
     "lora": True,
     "vision_encoder": True,
@@ -80,7 +81,7 @@ TRAINABLE = {
 def tiny_step(folder: Path | None, **keywords: Any) -> TrainStep:
     model = tiny_model(folder, **keywords)
     model.set_trainable(TRAINABLE)
-    return TrainStep(model, FULL_STEP, HITLSettings(ratio=0.5)).train()
+    return TrainStep(model, OBJECTIVE, HITL._replace(ratio=0.5)).train()
 
 
 def tiny_batch_of(folder: Path | None) -> Batch:
@@ -461,9 +462,9 @@ def test_settings_come_from_the_deepspeed_file(tmp_path: Path) -> None:
 
 def blank_step(name: str, vision: str = "tiny") -> TrainStep:
     with weights_left_out(mllm_config(name)):
-        model = build_network(vision=vision, image_size=256, mllm=name, lora=LoraSettings())
+        model = build_network(vision=vision, image_size=256, mllm=name, lora=LORA)
     model.set_trainable(TRAINABLE)
-    return TrainStep(model, FULL_STEP, HITLSettings())
+    return TrainStep(model, OBJECTIVE, HITL)
 
 
 def test_the_7b_model_splits_as_published() -> None:

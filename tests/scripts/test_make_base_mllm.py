@@ -26,9 +26,16 @@ from biascare.data.chat import ChatBuilder
 from biascare.data.loader import collate
 from biascare.interfaces import Sample
 from biascare.models.language.assembly import SmallTower, build_llava
-from biascare.models.language.pathway import LoraSettings, MLLMPathway, load_processor
+from biascare.models.language.pathway import MLLMPathway, load_processor
 from biascare.records import Records, Turn
-from tests.tiny import IMAGE_SIZE, TARGETS, language_sample, tiny_record, write_records
+from tests.tiny import (
+    IMAGE_SIZE,
+    LORA,
+    TARGETS,
+    language_sample,
+    tiny_record,
+    write_records,
+)
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "make_base_mllm.py"
 TOWER = SmallTower(hidden_size=32, intermediate_size=64, num_hidden_layers=3)
@@ -109,7 +116,7 @@ def test_the_folder_opens_by_auto_classes_and_answers_about_an_image(assembled: 
     text = chat.tokenizer.decode(sample.sequences[0]["input_ids"])
     image = "<image>" * chat.tokens_per_image
     assert text.startswith(f"<|im_start|>user\n{image}Which organ is bright?<|im_end|>")
-    mllm = MLLMPathway.load(str(assembled), lora=LoraSettings(2, 4)).eval()
+    mllm = MLLMPathway.load(str(assembled), lora=LORA._replace(rank=2, alpha=4)).eval()
     batch = collate([sample], 0, chat.tokenizer.pad_token_id, padding_side="left")
     tokens = mllm.generate(batch.mllm_inputs, batch.image_slots, max_new_tokens=4).tokens
     assert 1 <= tokens.shape[1] <= 4
@@ -232,7 +239,7 @@ def test_smollm2_from_its_gguf_file_answers_a_text_question(tmp_path: Path) -> N
     assert (
         tokenizer.decode(tokens[0], skip_special_tokens=True) == "The capital of France is Paris."
     )
-    lora = MLLMPathway.load(str(tmp_path / "llava"), lora=LoraSettings())
+    lora = MLLMPathway.load(str(tmp_path / "llava"), lora=LORA)
     assert len(lora.part_parameters("lora")) == 30 * 7 * 2
     chat = ChatBuilder(load_processor(str(tmp_path / "llava")), image_size=128, max_tokens=256)
     pixels = chat.image_inputs(np.zeros((128, 128, 3), np.uint8))

@@ -16,11 +16,20 @@ from biascare.interfaces import Batch, Features, Prediction, Prompts
 from biascare.models.network import DualPathNetwork
 from biascare.training.step import HITLSettings, ObjectiveSettings, TrainStep
 from biascare.uncertainty import mask_weighted_embedding
-from tests.tiny import language_sample, pad_token_id, segmentation_sample, tiny_chat, tiny_model
+from tests.tiny import (
+    HITL,
+    OBJECTIVE,
+    PAPER_OBJECTIVE,
+    language_sample,
+    pad_token_id,
+    segmentation_sample,
+    tiny_chat,
+    tiny_model,
+)
 
 TARGETS = ("liver", "spleen", "left kidney", "lesion")
-PLAIN = ObjectiveSettings()
-NO_HITL = HITLSettings(enabled=False)
+PLAIN = PAPER_OBJECTIVE
+NO_HITL = HITL._replace(enabled=False)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +121,7 @@ def literal_semantic(features: Features, prediction: Prediction, batch: Batch) -
 
 def test_every_term_equals_a_literal_recomputation(model: DualPathNetwork, batch: Batch) -> None:
     spy = Spy(model)
-    outcome = spy.run(batch, PLAIN, HITLSettings(ratio=0.5))
+    outcome = spy.run(batch, PLAIN, HITL._replace(ratio=0.5))
     first, second = spy.predictions
     assert batch.masks is not None and batch.answer_positions is not None
     assert batch.answer_tokens is not None and spy.features[0].hidden_states is not None
@@ -146,7 +155,9 @@ def test_a_row_without_a_mask_moves_no_weight(model: DualPathNetwork, batch: Bat
     other = batch._replace(prompts=batch.prompts._replace(point_coords=moved))
     grads = []
     for given in (batch, other):
-        outcome = Spy(model).run(given, PLAIN._replace(quality_weight=0.5), HITLSettings(ratio=1.0))
+        outcome = Spy(model).run(
+            given, PLAIN._replace(quality_weight=0.5), HITL._replace(ratio=1.0)
+        )
         model.zero_grad()
         outcome["loss"].backward()
         named = model.vision.mask_decoder.named_parameters()
@@ -160,8 +171,8 @@ def test_a_batch_of_empty_masks_gives_a_zero_that_can_be_back_propagated(
 ) -> None:
     assert batch.masks is not None
     empty = batch._replace(masks=torch.zeros_like(batch.masks), answer_tokens=None)
-    objective = ObjectiveSettings(alignment="contrastive", alignment_weight=0.1, quality_weight=0.1)
-    outcome = Spy(model).run(empty, objective, HITLSettings(ratio=0.5))
+    objective = OBJECTIVE
+    outcome = Spy(model).run(empty, objective, HITL._replace(ratio=0.5))
     assert outcome["loss"].item() == 0
     model.zero_grad()
     outcome["loss"].backward()
@@ -177,7 +188,7 @@ def test_the_number_of_refined_rows_depends_on_the_number_of_rows_alone(
         masks = batch.masks.clone()
         masks[:num_empty] = 0
         spy = Spy(model)
-        spy.run(batch._replace(masks=masks), PLAIN, HITLSettings(ratio=0.5))
+        spy.run(batch._replace(masks=masks), PLAIN, HITL._replace(ratio=0.5))
         assert [len(rows) for rows in spy.rows[1:] if rows is not None] == [num_hardest(4, 0.5)]
 
 
@@ -186,7 +197,7 @@ def test_images_are_encoded_once_and_masks_decoded_once_per_round(
     model: DualPathNetwork, batch: Batch, num_rounds: int
 ) -> None:
     spy = Spy(model)
-    spy.run(batch, PLAIN, HITLSettings(num_rounds=num_rounds))
+    spy.run(batch, PLAIN, HITL._replace(num_rounds=num_rounds))
     assert spy.num_image_encodings == 1 and len(spy.features) == 1
     assert len(spy.predictions) == 1 + num_rounds
     assert batch.prompts is not None
@@ -197,7 +208,7 @@ def test_images_are_encoded_once_and_masks_decoded_once_per_round(
 def test_without_an_expert_only_the_refinement_term_goes(
     model: DualPathNetwork, batch: Batch
 ) -> None:
-    on = Spy(model).run(batch, PLAIN, HITLSettings())
+    on = Spy(model).run(batch, PLAIN, HITL)
     off = Spy(model).run(batch, PLAIN, NO_HITL)
     assert on["terms"].keys() - off["terms"].keys() == {"hitl"}
     for name in off["terms"]:
@@ -209,8 +220,8 @@ def test_without_weighting_dice_is_plain_and_the_same_rows_are_refined(
     model: DualPathNetwork, batch: Batch
 ) -> None:
     weighted, plain = Spy(model), Spy(model)
-    on = weighted.run(batch, PLAIN, HITLSettings())
-    off = plain.run(batch, PLAIN._replace(uncertainty_weighting=False), HITLSettings())
+    on = weighted.run(batch, PLAIN, HITL)
+    off = plain.run(batch, PLAIN._replace(uncertainty_weighting=False), HITL)
     assert torch.equal(off["rows"].weight, torch.ones(4))
     assert float(off["terms"]["dur"]) == pytest.approx(float(off["rows"].dice_loss[:3].sum()))
     assert torch.equal(on["rows"].uncertainty, off["rows"].uncertainty)
@@ -223,7 +234,7 @@ def test_without_weighting_dice_is_plain_and_the_same_rows_are_refined(
 def test_alignment_moves_the_embedding_and_never_the_mask(
     model: DualPathNetwork, batch: Batch
 ) -> None:
-    objective = ObjectiveSettings(alignment="contrastive", alignment_weight=1.0)
+    objective = PLAIN._replace(alignment="contrastive", alignment_weight=1.0)
     spy = Spy(model)
     _, auxiliary = _judged(spy, batch, objective)
     model.zero_grad()
@@ -259,7 +270,7 @@ def test_semantic_uncertainty_is_that_of_the_first_mask(
 def test_the_vision_stage_has_dice_and_refinement_alone() -> None:
     model = tiny_model(None)
     made: Batch = collate([segmentation_sample(None, 1, TARGETS)], 3, 0)
-    outcome = Spy(model).run(made, ObjectiveSettings(quality_weight=0.1), HITLSettings())
+    outcome = Spy(model).run(made, PLAIN._replace(quality_weight=0.1), HITL)
     assert outcome["terms"].keys() == {"dur", "hitl", "quality"}
     rows = outcome["rows"]
     assert not rows.semantic.any()
@@ -273,7 +284,7 @@ def test_a_language_batch_never_touches_the_vision_pathway(
     chat = tiny_chat(tiny_mllm)
     made: Batch = collate([language_sample(chat, 3)], 0, pad_token_id(chat))
     spy = Spy(model)
-    outcome = spy.run(made, PLAIN, HITLSettings())
+    outcome = spy.run(made, PLAIN, HITL)
     assert outcome["terms"].keys() == {"vlm"} and outcome["rows"] is None
     assert not spy.predictions and spy.num_image_encodings == 0
     model.zero_grad()
@@ -328,8 +339,8 @@ def test_dropout_and_clicks_follow_the_micro_batch_and_not_who_runs_it(
         runs = []
         for noise in (1, 2):
             torch.manual_seed(noise)
-            runs.append(Spy(model).run(batch, PLAIN, HITLSettings())["loss"].detach())
-        other = Spy(model).run(batch._replace(seed=8), PLAIN, HITLSettings())["loss"]
+            runs.append(Spy(model).run(batch, PLAIN, HITL)["loss"].detach())
+        other = Spy(model).run(batch._replace(seed=8), PLAIN, HITL)["loss"]
     finally:
         model.eval()
     assert torch.equal(runs[0], runs[1])
@@ -337,6 +348,6 @@ def test_dropout_and_clicks_follow_the_micro_batch_and_not_who_runs_it(
 
 
 def test_what_is_logged_holds_no_graph(model: DualPathNetwork, batch: Batch) -> None:
-    outcome = Spy(model).run(batch, PLAIN, HITLSettings())
+    outcome = Spy(model).run(batch, PLAIN, HITL)
     logged = [*outcome["terms"].values(), *outcome["rows"]]
     assert not any(value.requires_grad for value in logged)

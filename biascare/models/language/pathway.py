@@ -1,6 +1,6 @@
 """MLLM pathway: any Hugging Face image-text model with a LoRA adapter on its language model.
 
-    mllm = MLLMPathway.load("path/or/hub-id", lora=LoraSettings(), dtype=torch.bfloat16)
+    mllm = MLLMPathway.load("path/or/hub-id", lora=LoraSettings(8, 16, 0.01))
     hidden = mllm.hidden_states(inputs, image_slots)      # [B, L, d]
     logits = mllm.answer_logits(hidden, answer_positions) # [T, V], answer tokens only
 
@@ -52,11 +52,11 @@ LOGGER = logging.getLogger("biascare")
 
 
 class LoraSettings(NamedTuple):
-    """The paper's adapter."""
+    """A low-rank adapter of the language model."""
 
-    rank: int = 8
-    alpha: int = 16
-    dropout: float = 0.01
+    rank: int
+    alpha: int
+    dropout: float
 
 
 def load_processor(path: str) -> Any:

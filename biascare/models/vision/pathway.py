@@ -14,13 +14,13 @@ do not give.
 
 from __future__ import annotations
 
-import difflib
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 
+from biascare.choices import unknown
 from biascare.interfaces import Prediction, Prompts
 from biascare.models.vision.decoder import MaskedTwoWayTransformer, RowMaskDecoder, RowPromptEncoder
 from biascare.models.vision.encoder import ImageEncoder
@@ -109,23 +109,15 @@ def normalise(images: Tensor, pixels: Literal["imagenet", "min_max"]) -> Tensor:
     return (x - mean) / std
 
 
-def _architecture(name: str) -> VisionArchitecture:
-    if name in VISION_ARCHITECTURES:
-        return VISION_ARCHITECTURES[name]
-    near = difflib.get_close_matches(name, VISION_ARCHITECTURES, n=1, cutoff=0)[0]
-    raise ValueError(
-        f"model.vision: got {name!r}, expected one of {', '.join(VISION_ARCHITECTURES)}; "
-        f"did you mean {near!r}?"
-    )
-
-
 class VisionPathway(nn.Module):
     """Image encoder, prompt encoder and mask decoder of one architecture."""
 
     def __init__(self, architecture: str, image_size: int, activation_checkpointing: bool = False):
         """`architecture`: a name of `VISION_ARCHITECTURES`; `image_size`: pixels, square."""
         super().__init__()
-        sizes = _architecture(architecture)
+        if architecture not in VISION_ARCHITECTURES:
+            raise ValueError(unknown("model.vision", architecture, VISION_ARCHITECTURES))
+        sizes = VISION_ARCHITECTURES[architecture]
         if image_size < 1 or image_size % sizes.patch_size:
             nearest = max(1, round(image_size / sizes.patch_size)) * sizes.patch_size
             raise ValueError(

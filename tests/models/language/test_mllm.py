@@ -17,14 +17,21 @@ from biascare.data.loader import collate
 from biascare.interfaces import IGNORE_INDEX, Batch, Sample
 from biascare.models.language.pathway import LORA_TARGETS, LoraSettings, MLLMPathway, load_processor
 from biascare.models.query_attention import CrossModalQueryAttention
-from tests.tiny import language_sample, pad_token_id, segmentation_sample, tiny_chat, wake
+from tests.tiny import (
+    LORA,
+    language_sample,
+    pad_token_id,
+    segmentation_sample,
+    tiny_chat,
+    wake,
+)
 
 
 @pytest.fixture(scope="module")
 def mllm(mllm_folder: Path) -> MLLMPathway:
     """With an adapter that has an effect; read only."""
     torch.manual_seed(0)
-    mllm = MLLMPathway.load(str(mllm_folder), lora=LoraSettings(rank=2, alpha=4))
+    mllm = MLLMPathway.load(str(mllm_folder), lora=LORA._replace(rank=2, alpha=4))
     wake(mllm)
     return mllm.eval()
 
@@ -245,7 +252,7 @@ def test_recomputed_activations_give_the_same_adapter_gradients(mllm_folder: Pat
 def test_trained_weights_outside_the_adapter_survive_two_saves(
     mllm_folder: Path, tmp_path: Path
 ) -> None:
-    mllm = MLLMPathway.load(str(mllm_folder), lora=LoraSettings(2, 4))
+    mllm = MLLMPathway.load(str(mllm_folder), lora=LORA._replace(rank=2, alpha=4))
     for parameter in mllm.part_parameters("embeddings"):
         torch.nn.init.normal_(parameter.requires_grad_(True))
     wanted = {k: v.clone() for k, v in mllm.state_dict().items()}

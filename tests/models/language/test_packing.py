@@ -14,11 +14,18 @@ from biascare.interfaces import Batch
 from biascare.models.language.packing import PACKED_SDPA, pack, unpack
 from biascare.models.language.pathway import MLLMPathway
 from biascare.models.network import DualPathNetwork
-from biascare.training.step import HITLSettings, ObjectiveSettings, TrainStep
-from tests.tiny import language_sample, pad_token_id, segmentation_sample, tiny_chat, tiny_model
+from biascare.training.step import TrainStep
+from tests.tiny import (
+    HITL,
+    OBJECTIVE,
+    language_sample,
+    pad_token_id,
+    segmentation_sample,
+    tiny_chat,
+    tiny_model,
+)
 
 REPORT = "The liver is bright. No effusion. " * 12
-OBJECTIVE = ObjectiveSettings(alignment="contrastive", alignment_weight=0.1, quality_weight=0.1)
 
 
 def uneven_batch(folder: Path, side: str = "right") -> Batch:
@@ -49,7 +56,7 @@ def loss_and_gradients(model: DualPathNetwork, batch: Batch, *, packing: bool) -
     """Every loss term of a training step and the gradient of every trained parameter."""
     pathway(model, packing=packing)
     assert batch.answer_tokens is not None
-    outcome = TrainStep(model, OBJECTIVE, HITLSettings())(batch, len(batch.answer_tokens), 1)
+    outcome = TrainStep(model, OBJECTIVE, HITL)(batch, len(batch.answer_tokens), 1)
     outcome["loss"].backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()

@@ -29,7 +29,7 @@ from transformers import (
 from biascare.data.chat import ChatBuilder
 from biascare.data.loader import collate
 from biascare.interfaces import IGNORE_INDEX
-from biascare.models.language.pathway import LoraSettings, MLLMPathway, load_processor
+from biascare.models.language.pathway import MLLMPathway, load_processor
 from biascare.models.weights.llava import (
     convert_names,
     grown_rows,
@@ -39,7 +39,12 @@ from biascare.models.weights.llava import (
 )
 from biascare.models.weights.llava_templates import with_image_parts
 from biascare.records import Turn
-from tests.tiny import IMAGE_SIZE, corpus, language_sample
+from tests.tiny import (
+    IMAGE_SIZE,
+    LORA,
+    corpus,
+    language_sample,
+)
 
 FAMILIES = ("llava_mistral", "llava_qwen2", "llava_llama", "llava")
 TOWER_NAME = "openai/clip-vit-tiny-patch16-64"  # on no machine: its sizes follow from its shapes
@@ -388,14 +393,14 @@ def test_the_requested_dtype_is_given_and_buffers_of_older_versions_are_left_out
 
 
 def test_adapters_fit_and_only_the_language_model_gets_them(original: Original) -> None:
-    mllm = MLLMPathway.load(str(original.folder), lora=LoraSettings(2, 4))
+    mllm = MLLMPathway.load(str(original.folder), lora=LORA._replace(rank=2, alpha=4))
     adapted = [n for n, _ in mllm.named_parameters() if ".lora_A" in n]
     assert len(adapted) == 7 * 2 and all("language_model.layers" in n for n in adapted)
     assert mllm.part_parameters("mllm_vision_tower")
 
 
 def test_an_export_restores_on_the_original_checkpoint(mistral: Original, tmp_path: Path) -> None:
-    mllm = MLLMPathway.load(str(mistral.folder), lora=LoraSettings(2, 4))
+    mllm = MLLMPathway.load(str(mistral.folder), lora=LORA._replace(rank=2, alpha=4))
     for parameter in mllm.part_parameters("lora"):
         torch.nn.init.normal_(parameter)
     mllm.save(tmp_path / "export", mllm.state_dict())

@@ -14,10 +14,15 @@ import torch
 from torch import Tensor
 
 from biascare.models.export_folder import build_network, open_network, save_network
-from biascare.models.language.pathway import LoraSettings, MLLMPathway
+from biascare.models.language.pathway import MLLMPathway
 from biascare.models.network import DualPathNetwork
 from biascare.models.weights.released import load_released, merge_adapter, released_to_ours
-from tests.tiny import tiny_batch, tiny_chat, tiny_model
+from tests.tiny import (
+    LORA,
+    tiny_batch,
+    tiny_chat,
+    tiny_model,
+)
 
 ROOT = Path(__file__).parents[3]
 
@@ -204,7 +209,7 @@ def test_an_adapter_of_another_rank_is_refused_with_the_setting(
 ) -> None:
     torch.save(written_by_them(trained, peft=True), tmp_path / "model.pt")
     model = other(tiny_mllm, lora=True)
-    model.mllm = MLLMPathway.load(str(tiny_mllm), lora=LoraSettings(rank=3))
+    model.mllm = MLLMPathway.load(str(tiny_mllm), lora=LORA._replace(rank=3))
     with pytest.raises(ValueError, match=r"adapter .* has shape .*model\.lora_rank"):
         load_released(model, tmp_path / "model.pt")
 
