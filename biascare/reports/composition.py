@@ -11,14 +11,14 @@ are; unknown values have their own, light bar.
 
 from __future__ import annotations
 
-import base64
-import html
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from biascare.checks.statistics import MISSING, Distribution, imbalance
+from biascare.reports.page import page, section, table
+from biascare.reports.page import picture as image
 
 # Okabe and Ito's palette: told apart with any colour vision, and in grey.
 GROUP_COLORS = {"head": "#0072B2", "medium": "#56B4E9", "tail": "#E69F00"}
@@ -269,19 +269,12 @@ def write_page(
 
     `sources`: rows of equal keys, shown as they are.
     """
-    image = base64.b64encode(Path(picture).read_bytes()).decode()
-    parts = [f"<h1>{html.escape(title)}</h1>", _table(sources)]
-    parts.append(f'<img alt="distributions" src="data:image/png;base64,{image}">')
+    parts = [_table(sources), image(picture, "distributions")]
     for axis, distribution in profile.items():
         if distribution.raw or distribution.stream:
-            parts.append(f"<h2>{TITLES[axis]}</h2><p>{_summary_line(distribution)}</p>")
+            parts += [section(TITLES[axis]), f"<p>{_summary_line(distribution)}</p>"]
             parts.append(_table(_axis_rows(axis, distribution, groups)))
-    Path(path).write_text(
-        "<!doctype html><html lang='en'><meta charset='utf-8'>"
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style>"
-        f"<main>{''.join(parts)}</main></html>\n",
-        encoding="utf-8",
-    )
+    Path(path).write_text(page(title, parts), encoding="utf-8")
 
 
 def _axis_rows(
@@ -302,19 +295,4 @@ def _axis_rows(
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    if not rows:
-        return ""
-    head = "".join(f"<th>{html.escape(str(name))}</th>" for name in rows[0])
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in row.values()) + "</tr>"
-        for row in rows
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-_STYLE = (
-    "body{font:15px/1.45 system-ui,sans-serif;color:#222;margin:0}main{max-width:1200px;"
-    "margin:auto;padding:1.5rem}img{max-width:100%}table{border-collapse:collapse;margin:.6rem 0}"
-    "th,td{padding:.15rem .8rem .15rem 0;border-bottom:1px solid #ddd;text-align:left;"
-    "font-variant-numeric:tabular-nums}h2{margin-top:2rem}"
-)
+    return table(rows[0], (row.values() for row in rows)) if rows else ""

@@ -31,6 +31,9 @@ def evaluation_table(summary: Mapping[str, Any], title: str) -> Table:
     for kind, cell in summary.get("answers", {}).items():
         constant = f"{_f(cell['best_constant'])} best constant"
         table.add_row(f"{kind} answers", "all", str(cell["num"]), _f(cell["accuracy"]), constant)
+        if "accuracy_by_option" in cell:
+            scored, accuracy = str(cell["num_scored"]), _f(cell["accuracy_by_option"])
+            table.add_row("", "likeliest option", scored, accuracy, "")
     return table
 
 
