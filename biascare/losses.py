@@ -4,7 +4,7 @@
     vector = mask_weighted_embedding(image_embedding, mask_probs, row_image=row_image)
     semantic = semantic_uncertainty(vector, text_embedding)
     weight = row_weight(semantic, dice, beta_vl=..., lambda_u=..., ...)
-    loss = total_objective(weighted_dice(dice, weight, valid, "sum"), hitl, vlm)
+    loss = total_objective([(1.0, weighted_dice(dice, weight, valid, "sum")), (1.0, vlm)])
 
 The paper is "Bias-constrained multimodal intelligence for equitable and reliable clinical AI"
 (BiasCareVL, arXiv 2604.16884). Everything here is a pure function of tensors. Three rules hold:
@@ -222,25 +222,18 @@ def language_loss(
     return nll_sum.float() * num_micro_batches_global / num_tokens
 
 
-def total_objective(
-    dur: Tensor | None,
-    hitl: Tensor | None,
-    vlm: Tensor | None,
-    *,
-    auxiliary: Iterable[tuple[float, Tensor]] = (),
-) -> Tensor:
-    """Eq. 12: L = L_dur + L_hitl + L_vlm, plus our auxiliary terms as (weight, loss) pairs.
+def total_objective(terms: Iterable[tuple[float, Tensor]]) -> Tensor:
+    """Eq. 12: the weighted sum of the (weight, loss) pairs that a stage and a batch have.
 
-    A term a stage does not have is None; a weight of 0 keeps the term's graph.
+    A weight of 0 keeps the term's graph.
 
     Raises:
         ValueError: there is no term at all.
     """
-    terms = [term for term in (dur, hitl, vlm) if term is not None]
-    terms += [weight * term for weight, term in auxiliary]
-    if not terms:
+    weighted = [(weight * loss).float() for weight, loss in terms]
+    if not weighted:
         raise ValueError("total_objective got no loss term, expected at least one")
-    return torch.stack([term.float() for term in terms]).sum()
+    return torch.stack(weighted).sum()
 
 
 class _TokenNLL(torch.autograd.Function):

@@ -239,9 +239,10 @@ def joint_step(repeats: int) -> None:
     """A joint training step against the sum of its two bare backbones, on the same tensors."""
     from biascare.models.export_folder import build_network
     from biascare.models.language.tiny import build_tiny_mllm
-    from biascare.models.network import TRAINABLE_PARTS
+    from biascare.models.network import PARTS
     from biascare.settings.keys import HITLConfig, ObjectiveConfig
-    from biascare.training.step import HITLSettings, ObjectiveSettings, TrainStep
+    from biascare.training.step import TrainStep
+    from biascare.training.terms import HITLSettings, ObjectiveSettings
 
     for name, size in SIZES.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -260,7 +261,7 @@ def joint_step(repeats: int) -> None:
                 lora=paper_adapter(),
             )
         frozen = ("mllm_vision_tower", "embeddings")
-        model.set_trainable({part: part not in frozen for part in TRAINABLE_PARTS})
+        model.set_trainable({part.name: part.name not in frozen for part in PARTS})
         step = TrainStep(
             model,
             ObjectiveSettings(**vars(ObjectiveConfig())),

@@ -198,7 +198,7 @@ def train(options: argparse.Namespace, sources: list[Records]) -> MLLMPathway:
     around_given = options.language_model is not None
     trained = list(mllm.parameters())
     if around_given:
-        trained = mllm.part_parameters("mllm_vision_tower")
+        trained = mllm.vision_tower_parameters()
     for parameter in trained:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(trained, lr=options.lr, weight_decay=0.01)

@@ -275,35 +275,36 @@ def build_engine(
     config: Config, model: DualPathNetwork, deepspeed_config: dict[str, Any], log: RunLog
 ) -> Any:
     """Engine around the training step; prints what is trainable."""
-    from biascare.models.network import MLLM_PARTS, TRAINABLE_PARTS
     from biascare.training.engine import build_engine
     from biascare.training.optimizer import parameter_groups
     from biascare.training.progress import trainable_table
-    from biascare.training.step import HITLSettings, ObjectiveSettings, TrainStep
+    from biascare.training.step import TrainStep
+    from biascare.training.terms import HITLSettings, ObjectiveSettings
 
     settings = optimizer_settings(config)
-    parts = {part: model.part_parameters(part) for part in TRAINABLE_PARTS}
-    log.say(trainable_table(count_parameters(model, parts, settings)))
+    log.say(trainable_table(count_parameters(model, settings)))
     step = TrainStep(
         model, ObjectiveSettings(**vars(config.objective)), HITLSettings(**vars(config.hitl))
     )
-    groups = parameter_groups(parts, MLLM_PARTS, settings)
+    groups = parameter_groups(model.pathway_parameters(), settings)
     return build_engine(step, groups, settings, deepspeed_config)
 
 
 def count_parameters(
-    model: DualPathNetwork, parts: dict[str, list[Any]], settings: OptimizerSettings
+    model: DualPathNetwork, settings: OptimizerSettings
 ) -> dict[str, tuple[int, int, float]]:
     """Rows of the trainable-parameter table; what belongs to no part is the rest."""
-    from biascare.models.network import MLLM_PARTS
+    from biascare.models.network import PARTS
 
-    rows = {}
-    for part, parameters in parts.items():
+    rates = {"vision": settings.lr, "mllm": settings.mllm_lr}
+    rows, named = {}, set()
+    for part in PARTS:
+        parameters = part.parameters(model)
+        named |= {id(p) for p in parameters}
         if parameters:
-            lr = settings.mllm_lr if part in MLLM_PARTS else settings.lr
             trainable = sum(p.numel() for p in parameters if p.requires_grad)
-            rows[part] = (sum(p.numel() for p in parameters), trainable, lr)
-    named = {id(p) for parameters in parts.values() for p in parameters}
+            total = sum(p.numel() for p in parameters)
+            rows[part.name] = (total, trainable, rates[part.pathway])
     rest = [p for p in model.parameters() if id(p) not in named]
     rows["rest"] = (sum(p.numel() for p in rest), 0, 0.0)
     return rows
@@ -387,11 +388,8 @@ def export(config: Config, engine: Any, chat: ChatBuilder | None) -> None:
     from biascare.runs.origin import read_run
     from biascare.training.engine import gathered_state
 
-    def exported(name: str, parameter: Any) -> bool:
-        frozen_base = name.startswith("mllm.") and ".lora_" not in name
-        return bool(parameter.requires_grad) or not frozen_base
-
-    state = gathered_state(engine.module.model, exported)
+    exported = engine.module.model.exported_parameters()
+    state = gathered_state(engine.module.model, lambda name, parameter: name in exported)
     if state is None:
         return
     folder = Path(config.train.output_dir)
@@ -510,11 +508,11 @@ def plan(planned: Planned, options: argparse.Namespace) -> None:
     """Print what the run needs; see biascare/training/plan.py. Exits with 1 if it does not fit."""
     from rich.console import Console
 
-    from biascare.models.network import MLLM_PARTS, TRAINABLE_PARTS
     from biascare.planning.blank import BatchShape, blank_batch, mllm_config, weights_left_out
     from biascare.planning.plan import fits, make_plan, read_zero_settings, tables
     from biascare.training.optimizer import parameter_groups
-    from biascare.training.step import HITLSettings, ObjectiveSettings, TrainStep
+    from biascare.training.step import TrainStep
+    from biascare.training.terms import HITLSettings, ObjectiveSettings
 
     config, train = planned.config, planned.config.train
     most = max(1, train.global_batch // train.micro_batch)
@@ -531,7 +529,6 @@ def plan(planned: Planned, options: argparse.Namespace) -> None:
         step = TrainStep(
             model, ObjectiveSettings(**vars(config.objective)), HITLSettings(**vars(config.hitl))
         )
-    parts = {part: model.part_parameters(part) for part in TRAINABLE_PARTS}
     share, prompts = train.micro_batch // sum(config.data.ratio), config.data.prompts
     shape = BatchShape(
         num_images=config.data.ratio[0] * share,
@@ -543,7 +540,7 @@ def plan(planned: Planned, options: argparse.Namespace) -> None:
     )
     made = make_plan(
         step,
-        parameter_groups(parts, MLLM_PARTS, optimizer_settings(config)),
+        parameter_groups(model.pathway_parameters(), optimizer_settings(config)),
         blank_batch(model, shape),
         zero,
         max_steps=train.max_steps,

@@ -299,13 +299,12 @@ class TestRowsWithoutMasks:
         dice = losses.dice_loss_per_row(logits, torch.zeros(num_rows, 8, 8))
         weight = row_weight(torch.ones(num_rows), dice, "full")
         total = losses.total_objective(
-            losses.weighted_dice(dice, weight, valid, reduction),
-            losses.refinement_loss([dice], valid, reduction),
-            None,
-            auxiliary=[
+            [
+                (1.0, losses.weighted_dice(dice, weight, valid, reduction)),
+                (1.0, losses.refinement_loss([dice], valid, reduction)),
                 (0.1, losses.quality_loss(dice, dice, valid)),
                 (0.1, losses.alignment_loss(vectors, vectors, valid, group, kind="contrastive")),
-            ],
+            ]
         )
         total.backward()
         assert total.item() == 0
@@ -430,10 +429,10 @@ class TestLanguage:
 class TestTotalObjective:
     def test_adds_the_terms_a_stage_has(self) -> None:
         one, two, four = (torch.tensor(float(x)) for x in (1, 2, 4))
-        assert losses.total_objective(one, two, four).item() == 7
-        assert losses.total_objective(one, None, None, auxiliary=[(0.5, four)]).item() == 3
+        assert losses.total_objective([(1.0, one), (1.0, two), (1.0, four)]).item() == 7
+        assert losses.total_objective([(1.0, one), (0.5, four)]).item() == 3
         with pytest.raises(ValueError, match="at least one"):
-            losses.total_objective(None, None, None)
+            losses.total_objective([])
 
 
 class TestPrecisionAndDevice:
@@ -477,10 +476,13 @@ class TestPrecisionAndDevice:
             )
             align = losses.alignment_loss(vector, text, valid, row_image, kind="contrastive")
             total = losses.total_objective(
-                losses.weighted_dice(dice, weight, valid, "mean"),
-                losses.refinement_loss([dice], valid, "mean"),
-                losses.language_loss(nll, valid.sum(), 2),
-                auxiliary=[(0.1, align), (0.1, losses.quality_loss(dice, dice, valid))],
+                [
+                    (1.0, losses.weighted_dice(dice, weight, valid, "mean")),
+                    (1.0, losses.refinement_loss([dice], valid, "mean")),
+                    (1.0, losses.language_loss(nll, valid.sum(), 2)),
+                    (0.1, align),
+                    (0.1, losses.quality_loss(dice, dice, valid)),
+                ]
             )
             total.backward()
 

@@ -29,7 +29,7 @@ from biascare.models.language.tiny import build_tiny_mllm
 from biascare.models.network import DualPathNetwork
 from biascare.records import Record, Records, RecordWriter, Turn
 from biascare.settings.keys import HITLConfig, ModelConfig, ObjectiveConfig
-from biascare.training.step import HITLSettings, ObjectiveSettings
+from biascare.training.terms import HITLSettings, ObjectiveSettings
 
 FAMILIES = ("qwen2_5_vl", "llava")
 IMAGE_SIZE = 64

@@ -12,6 +12,9 @@ with the answer in sight (it is teacher-forced in training) the pooled token wou
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -21,17 +24,14 @@ from biascare.models.language.pathway import MLLMPathway
 from biascare.models.query_attention import CrossModalQueryAttention
 from biascare.models.vision.pathway import VisionPathway
 
-TRAINABLE_PARTS = (
-    "lora",
-    "vision_encoder",
-    "prompt_encoder",
-    "mask_decoder",
-    "query_attention",
-    "mllm_vision_tower",
-    "embeddings",
-)
-MLLM_PARTS = ("lora", "mllm_vision_tower", "embeddings")
-"""Parts that train at the MLLM pathway's learning rate."""
+
+class Part(NamedTuple):
+    """What trains, freezes and is exported as one."""
+
+    name: str  # as in train.trainable
+    parameters: Callable[[DualPathNetwork], list[nn.Parameter]]
+    pathway: str  # whose learning rate it trains at
+    exported: bool  # frozen too; the others stand in the base model's own files until they train
 
 
 class DualPathNetwork(nn.Module):
@@ -105,23 +105,21 @@ class DualPathNetwork(nn.Module):
         return features, self.decode_masks(features, batch.prompts, batch.row_image)
 
     def part_parameters(self, part: str) -> list[nn.Parameter]:
-        """Parameters of one of `TRAINABLE_PARTS`; empty where the model lacks the part.
+        """Parameters of one of `PARTS`, by its name; empty where the model lacks the part.
 
         Parameters that no computation here reads belong to no part.
         """
-        if part not in TRAINABLE_PARTS:
-            raise ValueError(unknown("part", part, TRAINABLE_PARTS))
-        vision_parts: dict[str, nn.Module] = {
-            "vision_encoder": self.vision.image_encoder,
-            "prompt_encoder": self.vision.prompt_encoder,
-            "mask_decoder": self.vision.mask_decoder,
+        known = {row.name: row for row in PARTS}
+        if part not in known:
+            raise ValueError(unknown("part", part, known))
+        return known[part].parameters(self)
+
+    def pathway_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters of all parts by the pathway whose learning rate they train at."""
+        return {
+            pathway: [p for part in PARTS if part.pathway == pathway for p in part.parameters(self)]
+            for pathway in ("vision", "mllm")
         }
-        if part in vision_parts:
-            unused = {id(p) for p in self.vision.unused_parameters()}
-            return [p for p in vision_parts[part].parameters() if id(p) not in unused]
-        if part == "query_attention":
-            return list(self.query_attention.parameters()) if self.query_attention else []
-        return self.mllm.part_parameters(part) if self.mllm is not None else []
 
     def set_trainable(self, parts: dict[str, bool]) -> None:
         """Freeze everything, then thaw the named parts."""
@@ -129,3 +127,58 @@ class DualPathNetwork(nn.Module):
         for part, trainable in parts.items():
             for parameter in self.part_parameters(part):
                 parameter.requires_grad_(trainable)
+
+    def exported_parameters(self) -> set[str]:
+        """Names of the parameters that an export holds: all but what the base model's own files
+        hold just as well."""
+        ours = {id(p) for part in PARTS if part.exported for p in part.parameters(self)}
+        base = {id(p) for p in self.mllm.parameters()} - ours if self.mllm is not None else set()
+        named = self.named_parameters(remove_duplicate=False)
+        return {name for name, p in named if p.requires_grad or id(p) not in base}
+
+
+def _vision_part(network: DualPathNetwork, module: nn.Module) -> list[nn.Parameter]:
+    unused = {id(p) for p in network.vision.unused_parameters()}
+    return [p for p in module.parameters() if id(p) not in unused]
+
+
+PARTS = (
+    Part("lora", lambda n: n.mllm.adapter_parameters() if n.mllm else [], "mllm", exported=True),
+    Part(
+        "vision_encoder",
+        lambda n: _vision_part(n, n.vision.image_encoder),
+        "vision",
+        exported=True,
+    ),
+    Part(
+        "prompt_encoder",
+        lambda n: _vision_part(n, n.vision.prompt_encoder),
+        "vision",
+        exported=True,
+    ),
+    Part(
+        "mask_decoder",
+        lambda n: _vision_part(n, n.vision.mask_decoder),
+        "vision",
+        exported=True,
+    ),
+    Part(
+        "query_attention",
+        lambda n: list(n.query_attention.parameters()) if n.query_attention else [],
+        "vision",
+        exported=True,
+    ),
+    Part(
+        "mllm_vision_tower",
+        lambda n: n.mllm.vision_tower_parameters() if n.mllm else [],
+        "mllm",
+        exported=False,
+    ),
+    Part(
+        "embeddings",
+        lambda n: n.mllm.embedding_parameters() if n.mllm else [],
+        "mllm",
+        exported=False,
+    ),
+)
+"""Everything that can be trained; `train.trainable` has a key for each."""

@@ -34,24 +34,16 @@ def learning_rate_factor(step: int, settings: OptimizerSettings) -> float:
 
 
 def parameter_groups(
-    parts: Mapping[str, list[nn.Parameter]],
-    mllm_parts: tuple[str, ...],
-    settings: OptimizerSettings,
+    pathways: Mapping[str, list[nn.Parameter]], settings: OptimizerSettings
 ) -> list[dict[str, Any]]:
     """AdamW groups: two pathways, each with and without weight decay; frozen parameters left out.
 
-    `parts` maps part names to parameters; those of `mllm_parts` train at `mllm_lr`. Norms and
-    biases (everything below two dimensions) do not decay.
+    `pathways`: the parameters of "vision" and "mllm". Norms and biases (everything below two
+    dimensions) do not decay.
     """
     groups = []
     for pathway, lr in (("vision", settings.lr), ("mllm", settings.mllm_lr)):
-        mine = [
-            p
-            for part, parameters in parts.items()
-            if (part in mllm_parts) == (pathway == "mllm")
-            for p in parameters
-            if p.requires_grad
-        ]
+        mine = [p for p in pathways.get(pathway, []) if p.requires_grad]
         for decays in (True, False):
             chosen = [p for p in mine if (_ndim(p) >= 2) == decays]
             if chosen:

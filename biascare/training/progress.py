@@ -22,7 +22,7 @@ from rich.table import Table
 from biascare.durable import replace_text
 from biascare.interfaces import Facts
 from biascare.training.ranks import gather_objects, rank
-from biascare.training.step import RowOutcome
+from biascare.training.terms import RowOutcome
 
 AXES = ("modality", "prevalence")
 """Facts that training statistics are kept by."""

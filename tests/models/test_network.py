@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch import nn
 from biascare.data.loader import collate
 from biascare.interfaces import Batch, Prediction, Prompts, Sample
 from biascare.models.export_folder import build_network, open_network, save_network
-from biascare.models.network import MLLM_PARTS, TRAINABLE_PARTS, DualPathNetwork
+from biascare.models.network import PARTS, DualPathNetwork
 from biascare.models.query_attention import CrossModalQueryAttention, MaskedMultiheadAttention
+from biascare.settings.keys import TrainableConfig
 from tests.tiny import (
     IMAGE_SIZE,
     answers,
@@ -24,6 +26,8 @@ from tests.tiny import (
     tiny_chat,
     tiny_model,
 )
+
+NAMES = tuple(part.name for part in PARTS)
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +244,7 @@ def test_every_weight_belongs_to_a_module_that_is_called(mllm_folder: Path) -> N
     )
     assert batch.answer_positions is not None
     model.mllm.answer_logits(features.hidden_states, batch.answer_positions)
-    trained = {id(p) for part in TRAINABLE_PARTS for p in model.part_parameters(part)}
+    trained = {id(p) for part in NAMES for p in model.part_parameters(part)}
     silent = [
         name
         for name, module in model.named_modules()
@@ -273,12 +277,12 @@ def gradient_step(model: DualPathNetwork, batch: Batch) -> None:
     optimizer.step()
 
 
-@pytest.mark.parametrize("part", TRAINABLE_PARTS)
+@pytest.mark.parametrize("part", NAMES)
 def test_exactly_the_named_part_receives_gradients_and_changes(
     mllm_folder: Path, part: str
 ) -> None:
     model = tiny_model(mllm_folder)
-    model.set_trainable({name: name == part for name in TRAINABLE_PARTS})
+    model.set_trainable({name: name == part for name in NAMES})
     named = {id(p) for p in model.part_parameters(part)}
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     batch = mixed_batch(mllm_folder)
@@ -301,13 +305,23 @@ def test_exactly_the_named_part_receives_gradients_and_changes(
 def test_parts_do_not_overlap_and_what_they_leave_is_frozen_or_unread(
     model: DualPathNetwork,
 ) -> None:
-    parts = {part: model.part_parameters(part) for part in TRAINABLE_PARTS}
+    parts = {part: model.part_parameters(part) for part in NAMES}
     ids = [id(p) for parameters in parts.values() for p in parameters]
     assert len(ids) == len(set(ids)) and all(parts.values())
     rest = {n for n, p in model.named_parameters() if id(p) not in set(ids)}
     kinds = ("output_hypernetworks_mlps", "language_model", "vision_tower")
     assert all(any(kind in name for kind in kinds) for name in rest)
-    assert set(MLLM_PARTS) < set(TRAINABLE_PARTS)
+    assert {part.name for part in PARTS} == {field.name for field in fields(TrainableConfig)}
+
+
+def test_an_export_holds_all_but_what_the_base_models_files_hold(mllm_folder: Path) -> None:
+    model = tiny_model(mllm_folder)
+    for trained in ((), ("embeddings",), ("mllm_vision_tower", "lora")):
+        model.set_trainable(dict.fromkeys(trained, True))
+        held = model.exported_parameters()
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            ours = not name.startswith("mllm.") or ".lora_" in name
+            assert (name in held) == (ours or parameter.requires_grad), name
 
 
 def test_an_unknown_part_is_refused_with_the_nearest(model: DualPathNetwork) -> None:
@@ -317,8 +331,8 @@ def test_an_unknown_part_is_refused_with_the_nearest(model: DualPathNetwork) -> 
 
 def test_parts_the_model_lacks_are_empty() -> None:
     model = tiny_model(None)
-    assert [bool(model.part_parameters(part)) for part in TRAINABLE_PARTS] == [
-        part in ("vision_encoder", "prompt_encoder", "mask_decoder") for part in TRAINABLE_PARTS
+    assert [bool(model.part_parameters(part)) for part in NAMES] == [
+        part in ("vision_encoder", "prompt_encoder", "mask_decoder") for part in NAMES
     ]
 
 

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from biascare.data.loader import collate
 from biascare.interfaces import Batch
 from biascare.models.export_folder import build_network
-from biascare.models.network import MLLM_PARTS, TRAINABLE_PARTS, DualPathNetwork
+from biascare.models.network import DualPathNetwork
 from biascare.models.vision import encoder
 from biascare.models.vision.relative_attention import attend
 from biascare.planning.blank import (
@@ -295,8 +295,7 @@ OPTIM = OptimizerSettings(1e-3, 1e-3, (0.9, 0.98), 0.01, 1.0, 1, 0.05, 10)
 
 
 def groups_of(model: DualPathNetwork) -> list[dict[str, Any]]:
-    parts = {part: model.part_parameters(part) for part in TRAINABLE_PARTS}
-    return parameter_groups(parts, MLLM_PARTS, OPTIM)
+    return parameter_groups(model.pathway_parameters(), OPTIM)
 
 
 def num_bytes(tensors: Iterable[Tensor | None]) -> int:

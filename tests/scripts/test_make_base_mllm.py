@@ -120,7 +120,7 @@ def test_the_folder_opens_by_auto_classes_and_answers_about_an_image(assembled: 
     batch = collate([sample], 0, chat.tokenizer.pad_token_id, padding_side="left")
     tokens = mllm.generate(batch.mllm_inputs, batch.image_slots, max_new_tokens=4).tokens
     assert 1 <= tokens.shape[1] <= 4
-    assert len(mllm.part_parameters("lora")) == 2 * 7 * 2
+    assert len(mllm.adapter_parameters()) == 2 * 7 * 2
 
 
 def test_a_given_vision_tower_brings_its_weights_and_its_image_size(
@@ -240,7 +240,7 @@ def test_smollm2_from_its_gguf_file_answers_a_text_question(tmp_path: Path) -> N
         tokenizer.decode(tokens[0], skip_special_tokens=True) == "The capital of France is Paris."
     )
     lora = MLLMPathway.load(str(tmp_path / "llava"), lora=LORA)
-    assert len(lora.part_parameters("lora")) == 30 * 7 * 2
+    assert len(lora.adapter_parameters()) == 30 * 7 * 2
     chat = ChatBuilder(load_processor(str(tmp_path / "llava")), image_size=128, max_tokens=256)
     pixels = chat.image_inputs(np.zeros((128, 128, 3), np.uint8))
     sequence = chat.sequence([Turn("user", "Is it blank?", "closed")]) | {"image": pixels}

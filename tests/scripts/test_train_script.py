@@ -21,7 +21,7 @@ from biascare.records import Records
 from biascare.training import hooks, progress
 from biascare.training.hooks import BadDataError, LedgerHook, LogHook, StepState
 from biascare.training.progress import GroupMeter, RunLog, progress_line
-from biascare.training.step import RowOutcome
+from biascare.training.terms import RowOutcome
 from scripts import train
 from tests.tiny import tiny_facts
 from tests.training.training_runs import ROOT, Job, Run, World, environment, free_port

@@ -368,8 +368,8 @@ def test_the_ratio_between_pathways_holds_in_every_step(runs: dict[str, Run]) ->
 def test_norms_and_biases_do_not_decay_and_empty_groups_do_not_exist() -> None:
     layer, norm = nn.Linear(2, 2), nn.LayerNorm(2)
     frozen = nn.Linear(2, 2).requires_grad_(False)
-    parts = {"decoder": [*layer.parameters(), *norm.parameters()], "lora": [*frozen.parameters()]}
-    groups = parameter_groups(parts, ("lora",), SETTINGS)
+    parts = {"vision": [*layer.parameters(), *norm.parameters()], "mllm": [*frozen.parameters()]}
+    groups = parameter_groups(parts, SETTINGS)
     assert [group["name"] for group in groups] == ["vision", "vision_no_decay"]
     assert [group["weight_decay"] for group in groups] == [0.01, 0.0]
     assert groups[0]["params"] == [layer.weight]
@@ -380,15 +380,15 @@ def test_norms_and_biases_do_not_decay_and_empty_groups_do_not_exist() -> None:
 
 def test_each_pathway_has_its_own_rate() -> None:
     vision, lora = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
-    parts = {"decoder": [*vision.parameters()], "lora": [*lora.parameters()]}
-    groups = parameter_groups(parts, ("lora",), SETTINGS)
+    parts = {"vision": [*vision.parameters()], "mllm": [*lora.parameters()]}
+    groups = parameter_groups(parts, SETTINGS)
     assert {group["name"]: group["lr"] for group in groups} == {"vision": 1e-5, "mllm": 5e-6}
 
 
 def test_training_nothing_is_an_error() -> None:
     frozen = nn.Linear(2, 2).requires_grad_(False)
     with pytest.raises(ValueError, match=r"train\.trainable"):
-        parameter_groups({"decoder": [*frozen.parameters()]}, (), SETTINGS)
+        parameter_groups({"vision": [*frozen.parameters()]}, SETTINGS)
 
 
 # ---------------------------------------------------------------- the DeepSpeed file

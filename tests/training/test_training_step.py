@@ -14,7 +14,14 @@ from biascare.data.loader import collate
 from biascare.hitl.clicks import num_hardest
 from biascare.interfaces import Batch, Features, Prediction, Prompts
 from biascare.models.network import DualPathNetwork
-from biascare.training.step import HITLSettings, ObjectiveSettings, TrainStep
+from biascare.training.step import TrainStep
+from biascare.training.terms import (
+    TERMS,
+    FirstPass,
+    HITLSettings,
+    ObjectiveSettings,
+    alignment_term,
+)
 from biascare.uncertainty import mask_weighted_embedding
 from tests.tiny import (
     HITL,
@@ -235,20 +242,41 @@ def test_alignment_moves_the_embedding_and_never_the_mask(
     model: DualPathNetwork, batch: Batch
 ) -> None:
     objective = PLAIN._replace(alignment="contrastive", alignment_weight=1.0)
-    spy = Spy(model)
-    _, auxiliary = _judged(spy, batch, objective)
+    loss = alignment_term(_first_pass(model, batch, objective))
+    assert loss is not None
     model.zero_grad()
-    auxiliary["alignment"][1].backward()
+    loss.backward()
     assert all(p.grad is None or not p.grad.any() for p in model.vision.mask_decoder.parameters())
     assert any(p.grad is not None and p.grad.any() for p in model.vision.image_encoder.parameters())
 
 
-def _judged(spy: Spy, batch: Batch, objective: ObjectiveSettings) -> Any:
-    model = spy.model
+def _first_pass(model: DualPathNetwork, batch: Batch, objective: ObjectiveSettings) -> FirstPass:
     features = model.encode(batch)
     assert batch.prompts is not None and batch.row_image is not None
     prediction = model.decode_masks(features, batch.prompts, batch.row_image)
-    return TrainStep(model, objective, NO_HITL).judge(features, prediction, batch)
+    return FirstPass(
+        model=model,
+        batch=batch,
+        features=features,
+        prediction=prediction,
+        rows=TrainStep(model, objective, NO_HITL).judge(features, prediction, batch),
+        num_answer_tokens=1,
+        num_micro_batches=1,
+        objective=objective,
+        hitl=NO_HITL,
+    )
+
+
+def test_every_term_of_the_table_is_logged_and_a_weight_of_0_switches_it_off(
+    model: DualPathNetwork, batch: Batch
+) -> None:
+    outcome = Spy(model).run(batch, OBJECTIVE, HITL)
+    assert list(outcome["terms"]) == [term.name for term in TERMS]
+    weights = {term.name: term.weight(OBJECTIVE) for term in TERMS}
+    total = sum(weights[name] * float(loss) for name, loss in outcome["terms"].items())
+    assert float(outcome["loss"].detach()) == pytest.approx(total, rel=1e-6)
+    off = OBJECTIVE._replace(alignment_weight=0.0, quality_weight=0.0)
+    assert list(Spy(model).run(batch, off, HITL)["terms"]) == ["dur", "hitl", "vlm"]
 
 
 def test_semantic_uncertainty_is_that_of_the_first_mask(

@@ -335,22 +335,23 @@ class MLLMPathway(nn.Module):
                 pathway.get_parameter(name).requires_grad_(True)
         return pathway
 
-    def part_parameters(self, part: str) -> list[nn.Parameter]:
-        """Parameters of `lora`, `mllm_vision_tower` or `embeddings`."""
-        named = dict(self.named_parameters())
-        if part == "lora":
-            return [p for name, p in named.items() if ".lora_" in name]
-        if part == "mllm_vision_tower":
-            towers = (".visual.", ".vision_tower.", ".multi_modal_projector.")
-            unused = {id(p) for p in self._unread_tower_parameters()}
-            return [
-                p
-                for name, p in named.items()
-                if any(tower in name for tower in towers) and id(p) not in unused
-            ]
-        if part == "embeddings":
-            return [p for name, p in named.items() if "embed_tokens" in name or "lm_head" in name]
-        raise ValueError(f"unknown part {part!r}")
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        return self._named(".lora_")
+
+    def embedding_parameters(self) -> list[nn.Parameter]:
+        """Token embeddings and language head."""
+        return self._named("embed_tokens", "lm_head")
+
+    def vision_tower_parameters(self) -> list[nn.Parameter]:
+        """The LLM's own vision tower and its projector, as far as anything reads them."""
+        unread = {id(p) for p in self._unread_tower_parameters()}
+        towers = self._named(".visual.", ".vision_tower.", ".multi_modal_projector.")
+        return [p for p in towers if id(p) not in unread]
+
+    def _named(self, *pieces: str) -> list[nn.Parameter]:
+        """Parameters with one of the pieces in their name."""
+        named = self.named_parameters()
+        return [p for name, p in named if any(piece in name for piece in pieces)]
 
     def _unread_tower_parameters(self) -> list[nn.Parameter]:
         """LLaVA reads an inner layer of its vision tower; what follows it has no gradient."""

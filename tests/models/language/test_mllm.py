@@ -202,7 +202,7 @@ def test_the_adapter_sits_on_the_language_model_only(mllm: MLLMPathway) -> None:
     assert all("language_model.layers" in name for name in adapted)
     # d = 64, key and value width 32, inner width 128: rank 2 times (in + out) of each projection
     per_layer = 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
-    assert sum(p.numel() for p in mllm.part_parameters("lora")) == 2 * per_layer
+    assert sum(p.numel() for p in mllm.adapter_parameters()) == 2 * per_layer
     trainable = {n for n, p in mllm.named_parameters() if p.requires_grad}
     assert trainable == adapted
 
@@ -223,7 +223,11 @@ def test_lora_targets_are_anchored_on_the_language_model(name: str, adapted: boo
 
 
 def test_parts_share_no_parameter_and_leave_the_frozen_layers_out(mllm: MLLMPathway) -> None:
-    parts = {p: mllm.part_parameters(p) for p in ("lora", "mllm_vision_tower", "embeddings")}
+    parts = {
+        "lora": mllm.adapter_parameters(),
+        "mllm_vision_tower": mllm.vision_tower_parameters(),
+        "embeddings": mllm.embedding_parameters(),
+    }
     ids = [id(p) for parameters in parts.values() for p in parameters]
     assert len(ids) == len(set(ids)) and all(parts.values())
     size = (mllm.base.config.get_text_config().vocab_size, mllm.hidden_size)
@@ -243,7 +247,7 @@ def test_recomputed_activations_give_the_same_adapter_gradients(mllm_folder: Pat
         batch = mixed_batch(mllm_folder)
         mllm.hidden_states(batch.mllm_inputs, batch.image_slots).square().sum().backward()
         assert len(calls) == 1 + checkpointing
-        gradients.append([p.grad for p in mllm.part_parameters("lora")])
+        gradients.append([p.grad for p in mllm.adapter_parameters()])
     assert all(g is not None for g in gradients[0])
     for stored, recomputed in zip(*gradients, strict=True):
         assert torch.allclose(stored, recomputed, atol=1e-6)
@@ -253,7 +257,7 @@ def test_trained_weights_outside_the_adapter_survive_two_saves(
     mllm_folder: Path, tmp_path: Path
 ) -> None:
     mllm = MLLMPathway.load(str(mllm_folder), lora=LORA._replace(rank=2, alpha=4))
-    for parameter in mllm.part_parameters("embeddings"):
+    for parameter in mllm.embedding_parameters():
         torch.nn.init.normal_(parameter.requires_grad_(True))
     wanted = {k: v.clone() for k, v in mllm.state_dict().items()}
     for name in ("first", "second"):

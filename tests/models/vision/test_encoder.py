@@ -342,7 +342,7 @@ def test_recomputed_language_layers_repeat_their_dropout(mllm_folder: Path) -> N
         hidden = mllm.train().hidden_states(batch.mllm_inputs, batch.image_slots)
         hidden.square().mean().backward()
         assert len(calls) == 1 + checkpointing
-        found.append([hidden.detach(), *(p.grad for p in mllm.part_parameters("lora"))])
+        found.append([hidden.detach(), *(p.grad for p in mllm.adapter_parameters())])
     for stored, recomputed in zip(*found, strict=True):
         assert stored is not None and recomputed is not None
         assert torch.allclose(stored, recomputed, atol=1e-6)

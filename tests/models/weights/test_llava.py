@@ -396,12 +396,12 @@ def test_adapters_fit_and_only_the_language_model_gets_them(original: Original) 
     mllm = MLLMPathway.load(str(original.folder), lora=LORA._replace(rank=2, alpha=4))
     adapted = [n for n, _ in mllm.named_parameters() if ".lora_A" in n]
     assert len(adapted) == 7 * 2 and all("language_model.layers" in n for n in adapted)
-    assert mllm.part_parameters("mllm_vision_tower")
+    assert mllm.vision_tower_parameters()
 
 
 def test_an_export_restores_on_the_original_checkpoint(mistral: Original, tmp_path: Path) -> None:
     mllm = MLLMPathway.load(str(mistral.folder), lora=LORA._replace(rank=2, alpha=4))
-    for parameter in mllm.part_parameters("lora"):
+    for parameter in mllm.adapter_parameters():
         torch.nn.init.normal_(parameter)
     mllm.save(tmp_path / "export", mllm.state_dict())
     restored = MLLMPathway.restore(tmp_path / "export", str(mistral.folder)).state_dict()
