@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from biascare.durable import PARTIAL
+from biascare.models.export_folder import MERGED_FOLDER
 
 RESEARCH_ONLY = (
     "For research on bias-aware segmentation and question answering. Not a medical device: it must "
@@ -38,7 +40,7 @@ def model_card(run: RunFacts, folder: Path) -> str:
         _front_matter(run),
         f"# {run.name}, step {run.step}",
         "BiasCareVL (arXiv 2604.16884), trained with `biascare`, an independent implementation.",
-        _usage(folder.name.removesuffix(PARTIAL), merged),
+        *_usage(folder),
         "## Origin",
         _table(("what", "value"), _origin(run, merged)),
         "## Training data",
@@ -58,7 +60,7 @@ def released_card(source: Path, report: str, folder: Path) -> str:
         f"# {source.name}",
         "BiasCareVL (arXiv 2604.16884): weights of its authors, in the format of `biascare`, an "
         "independent implementation. Nothing was trained here, and nothing evaluated.",
-        _usage(folder.name.removesuffix(PARTIAL), merged=True),
+        *_usage(folder),
         "## Origin",
         f"```\n{report}\n```",
         "## Intended use and limits",
@@ -76,21 +78,43 @@ def _front_matter(run: RunFacts) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
-def _usage(name: str, merged: bool) -> str:
-    lines = [
-        "```python",
-        "from biascare import BiasCareVL",
-        "",
-        f'model = open_network("{name}")[0]',
-        "```",
-    ]
+def _usage(folder: Path) -> Iterator[str]:
+    """How to open an export, whose files are in `folder`; a plain model's pixels come first."""
+    name = folder.name.removesuffix(PARTIAL)
+    size = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vision"]["image_size"]
+    merged = (folder / MERGED_FOLDER).is_dir()
     if merged:
-        lines += [
-            "",
-            "`mllm/` is a plain Hugging Face folder: the language side alone opens with "
-            "`AutoModelForImageTextToText` and `AutoProcessor`.",
-        ]
-    return "\n".join(lines)
+        yield (
+            f"**Outside `biascare`, resize every image to {size} x {size} pixels before the "
+            "processor, whatever its shape**: training did, and the processor alone does not. "
+            f"`{MERGED_FOLDER}/` is a plain Hugging Face folder of the language side:"
+        )
+        yield _PLAIN.format(folder=f"{name}/{MERGED_FOLDER}", size=size)
+        yield "Both pathways, with everything that training did to an image:"
+    yield _OWN.format(folder=name)
+
+
+_OWN = """```python
+from biascare import BiasCareVL
+
+model = BiasCareVL.from_pretrained("{folder}")
+segmentation = model.segment("image.png", "liver", points=[(120, 88)])
+```"""
+
+_PLAIN = """```python
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+processor = AutoProcessor.from_pretrained("{folder}")
+model = AutoModelForImageTextToText.from_pretrained("{folder}")
+image = Image.open("image.png").convert("RGB").resize(({size}, {size}), Image.Resampling.BILINEAR)
+question = [{{"type": "image"}}, {{"type": "text", "text": "Is the liver visible?"}}]
+prompt = processor.apply_chat_template(
+    [{{"role": "user", "content": question}}], add_generation_prompt=True
+)
+inputs = processor(text=[prompt], images=[image], return_tensors="pt")
+tokens = model.generate(**inputs, max_new_tokens=32)
+```"""
 
 
 def _origin(run: RunFacts, merged: bool) -> Iterator[tuple[Any, ...]]:

@@ -1,0 +1,159 @@
+"""What scripts/evaluate.py evaluates and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import save_file
+
+from biascare.evaluation.cases import read_cases
+from biascare.models.export_folder import TrainingFacts, save_network
+from biascare.records import Records
+from biascare.runs.evaluate import EvaluationRequest, evaluate_model, weights_hash
+from tests.tiny import tiny_chat, tiny_model, tiny_record, tiny_record_folder, write_records
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def test_split(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_record_folder(tmp_path_factory.mktemp("split") / "test", 5, "test")
+
+
+@pytest.fixture(scope="module")
+def export(tiny_mllm: Path, tiny_records: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export that was trained on `tiny_records`."""
+    folder = tmp_path_factory.mktemp("evaluated") / "export"
+    facts = TrainingFacts(
+        beta_vl=0.25,
+        mask_prompt=True,
+        prevalence={"liver": "head", "spleen": "tail"},
+        disc_share=0.1,
+        disc_share_by_target={"liver": 0.15},
+        trained_on=[Records(tiny_records).manifest["content_hash"]],
+    )
+    save_network(tiny_model(tiny_mllm), folder, facts=facts)
+    tiny_chat(tiny_mllm).processor.save_pretrained(folder / "processor")
+    return folder
+
+
+def request(model: Path, output: Path, **changes: Any) -> EvaluationRequest:
+    stated: dict[str, Any] = {
+        "model": str(model),
+        "segmentation": [],
+        "language": [],
+        "output": output,
+        "train": [],
+        "prevalence": None,
+        "vision": None,
+        "image_size": 256,
+        "mllm": None,
+        "prompt": "point",
+        "corrections": 1,
+        "batch_size": 4,
+        "num_workers": 0,
+        "max_new_tokens": 3,
+        "limit": 0,
+        "overwrite": False,
+        "allow_trained": False,
+    }
+    return EvaluationRequest(**stated | changes)
+
+
+def test_an_export_brings_groups_discs_and_beta_of_its_training(
+    export: Path, test_split: Path, tmp_path: Path
+) -> None:
+    both = [str(test_split)]
+    summary = evaluate_model(request(export, tmp_path, segmentation=both, language=both))
+    masks = summary["segmentation"]
+    assert set(masks["dice"]["by_prevalence"]) == {"head", "tail", "unseen"}
+    assert {"dice_disc", "dice_disc_by_target", "dice_click_1", "dice_text"} <= set(masks)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == summary
+    header, cases, answers = read_cases(tmp_path / "cases.jsonl")
+    assert header.beta_vl == 0.25 and header.weights == weights_hash(export)
+    assert [row["task"] for row in header.data] == ["segmentation", "language"]
+    u = cases[0].predictions[0].uncertainty
+    joint = 0.25 * u["semantic"] + u["predicted_dice_loss"]
+    assert u["joint_label_free"] == pytest.approx(joint, abs=1e-5)
+    assert len(answers) == summary["answers"]["closed"]["num"] + sum(
+        summary["answers"][kind]["num"] for kind in ("choice", "open")
+    )
+    sheet = np.asarray(Image.open(tmp_path / "contact_sheet.png").convert("RGB"))
+    assert sheet.std() > 20  # pictures, not an empty page
+
+
+def test_records_that_were_trained_on_are_refused_unless_told(
+    export: Path, tiny_records: Path, test_split: Path, tmp_path: Path
+) -> None:
+    trained = request(export, tmp_path, segmentation=[str(tiny_records)], limit=2)
+    with pytest.raises(ValueError, match="is held out, but is trained on too"):
+        evaluate_model(trained)
+    assert not any(tmp_path.iterdir())
+    assert evaluate_model(trained._replace(allow_trained=True))["segmentation"]["num_masks"] > 0
+    named = request(
+        export, tmp_path, segmentation=[str(test_split)], train=[str(test_split)], overwrite=True
+    )
+    with pytest.raises(ValueError, match="is held out, but is trained on too"):
+        evaluate_model(named)
+
+
+def test_folders_without_anything_to_score_are_refused(export: Path, tmp_path: Path) -> None:
+    whole = tiny_record(0, "test")
+    reports = [
+        dataclasses.replace(whole, targets=[], conversations=whole.conversations[-2:], id="tiny/r")
+    ]
+    folder = str(write_records(tmp_path / "reports", reports))
+    with pytest.raises(ValueError, match="holds no masks; leave it out of --segmentation"):
+        evaluate_model(request(export, tmp_path / "out", segmentation=[folder]))
+    with pytest.raises(ValueError, match="holds no questions that are scored"):
+        evaluate_model(request(export, tmp_path / "out", language=[folder]))
+    assert not (tmp_path / "out").exists()
+    # Training folders without masks give no disc, and no error either.
+    masks = str(tiny_record_folder(tmp_path / "test", 2, "test"))
+    bare = request(export, tmp_path / "out", segmentation=[masks], train=[folder])
+    assert "dice_disc" not in evaluate_model(bare)["segmentation"]
+
+
+def test_foreign_weights_are_evaluated_from_boxes(test_split: Path, tmp_path: Path) -> None:
+    state = {k: v.contiguous() for k, v in tiny_model(None).vision.state_dict().items()}
+    save_file(state, tmp_path / "weights.safetensors")
+    summary = evaluate_model(
+        request(
+            tmp_path / "weights.safetensors",
+            tmp_path / "out",
+            vision="tiny",
+            image_size=64,
+            prompt="box",
+            segmentation=[str(test_split)],
+        )
+    )
+    assert "dice_text" not in summary["segmentation"] and "answers" not in summary
+
+
+def test_the_program_goes_on_where_it_was_and_refuses_another_evaluation(
+    export: Path, test_split: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "scripts/evaluate.py", str(export), "--output", str(tmp_path)]
+    command += ["--segmentation", str(test_split), "--limit", "2"]
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *more], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+
+    first = run()
+    assert first.returncode == 0, first.stderr[-2000:]
+    assert "cases, metrics and a contact sheet are in" in first.stdout
+    before = (tmp_path / "cases.jsonl").read_bytes()
+    other = run("--corrections", "2")
+    assert other.returncode == 1
+    assert "holds another evaluation, which differs in settings" in other.stderr
+    assert (tmp_path / "cases.jsonl").read_bytes() == before
