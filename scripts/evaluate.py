@@ -9,12 +9,14 @@
 
 The second form takes foreign vision weights as they are. Writes cases.jsonl, metrics.json and
 contact_sheet.png to the output folder; numbers can be computed again from cases.jsonl without the
-model. The same command goes on where it was interrupted.
+model. The same command goes on where it was interrupted; `deepspeed scripts/evaluate.py` divides
+the work among ranks.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -47,7 +49,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--num-workers", type=int, default=0, help="processes that read (0)")
     add("--max-new-tokens", type=int, default=32, help="of an answer (32)")
     add("--limit", type=int, default=0, help="images and questions; 0: all")
+    add("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     options = parser.parse_args(arguments)
+    del options.local_rank
     if not (options.segmentation or options.language):
         parser.error("nothing to evaluate: name folders after --segmentation or --language")
     return options
@@ -67,6 +71,8 @@ def main() -> None:
         summary = evaluate_model(EvaluationRequest(**vars(options)))
     except ValueError as error:
         sys.exit(str(error))
+    if os.environ.get("RANK", "0") != "0":
+        return
     Console().print(evaluation_table(summary, options.model))
     sheet = " and a contact sheet" if "segmentation" in summary else ""
     print(f"cases, metrics{sheet} are in {options.output}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -39,7 +40,7 @@ from biascare.reports.tables import evaluation_table
 from biascare.runs.origin import git_commit
 from biascare.settings.keys import EvalConfig
 from biascare.training.progress import RunLog
-from biascare.training.ranks import rank
+from biascare.training.ranks import init_process_group, leave_process_group, local_device, rank
 
 CASES = "cases.jsonl"
 
@@ -69,6 +70,8 @@ class EvaluationRequest(NamedTuple):
 def evaluate_model(request: EvaluationRequest) -> dict[str, Any]:
     """Cases, metrics.json and a contact sheet in the output folder; returns the metrics.
 
+    Under a launcher every rank takes a share.
+
     Raises ValueError for folders without anything to score, for records that were trained on, and
     where the output folder holds another evaluation.
     """
@@ -78,6 +81,8 @@ def evaluate_model(request: EvaluationRequest) -> dict[str, Any]:
     )
     check_scored(segmentation, language)
     check_held_out(train, segmentation + language)
+    if "RANK" in os.environ:
+        init_process_group()
     model = open_model(request)
     facts = model.facts
     if facts is not None and not request.allow_trained:
@@ -123,17 +128,18 @@ def evaluate_model(request: EvaluationRequest) -> dict[str, Any]:
             panels = mask_panels(representative_cases(cases.masks), segmentation)
             title = f"{request.model}, held-out records"
             contact_sheet(panels, request.output / "contact_sheet.png", title)
+    leave_process_group()
     return summary
 
 
 def open_model(request: EvaluationRequest) -> BiasCareVL:
     """An export, or foreign vision weights without a language side."""
     if request.vision is None:
-        return BiasCareVL.from_pretrained(request.model, mllm=request.mllm)
+        return BiasCareVL.from_pretrained(request.model, mllm=request.mllm, device=local_device())
     network = build_network(
         vision=request.vision, image_size=request.image_size, vision_weights=request.model
     )
-    return BiasCareVL(network.eval(), None)
+    return BiasCareVL(network.eval().to(local_device()), None)
 
 
 def check_scored(segmentation: Sequence[Records], language: Sequence[Records]) -> None:

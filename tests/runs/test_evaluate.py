@@ -19,6 +19,7 @@ from biascare.models.export_folder import TrainingFacts, save_network
 from biascare.records import Records
 from biascare.runs.evaluate import EvaluationRequest, evaluate_model, weights_hash
 from tests.tiny import tiny_chat, tiny_model, tiny_record, tiny_record_folder, write_records
+from tests.training.training_runs import environment, free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -157,3 +158,31 @@ def test_the_program_goes_on_where_it_was_and_refuses_another_evaluation(
     assert other.returncode == 1
     assert "holds another evaluation, which differs in settings" in other.stderr
     assert (tmp_path / "cases.jsonl").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_two_ranks_write_the_cases_of_one(export: Path, test_split: Path, tmp_path: Path) -> None:
+    """Under DeepSpeed's launcher, through the program."""
+    launcher = Path(sys.executable).with_name("deepspeed")
+    found = {}
+    for name, start in (
+        ("one", [sys.executable]),
+        ("two", [str(launcher), "--num_accelerators", "2", f"--master_port={free_port()}"]),
+    ):
+        command = [*start, "scripts/evaluate.py", str(export), "--output", str(tmp_path / name)]
+        folder = str(test_split)
+        done = subprocess.run(
+            [*command, "--segmentation", folder, "--language", folder, "--batch-size", "1"],
+            cwd=ROOT,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[name] = read_cases(tmp_path / name / "cases.jsonl")
+    one, two = found["one"], found["two"]
+    assert one.header == two.header
+    for mine, theirs in zip(one.masks + one.answers, two.masks + two.answers, strict=True):
+        assert dataclasses.replace(mine, seconds=0) == dataclasses.replace(theirs, seconds=0)
+    assert not list((tmp_path / "two").glob("*.rank*"))
