@@ -32,7 +32,7 @@ from data_prep.mimic.patients import NOBODY, Patient, read_patients
 from data_prep.mimic_cxr import (
     KEYS,
     METADATA,
-    Facts,
+    Acquisition,
     image_path,
     patient_key,
     read_metadata,
@@ -123,7 +123,7 @@ def plan(source: Path, images: Path, mimic_iv: Path | None, task: str) -> list[R
     return releases
 
 
-def _metadata(images: Path) -> dict[str, Facts]:
+def _metadata(images: Path) -> dict[str, Acquisition]:
     if any((images / f"{METADATA}{end}").is_file() for end in ("", ".gz")):
         return read_metadata(images)
     note(f"no {METADATA} in {images}: studies have no date, ages stay unknown")
@@ -143,7 +143,7 @@ def read_items(
     path: Path,
     judged: list[str],
     patients: dict[str, Patient],
-    metadata: dict[str, Facts],
+    metadata: dict[str, Acquisition],
 ) -> Iterator[Item]:
     """Rows of one table."""
     for row in read_table(path, (*KEYS, *judged)):

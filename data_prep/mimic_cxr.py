@@ -110,18 +110,20 @@ def plan(source: Path, reports: Path, mimic_iv: Path | None) -> list[Release]:
     ]
 
 
-class Facts(NamedTuple):
+class Acquisition(NamedTuple):
     """What the metadata table says about an image."""
 
     view: str
     year: int | None
 
 
-def read_metadata(source: Path) -> dict[str, Facts]:
+def read_metadata(source: Path) -> dict[str, Acquisition]:
     """dicom_id -> view and (shifted) year of the study."""
     columns = ("dicom_id", "ViewPosition", "StudyDate")
     rows = read_table(find_table(source, METADATA), columns)
-    return {row["dicom_id"]: Facts(row["ViewPosition"], year_of(row["StudyDate"])) for row in rows}
+    return {
+        row["dicom_id"]: Acquisition(row["ViewPosition"], year_of(row["StudyDate"])) for row in rows
+    }
 
 
 def read_findings(path: Path) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
@@ -148,20 +150,20 @@ def _split(word: str) -> str:
 
 def _item(
     row: dict[str, str],
-    metadata: dict[str, Facts],
+    metadata: dict[str, Acquisition],
     patients: dict[str, Patient],
     findings: dict[str, tuple[tuple[str, ...], tuple[str, ...]]],
 ) -> Item:
-    facts = metadata.get(row["dicom_id"], Facts("", None))
+    acquired = metadata.get(row["dicom_id"], Acquisition("", None))
     patient = patients.get(row["subject_id"], NOBODY)
     present, uncertain = findings.get(row["study_id"], ((), ()))
     return Item(
         dicom_id=row["dicom_id"],
         subject_id=row["subject_id"],
         study_id=row["study_id"],
-        view=facts.view,
+        view=acquired.view,
         sex=patient.sex,
-        age=patient.age_in(facts.year),
+        age=patient.age_in(acquired.year),
         race=patient.race,
         labels=present,
         uncertain=uncertain,

@@ -5,13 +5,13 @@
 FOLDER becomes format 2 and the older one is kept beside it as FOLDER.format1; remove that when you
 have seen the new one work. Nothing is downloaded or prepared again.
 
-Format 1 wrote the options of a choice into the text of its question, "Which organ?", "A: liver",
-"B: spleen" on a line each, and answered "B: spleen". Here, and nowhere else, they are read back from
-it. A choice that cannot be told (two options read the same, so that the answer may mean either) is
-left out and named in FOLDER.format1.skipped.jsonl; more of them than --max-skipped are an error. Of
-facts that stood in `extra["questions"]` each goes to its question. Codes of masks are decoded and
-written again, and the content hash of the older folder is checked on the way: what was damaged does
-not get a checksum that says that it is whole.
+Format 1 wrote the options of a choice into the text of its question, "A: liver" and "B: spleen" on
+lines of their own, and answered "B: spleen". Here, and nowhere else, they are read back out of it.
+A choice that cannot be told (two options read the same, so that the answer may mean either) is left
+out and named in FOLDER.format1.skipped.jsonl; more of them than --max-skipped are an error. Facts
+that stood in `extra["questions"]` go to their questions. Codes of masks are decoded and written
+again, and the content hash of the older folder is checked on the way: what is damaged gets no
+checksum that says that it is whole.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _convert(
             try:
                 part.write(record_of(row, ledger))
             except ValueError as error:
-                raise ValueError(f"{folder}, record {row['id']!r}: {error}") from error
+                raise ValueError(f"{folder}, {row['id']}: {error}") from error
         if digest.hexdigest() != manifest["content_hash"]:
             raise ValueError(
                 f"{folder}: the rows are not those its manifest was written for; copy the folder "

@@ -1,5 +1,8 @@
 """Writing a record folder: by one process, or by many whose parts are joined.
 
+A converter of a release describes it to `data_prep/pipeline/shards.py`, which writes parts in many
+processes and joins them; `RecordWriter` is for what is made in one go, as the embedded data are.
+
     with RecordWriter(folder, source="btcv", split="train", version="1", licence="...") as writer:
         writer.write(Record(id="btcv/1", image=png_bytes, height=512, width=512, ...))
 
@@ -58,7 +61,7 @@ class Part(NamedTuple):
     num_rows: int
     files: list[str]  # Arrow files, in order of rows
     counts: dict[str, dict[str, int]]  # histogram -> value -> number
-    facts: dict[str, Any]  # what the writer noted beside the rows
+    notes: dict[str, Any]  # what the writer noted beside the rows
 
 
 class PartWriter:
@@ -102,8 +105,8 @@ class PartWriter:
             self._counts[name].update(values(row))
         self._append(row)
 
-    def close(self, **facts: Any) -> None:
-        """Bring everything to disk; the facts (JSON) come back from `read_part`."""
+    def close(self, **notes: Any) -> None:
+        """Bring everything to disk; the notes (JSON) come back from `read_part`."""
         self._close_file()
         np.save(self.folder / ID_HASHES, np.array(self._id_hashes, dtype=np.uint64))
         digests = np.frombuffer(bytes(self._digests), dtype=np.uint8).reshape(-1, 32)
@@ -113,7 +116,7 @@ class PartWriter:
             "num_rows": len(self),
             "files": self._names,
             "counts": self._counts,
-            "facts": facts,
+            "notes": notes,
         }
         write_json(self.folder / PART, part)
         flush(self.folder)
@@ -148,7 +151,7 @@ def read_part(folder: Path) -> Part:
     """A complete part. Raises FileNotFoundError when there is none, ValueError when damaged."""
     try:
         part = json.loads((folder / PART).read_text(encoding="utf-8"))
-        return Part(folder, part["num_rows"], part["files"], part["counts"], part["facts"])
+        return Part(folder, part["num_rows"], part["files"], part["counts"], part["notes"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} is damaged ({error}); remove it and start again") from error
 

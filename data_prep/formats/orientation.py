@@ -7,13 +7,14 @@ them keeps left and right apart, so nothing here is guessed: each entry says wha
 
 from __future__ import annotations
 
-import difflib
 import io
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+
+from biascare.choices import did_you_mean
 
 
 class Orientation(NamedTuple):
@@ -96,11 +97,10 @@ def parse_overrides(items: list[str]) -> dict[str, str]:
     for item in items:
         name, separator, turn = item.partition("=")
         if not (name and separator) or turn not in TURNS:
-            near = difflib.get_close_matches(turn, TURNS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            near = did_you_mean(turn, TURNS)
             raise ValueError(
                 f"--orientation takes NAME=TURN with TURN one of {', '.join(TURNS)}; "
-                f"got {item!r}{hint}"
+                f"got {item!r}{near}"
             )
         overrides[name] = turn
     return overrides

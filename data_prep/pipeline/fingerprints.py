@@ -81,9 +81,10 @@ def sources_of(path: Path, known: Iterable[Path] = ()) -> set[Path]:
         if isinstance(node, ast.ImportFrom) and node.module:
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         for name in names:
-            imported = PROJECT / f"{name.replace('.', '/')}.py"
-            if imported not in found and imported.is_file():
-                found |= sources_of(imported, found)
+            module = PROJECT / name.replace(".", "/")
+            for imported in (module.with_suffix(".py"), module / "__init__.py"):
+                if imported not in found and imported.is_file():
+                    found |= sources_of(imported, found)
     return found
 
 

@@ -11,7 +11,6 @@ UnusableItemError, which ends in the ledger.
 from __future__ import annotations
 
 import csv
-import difflib
 import gzip
 import io
 import json
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple
 from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 
+from biascare.choices import did_you_mean
 from biascare.records import MAX_IMAGE_PIXELS
 from data_prep.pipeline.shards import UnusableItemError
 
@@ -76,8 +76,7 @@ def find_file(folder: Path, *names: str) -> Path:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; --source is the folder of the raw release")
     present = sorted(path.name for path in folder.iterdir())
-    near = difflib.get_close_matches(names[0], present, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else f"; it holds {present[:8]}"
+    hint = did_you_mean(names[0], present) or f"; it holds {present[:8]}"
     raise ValueError(f"{folder} has no {' or '.join(names)}{hint} See --help for the layout")
 
 
@@ -121,9 +120,8 @@ def read_numbered(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dic
 def _check_columns(path: Path, found: Sequence[str], expected: Sequence[str]) -> None:
     missing = [name for name in expected if name not in found]
     if missing:
-        near = difflib.get_close_matches(missing[0], found, n=1)
-        hint = f"; did the release rename {missing[0]!r} to {near[0]!r}?" if near else ""
-        raise ValueError(f"{path} lacks the columns {missing}; it has {list(found)}{hint}")
+        near = did_you_mean(missing[0], found)
+        raise ValueError(f"{path} lacks the columns {missing}; it has {list(found)}{near}")
 
 
 def number_of(text: str, where: str) -> float:

@@ -289,7 +289,7 @@ def _convert_shards(args: argparse.Namespace, plan: Plan, crew: Crew, console: C
     with ShardBar(plan.name, total, total - ahead, console) as bar:
         for task in crew.completed(tasks, bar.in_flight):
             bar.complete(len(task.release.items))
-            num_skipped += read_part(task.folder).facts["num_skipped"]
+            num_skipped += read_part(task.folder).notes["num_skipped"]
             if num_skipped > allowed:
                 break  # whatever the rest holds, the limit is passed
     if num_skipped > allowed:
@@ -326,9 +326,9 @@ def _check_ledger(
 ) -> dict[str, int]:
     """Write the ledger of the whole release and hold it against the limit; returns the counts."""
     names = ("num_items", "num_skipped", "num_left_out")
-    facts = {name: sum(part.facts[name] for part in parts) for name in names}
+    facts = {name: sum(part.notes[name] for part in parts) for name in names}
     path = ledger_path(plan.folder)
-    merge_ledgers([part.folder / SKIPPED for part in parts if part.facts["num_skipped"]], path)
+    merge_ledgers([part.folder / SKIPPED for part in parts if part.notes["num_skipped"]], path)
     num_items -= facts["num_left_out"]
     check_skipped(path, num_items=num_items, limit=max_skipped)
     return facts

@@ -132,9 +132,12 @@ def set_first(**changes: Any) -> Callable[[list[dict[str, Any]]], None]:
     return lambda rows: rows[0].update(changes)
 
 
-def turns(*texts: str, kind: str = "closed") -> list[dict[str, str]]:
+def turns(*texts: str, kind: str = "closed", **asked: Any) -> list[dict[str, Any]]:
+    """Stored turns; `asked` are options and facts (JSON) of the first."""
+    plain = {"kind": kind, "options": [], "facts": "{}"}
     roles = ("user", "assistant")
-    return [{"role": roles[i % 2], "text": t, "kind": kind} for i, t in enumerate(texts)]
+    stored = [{"role": roles[i % 2], "text": text} | plain for i, text in enumerate(texts)]
+    return [stored[0] | asked, *stored[1:]]
 
 
 def target(name: str, mask: np.ndarray) -> dict[str, Any]:
@@ -174,6 +177,7 @@ OTHER_SIZE = np.ones((HEIGHT + 1, WIDTH), np.bool_)
         (set_first(image=rotated_jpeg()), {"image-rotated-by-tag"}),
         (set_first(image=constant_under_the_mask()), {"mask-on-constant"}),
         (set_first(targets=[target("right kidney", OTHER_SIZE)]), {"mask-code"}),
+        (set_first(targets=[{"name": "left kidney", "rle": b"0" * 23 + b"P"}]), {"mask-code"}),
         (set_first(targets=[target("left kidney", EMPTY)]), {"mask-empty"}),
         (set_first(targets=[target("left kidney", ANYWHERE)] * 2), {"target-twice"}),
         (set_first(conversations=turns("Is it?", "Yes.")), {"closed-answer-spelling"}),
@@ -182,6 +186,9 @@ OTHER_SIZE = np.ones((HEIGHT + 1, WIDTH), np.bool_)
         (set_first(conversations=turns("Where?", "here ", kind="open")), {"text-edges"}),
         (set_first(conversations=turns("Where?", "here", kind="opne")), {"turns"}),
         (set_first(conversations=turns("Is it?")), {"turns", "units"}),
+        (set_first(conversations=turns("?", "a", kind="choice", options=["A"])), {"options-facts"}),
+        (set_first(conversations=turns("?", "a", kind="open", options=["a"])), {"options-facts"}),
+        (set_first(conversations=turns("?", "no", facts='{"id": "7"}')), {"options-facts"}),
         (set_first(age=-1.0), {"age-impossible"}),
         (set_first(age=1953.0), {"age-impossible"}),
         (set_first(age=float("nan")), {"age-impossible"}),
@@ -199,9 +206,18 @@ def test_each_kind_of_damage_is_found(
     report = check(damage(folder_of(tmp_path, "train"), change))
     found = codes(report)
     assert expected <= found.keys(), found
-    assert found.keys() <= expected | {"content-hash", "manifest-counts"}
+    assert found.keys() <= expected | {"content-hash", "manifest-counts", "checksum"}
     for finding in report.findings:
         assert finding.examples and finding.level == CODES[finding.code][0]
+
+
+def test_an_altered_image_or_mask_is_named_by_its_checksum(tmp_path: Path) -> None:
+    altered = set_first(image=encoded_png(scene(9)), targets=[target("left kidney", ANYWHERE)])
+    found = {f.code: f for f in check(damage(folder_of(tmp_path, "train"), altered)).findings}
+    assert (found["checksum"].num, found["checksum"].level) == (1, "error")
+    assert "record 'tiny/train/0': its image or masks were altered" in found["checksum"].examples[0]
+    reworded = set_first(conversations=turns("Is it so?", "no"))
+    assert "checksum" not in codes(check(damage(folder_of(tmp_path, "test"), reworded)))
 
 
 def test_a_saturated_structure_is_not_taken_for_a_misplaced_mask(tmp_path: Path) -> None:
@@ -387,6 +403,24 @@ def test_the_same_answer_in_other_spelling_and_other_reports_are_no_contradictio
     talk += asks(("Describe it.", "All is well."), ("Describe it.", "No finding."), kind="report")
     record = sound_record(0, "train", conversations=talk)
     assert codes(check(folder_of(tmp_path, "train", [record]))) == {}
+
+
+def test_a_choice_among_other_options_is_another_question_and_their_order_does_not_matter(
+    tmp_path: Path,
+) -> None:
+    def choice(answer: str, *options: str) -> list[Turn]:
+        asked = Turn("user", "Which is shown?", "choice", options)
+        return [asked, Turn("assistant", answer, "choice")]
+
+    other = [*choice("liver", "liver", "lung"), *choice("spleen", "spleen", "lung")]
+    record = sound_record(0, "train", conversations=other)
+    assert codes(check(folder_of(tmp_path / "a", "train", [record]))) == {}
+    same = [*choice("liver", "liver", "lung"), *choice("lung", "Lung", "lung", "liver")]
+    record = sound_record(0, "train", conversations=same)
+    assert codes(check(folder_of(tmp_path / "b", "train", [record]))) == {}
+    turned = [*choice("liver", "liver", "lung"), *choice("lung", "lung", "liver")]
+    record = sound_record(0, "train", conversations=turned)
+    assert codes(check(folder_of(tmp_path / "c", "train", [record]))) == {"answers-differ": 2}
 
 
 # ---------------------------------------------------------------- sources that share images

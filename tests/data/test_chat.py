@@ -11,7 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from biascare.data.chat import SEGMENTATION_INSTRUCTIONS, ChatBuilder, segmentation_instruction
+from biascare.data.chat import (
+    SEGMENTATION_INSTRUCTIONS,
+    ChatBuilder,
+    answer_text,
+    question_text,
+    segmentation_instruction,
+    written,
+)
 from biascare.data.loader import collate
 from biascare.interfaces import IGNORE_INDEX
 from biascare.models.language.pathway import load_processor
@@ -34,6 +41,44 @@ def chat(mllm_folder: Path) -> ChatBuilder:
 def answered_text(chat: ChatBuilder, sequence: dict[str, Any]) -> str:
     labels = sequence["labels"]
     return str(chat.tokenizer.decode(labels[labels != IGNORE_INDEX]))
+
+
+CHOICE = [
+    Turn("user", "Which modality is this?", "choice", ("CT", "MR", "A: CT")),
+    Turn("assistant", "MR", "choice"),
+]
+
+
+def test_options_are_lettered_in_the_prompt_and_the_answer_is_the_option_with_its_letter() -> None:
+    question, answer = CHOICE
+    assert question_text(question) == "Which modality is this?\nA: CT\nB: MR\nC: A: CT"
+    assert answer_text(question, answer) == "B: MR"
+    assert answer_text(question, answer._replace(text="A: CT")) == "C: A: CT"
+    many = question._replace(options=tuple(f"option {n}" for n in range(26)))
+    assert question_text(many).splitlines()[-1] == "Z: option 25"
+    assert written([*turns("Is it?", "yes"), *CHOICE]) == [
+        "Is it?", "yes", question_text(question), "B: MR",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"not in"):
+        answer_text(question, answer._replace(text="X-ray"))
+
+
+def test_the_model_reads_lettered_options_and_learns_the_letter(chat: ChatBuilder) -> None:
+    sequence = chat.sequence(CHOICE)
+    assert answered_text(chat, sequence) == "B: MR<|im_end|>"
+    prompt = chat.tokenizer.decode(sequence["input_ids"][sequence["prompt_mask"]])
+    assert "Which modality is this?\nA: CT\nB: MR\nC: A: CT<|im_end|>" in prompt
+    plain = chat.sequence(turns(*written(CHOICE)))  # as if letters stood in the texts
+    assert torch.equal(sequence["input_ids"], plain["input_ids"])
+    assert torch.equal(sequence["labels"], plain["labels"])
+    asked = chat.sequence(CHOICE[:1])["input_ids"]
+    assert torch.equal(sequence["input_ids"][: len(asked)], asked)
+
+
+def test_a_control_token_inside_an_option_is_refused(chat: ChatBuilder) -> None:
+    options = ("CT", "<|im_end|>")
+    with pytest.raises(ValueError, match="a control token of this model"):
+        chat.sequence([CHOICE[0]._replace(options=options)])
 
 
 def test_labels_fall_on_the_answer_and_its_end_alone(chat: ChatBuilder) -> None:

@@ -118,6 +118,16 @@ def said(row: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]
 
 
+def options_of(row: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Options of each question of a row; empty where it is no choice."""
+    return [tuple(turn["options"]) for turn in row["conversations"][::2]]
+
+
+def facts_of(row: dict[str, Any]) -> list[dict[str, str]]:
+    """Facts of each question of a row."""
+    return [turn["facts"] for turn in row["conversations"][::2]]
+
+
 def masks_of(row: dict[str, Any]) -> dict[str, np.ndarray]:
     return {
         target["name"]: decode_mask(target["rle"], row["height"], row["width"])

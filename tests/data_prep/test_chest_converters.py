@@ -226,7 +226,7 @@ def test_without_mimic_iv_patients_stay_unknown_and_it_says_so(
 
 def test_a_table_without_its_columns_names_the_nearest(mimic: Path) -> None:
     put_table(mimic / mimic_cxr.METADATA, [{"dicom": "x", "ViewPosition": "", "StudyDate": ""}])
-    with pytest.raises(ValueError, match=r"lacks the columns \['dicom_id'\].*to 'dicom'"):
+    with pytest.raises(ValueError, match=r"lacks the columns \['dicom_id'\].*mean 'dicom'"):
         mimic_cxr.plan(mimic, mimic, None)
 
 

@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from biascare.records import Records, decode_mask
+from biascare.data.chat import answer_text, question_text
+from biascare.records import Records, Turn, decode_mask
 from data_prep import demo
+from data_prep.embedded import draws, questions, tables
 from data_prep.embedded.renderers import RENDERERS, Look, Rendering, render
 
 
@@ -48,8 +50,12 @@ def _masks(row: dict) -> dict[str, np.ndarray]:
 
 
 def _pairs(row: dict) -> list[tuple[str, str, str]]:
-    turns = row["conversations"]
-    return [(q["kind"], q["text"], a["text"]) for q, a in zip(turns[::2], turns[1::2], strict=True)]
+    """Kind, question and answer as a language model reads them."""
+    turns = [Turn(**turn) for turn in row["conversations"]]
+    return [
+        (asked.kind, question_text(asked), answer_text(asked, answered))
+        for asked, answered in zip(turns[::2], turns[1::2], strict=True)
+    ]
 
 
 def _mask_with(left: int, right: int) -> np.ndarray:
@@ -60,22 +66,22 @@ def _mask_with(left: int, right: int) -> np.ndarray:
     return mask
 
 
-def _facts(seed: int, modality: str) -> demo.Facts:
+def _facts(seed: int, modality: str) -> questions.Observation:
     """Facts of one image as drawn from the tables, with made-up sizes; nothing is rendered."""
-    patient = demo.draw_patient(seed, "train", modality, 0)
-    truth = demo.draw_truth(seed, demo.Case(patient, 1), "none")
+    patient = draws.draw_patient(seed, "train", modality, 0)
+    truth = draws.draw_truth(seed, draws.Case(patient, 1), "none")
     rng = np.random.default_rng(seed)
     shares = {name: float(rng.uniform(0.001, 0.3)) for name in truth.present}
     sides = {name: (None, "left", "right")[rng.integers(3)] for name in shares}
-    return demo.Facts(modality, shares, sides)
+    return questions.Observation(modality, shares, sides)
 
 
-def _cases(size: str, seed: int = 0) -> list[demo.Case]:
-    return demo.plan(size, seed, "train")
+def _cases(size: str, seed: int = 0) -> list[draws.Case]:
+    return draws.plan(size, seed, "train")
 
 
 def test_same_seed_gives_the_same_bytes_whatever_the_order(folder: Path) -> None:
-    cases = demo.plan("tiny", 3, "val")
+    cases = draws.plan("tiny", 3, "val")
     again = {r.id: r for r in (demo.make_record(c, 3, "both", 128) for c in reversed(cases))}
     for row in _rows(folder, "val"):
         assert row["image"] == again[row["id"]].image
@@ -92,7 +98,7 @@ def test_another_seed_gives_other_images() -> None:
 def test_no_patient_occurs_in_two_splits_or_modalities() -> None:
     home: dict[str, set[tuple[str, str]]] = {}
     for split in ("train", "val", "test"):
-        for case in demo.plan("small", 0, split):
+        for case in draws.plan("small", 0, split):
             row = case.patient
             name = f"{row.split}-{row.modality}-{row.number}"
             home.setdefault(name, set()).add((split, row.modality))
@@ -108,15 +114,15 @@ def test_patients_have_one_to_three_images_and_constant_attributes() -> None:
 
 @pytest.mark.parametrize("size", ["tiny", "small"])
 def test_every_split_has_its_size_and_every_modality(size: str) -> None:
-    for split, num_images in demo.NUM_IMAGES[size].items():
-        modalities = Counter(case.patient.modality for case in demo.plan(size, 0, split))
+    for split, num_images in tables.NUM_IMAGES[size].items():
+        modalities = Counter(case.patient.modality for case in draws.plan(size, 0, split))
         assert sum(modalities.values()) == num_images
-        assert set(modalities) == set(demo.AVAILABILITY)
+        assert set(modalities) == set(tables.AVAILABILITY)
 
 
 def test_modality_counts_follow_the_availability_table() -> None:
     # 1193 images beyond one each: xray 1 + 274.39, endoscopy 1 + 47.72 rounded up.
-    quota = demo._quota(1200)
+    quota = draws._quota(1200)
     assert quota["ct"] == 359
     assert quota["xray"] == 275
     assert quota["endoscopy"] == 49
@@ -124,10 +130,10 @@ def test_modality_counts_follow_the_availability_table() -> None:
 
 
 def test_tables_are_consistent() -> None:
-    assert set(demo.TARGETS) == set(demo.AVAILABILITY) == set(demo.ANATOMY) == set(RENDERERS)
-    assert sum(demo.AVAILABILITY.values()) == pytest.approx(1)
-    assert sum(demo.RACE_SHARES.values()) == pytest.approx(1)
-    for targets in demo.TARGETS.values():
+    assert set(tables.TARGETS) == set(tables.AVAILABILITY) == set(tables.ANATOMY) == set(RENDERERS)
+    assert sum(tables.AVAILABILITY.values()) == pytest.approx(1)
+    assert sum(tables.RACE_SHARES.values()) == pytest.approx(1)
+    for targets in tables.TARGETS.values():
         names = list(targets)
         for name, target in targets.items():
             assert all(names.index(organ) < names.index(name) for organ in target.needs)
@@ -135,16 +141,16 @@ def test_tables_are_consistent() -> None:
 
 @pytest.mark.parametrize("modality", ["ct", "mri", "endoscopy"])
 def test_each_target_is_as_frequent_as_its_table_says(modality: str) -> None:
-    patients = [demo.draw_patient(1, "train", modality, number) for number in range(700)]
-    shown = [demo.draw_truth(1, demo.Case(patient, 2), "none").present for patient in patients]
-    for name, target in demo.TARGETS[modality].items():
+    patients = [draws.draw_patient(1, "train", modality, number) for number in range(700)]
+    shown = [draws.draw_truth(1, draws.Case(patient, 2), "none").present for patient in patients]
+    for name, target in tables.TARGETS[modality].items():
         possible = [p for p in shown if not target.needs or set(target.needs) & set(p)]
         rate = np.mean([name in present for present in possible])
         assert rate == pytest.approx(target.prevalence, abs=0.06), name
 
 
 def test_targets_are_long_tailed_in_the_training_split() -> None:
-    truths = [demo.draw_truth(0, case, "none") for case in _cases("small")]
+    truths = [draws.draw_truth(0, case, "none") for case in _cases("small")]
     counts = Counter(name for truth in truths for name in truth.present)
     ordered = [count for _, count in counts.most_common()]
     assert len(ordered) == 28
@@ -158,8 +164,8 @@ def _prevalence_gap(bias: str, split: str) -> tuple[float, float]:
     """Share of brain tumors among the images of women and of men, of 500 patients."""
     found: dict[str, list[int]] = {"F": [], "M": []}
     for number in range(500):
-        patient = demo.draw_patient(0, split, "mri", number)
-        present = demo.draw_truth(0, demo.Case(patient, 1), bias).present
+        patient = draws.draw_patient(0, split, "mri", number)
+        present = draws.draw_truth(0, draws.Case(patient, 1), bias).present
         found[patient.sex].append("brain tumor" in present)
     return float(np.mean(found["F"])), float(np.mean(found["M"]))
 
@@ -175,13 +181,13 @@ def test_planted_prevalence_is_in_the_training_split_and_absent_without_bias() -
 
 def test_planted_appearance_follows_race_and_age_and_is_absent_without_bias() -> None:
     for number in range(300):
-        patient = demo.draw_patient(0, "test", "ct", number)
-        case = demo.Case(patient, 1)
-        truth = demo.draw_truth(0, case, "both")
+        patient = draws.draw_patient(0, "test", "ct", number)
+        case = draws.Case(patient, 1)
+        truth = draws.draw_truth(0, case, "both")
         assert truth.contrast == (0.5 if patient.race == "group C" else 1.0)
         assert truth.noise == (2.0 if patient.age >= 60 else 1.0)
         for bias in ("none", "prevalence"):
-            plain = demo.draw_truth(0, case, bias)
+            plain = draws.draw_truth(0, case, bias)
             assert (plain.contrast, plain.noise) == (1.0, 1.0)
 
 
@@ -194,7 +200,7 @@ def test_without_bias_attributes_do_not_reach_the_image() -> None:
 
 
 def test_appearance_bias_leaves_masks_and_answers_alone(folder: Path) -> None:
-    for case in demo.plan("tiny", 3, "test"):
+    for case in draws.plan("tiny", 3, "test"):
         plain = demo.make_record(case, 3, "none", 64)
         biased = demo.make_record(case, 3, "appearance", 64)
         assert plain.conversations == biased.conversations
@@ -207,7 +213,7 @@ def test_planted_bias_file_states_what_was_planted(folder: Path) -> None:
     assert [e["attribute"] for e in planted["effects"]] == ["sex", "race", "age"]
     women = sum(row["sex"] == "F" for row in _rows(folder, "train"))
     assert planted["effects"][0]["images_in_group"]["train"] == women
-    assert demo.planted_bias({"train": []}, 0, "none")["effects"] == []
+    assert draws.planted_bias({"train": []}, 0, "none")["effects"] == []
 
 
 def test_masks_are_never_empty_and_findings_lie_in_their_organ(folder: Path) -> None:
@@ -234,7 +240,7 @@ def test_a_finding_smaller_than_a_pixel_keeps_a_pixel_near_the_brain(
 
 @pytest.mark.parametrize("modality", list(RENDERERS))
 def test_every_renderer_draws_everything_in_its_table(modality: str) -> None:
-    present = {name: target.radius for name, target in demo.TARGETS[modality].items()}
+    present = {name: target.radius for name, target in tables.TARGETS[modality].items()}
     for seed in range(3):
         rng = np.random.default_rng(seed)
         rendering = render(modality, rng, 96, present, Look(1.0, 1.0, rng.random(4)))
@@ -258,7 +264,7 @@ def test_side_is_nine_tenths_of_the_pixels_in_the_frame_of_the_modality() -> Non
     def side(modality: str, left: int, right: int) -> str | None:
         image = np.zeros((8, 8, 3), np.uint8)
         rendering = Rendering(image, {"target": _mask_with(left, right)})
-        return demo.observe(modality, rendering).sides["target"]
+        return questions.observe(modality, rendering).sides["target"]
 
     assert side("fundus", 9, 1) == "left"
     assert side("fundus", 1, 9) == "right"
@@ -286,7 +292,7 @@ def test_side_answers_agree_with_the_centroid_of_the_mask(folder: Path) -> None:
 
 
 def test_presence_answers_agree_with_the_masks(folder: Path) -> None:
-    names = {name for targets in demo.TARGETS.values() for name in targets}
+    names = {name for targets in tables.TARGETS.values() for name in targets}
     num_checked = 0
     for row in _all_rows(folder):
         masks = _masks(row)
@@ -319,50 +325,63 @@ def test_questions_have_the_stated_form(folder: Path) -> None:
 
 def test_yes_is_half_of_the_answers_for_every_question_type_and_finding() -> None:
     answers: dict[str, list[bool]] = {}
-    for modality in demo.TARGETS:
-        patient = demo.draw_patient(0, "train", modality, 0)
-        prevalence = demo.expected_prevalence(patient, "none")
+    for modality in tables.TARGETS:
+        patient = draws.draw_patient(0, "train", modality, 0)
+        prevalence = draws.expected_prevalence(patient, "none")
         for seed in range(700):
             rng = np.random.default_rng([seed, 1])
             facts = _facts(seed, modality)
-            asked = [*demo._ask_finding(rng, facts, prevalence), demo._ask_modality(rng, facts)]
-            if demo._structures(facts):
-                asked.append(demo._ask_visible(rng, facts))
-            for (_, question, answer), task in zip(asked[::-1], "vms", strict=False):
-                finding = [n for n in prevalence if n in question]
-                answers.setdefault(max(finding, key=len, default=task), []).append(answer == "yes")
+            asked = [
+                *questions._ask_finding(rng, facts, prevalence),
+                questions._ask_modality(rng, facts),
+            ]
+            if questions._structures(facts):
+                asked.append(questions._ask_visible(rng, facts))
+            for (question, _), task in zip(asked[::-1], "vms", strict=False):
+                finding = [n for n in prevalence if n in question.text]
+                name = max(finding, key=len, default=task)
+                answers.setdefault(name, []).append(question.answer == "yes")
     common = {name: np.mean(values) for name, values in answers.items() if len(values) > 150}
     assert {"liver lesion", "pneumothorax", "brain tumor", "v", "m"} <= set(common)
     assert all(abs(share - 0.5) < 0.12 for share in common.values()), common
 
 
-def test_no_option_letter_is_favoured() -> None:
-    letters = Counter(
-        demo._choice(np.random.default_rng(seed), _facts(seed, "ct"))[2][0] for seed in range(800)
-    )
-    assert all(150 < letters[letter] < 250 for letter in "ABCD"), letters
+def test_no_place_among_the_options_is_favoured() -> None:
+    asked = (questions._choice(np.random.default_rng(k), _facts(k, "ct"))[0] for k in range(800))
+    places = Counter(question.options.index(question.answer) for question in asked)
+    assert all(150 < places[place] < 250 for place in range(4)), places
+
+
+def test_every_question_says_which_of_the_phrasings_it_is(folder: Path) -> None:
+    asked = [t for row in _all_rows(folder) for t in row["conversations"] if t["role"] == "user"]
+    assert {turn["facts"]["question_type"] for turn in asked} == set(questions.PHRASES)
+    choices = [turn for turn in asked if turn["kind"] == "choice"]
+    names = {"modality", "finding", "which structure"}
+    assert {turn["facts"]["question_type"] for turn in choices} == names
 
 
 def test_report_names_size_and_side_of_each_finding() -> None:
-    facts = demo.Facts(
+    facts = questions.Observation(
         "ct",
         {"aorta": 0.01, "kidney stone": 0.001, "liver": 0.2, "liver lesion": 0.03},
         {"aorta": None, "kidney stone": "left", "liver": "right", "liver lesion": None},
     )
-    assert demo.report(facts) == (
+    assert questions.report(facts) == (
         "ct of the abdomen showing the aorta and liver. there is a small kidney stone "
         "on the patient's left side and a medium liver lesion."
     )
-    healthy = demo.Facts("dermoscopy", {}, {})
-    assert demo.report(healthy) == "dermoscopy of the skin. no finding is seen."
+    healthy = questions.Observation("dermoscopy", {}, {})
+    assert questions.report(healthy) == "dermoscopy of the skin. no finding is seen."
 
 
 def test_the_vocabulary_is_small_enough_for_a_tiny_language_model() -> None:
     words: set[str] = set()
-    for modality in demo.TARGETS:
-        prevalence = demo.expected_prevalence(demo.draw_patient(0, "val", modality, 0), "none")
+    for modality in tables.TARGETS:
+        prevalence = draws.expected_prevalence(draws.draw_patient(0, "val", modality, 0), "none")
         for seed in range(80):
-            turns = demo.converse(np.random.default_rng(seed), _facts(seed, modality), prevalence)
+            turns = questions.converse(
+                np.random.default_rng(seed), _facts(seed, modality), prevalence
+            )
             for turn in turns:
                 words |= set(re.findall(r"[A-Za-z'-]+|[^\sA-Za-z]", turn.text))
     assert 60 < len(words) < 250, len(words)
@@ -391,5 +410,5 @@ def test_an_unknown_modality_is_refused_by_name() -> None:
 
 
 def test_the_program_reports_errors_without_a_traceback(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="unknown size"):
+    with pytest.raises(SystemExit, match="size: got 'huge', expected one of tiny, small, large"):
         demo.main(["--output", str(tmp_path), "--size", "huge"])

@@ -106,12 +106,13 @@ def test_columns_may_have_other_names_and_attributes_are_canonical(tmp_path: Pat
 def test_the_answer_of_a_choice_is_a_letter_or_a_text(answer: str) -> None:
     found = question_in(row(answer=answer, A="the liver", B="the spleen", C="the aorta"))
     assert found.kind == "choice"
-    assert found.text == "q?\nA: the liver\nB: the spleen\nC: the aorta"
-    assert found.answer == "B: the spleen"
+    assert (found.text, found.options) == ("q?", ("the liver", "the spleen", "the aorta"))
+    assert found.answer == "the spleen"
 
 
 def test_a_letter_that_is_the_text_of_an_option_means_the_text() -> None:
-    assert question_in(row(answer="A", A="B", B="A")).answer == "B: A"
+    assert question_in(row(answer="A", A="B", B="A")).answer == "A"
+    assert question_in(row(answer="B", A="x", B="y")).answer == "y"
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_a_letter_that_is_the_text_of_an_option_means_the_text() -> None:
         ({"answer": "x", "A": "x", "C": "y"}, "leave out a letter"),
         ({"answer": ""}, "question or answer is empty"),
         ({"answer": " ", "kind": "report"}, "question or answer is empty"),
-        ({"answer": "x", "kind": "essay"}, "kind 'essay' is none of closed, open, choice, report"),
+        ({"answer": "x", "kind": "essay"}, "got 'essay', expected one of closed, open, choice"),
     ],
 )
 def test_a_row_that_is_no_question_says_why(values: dict[str, str], message: str) -> None:
@@ -134,7 +135,7 @@ def test_a_row_that_is_no_question_says_why(values: dict[str, str], message: str
 def test_a_report_keeps_its_lines_and_a_stated_kind_wins() -> None:
     found = question_in(row(answer="FINDINGS: x\n\nIMPRESSION: y", kind="report"))
     assert (found.answer, found.kind) == ("FINDINGS: x\n\nIMPRESSION: y", "report")
-    assert question_in(row(answer="Yes", kind="open")) == ("q?", "Yes", "open")
+    assert question_in(row(answer="Yes", kind="open")) == ("q?", "Yes", "open", ())
 
 
 def test_bad_rows_are_in_the_ledger_and_good_ones_of_the_same_image_are_used(
@@ -281,3 +282,18 @@ def test_tables_that_are_none_say_what_is_missing(tmp_path: Path) -> None:
     path.write_text("[1, 2\n")
     with pytest.raises(ValueError, match=r"t\.jsonl:1 is not JSON"):
         run(path, images, tmp_path / "out")
+
+
+def test_columns_that_are_facts_of_the_question_are_kept_with_it(tmp_path: Path) -> None:
+    images = make_images(tmp_path / "img", "a.png")
+    rows = [
+        (*COLUMNS, "A", "B", "question_type", "kind of phrase"),
+        ("a.png", "Which?", "B", "heart", "lung", "organ", "freeform"),
+        ("a.png", "Is it?", "no", "", "", "", ""),
+    ]
+    path = write_csv(tmp_path / "t.csv", rows)
+    more = ("--column", "phrase_type=kind of phrase")
+    found = Records(run(path, images, tmp_path / "out", *more) / "train")[0]["conversations"]
+    assert found[0]["options"] == ("heart", "lung") and found[1]["text"] == "lung"
+    assert found[0]["facts"] == {"question_type": "organ", "phrase_type": "freeform"}
+    assert found[2]["facts"] == {}

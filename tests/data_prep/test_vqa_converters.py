@@ -17,7 +17,9 @@ from PIL import Image
 from biascare.records import Records
 from data_prep import pathvqa, pmc_vqa, pubmedvision, slake, vqa_rad
 from tests.data_prep.raw_releases import (
+    facts_of,
     masks_of,
+    options_of,
     picture,
     put,
     put_json,
@@ -103,10 +105,17 @@ def test_vqa_rad_original_keeps_the_official_questions_once(
     assert (first["modality"], first["task"]) == ("radiology", "vqa")
     assert first["study_id"] == "medpix/48e1dd0e-8552"
     assert first["image"] == picture(1)
-    assert [fact["qid"] for fact in first["extra"]["questions"]] == [1, 2]
+    assert facts_of(first)[0] == {
+        "qid": "1", "official_split": "train", "answer_type": "CLOSED", "question_type": "PRES",
+        "phrase_type": "freeform", "organ": "CHEST", "case": "48e1dd0e-8552",
+    }  # fmt: skip
+    assert [facts["qid"] for facts in facts_of(first)] == ["1", "2"]
+    assert first["extra"] == {}
     assert [first[name] for name in ("sex", "age", "race", "patient_id")] == [None] * 4
     test = rows_of(tmp_path / "out" / "vqa_rad" / "test")
     assert said(test["vqa_rad/synpic1"]) == [("Is it so?", "no", "closed")]
+    (facts,) = facts_of(test["vqa_rad/synpic1"])
+    assert (facts["official_split"], facts["phrase_type"]) == ("test", "test_freeform")
     assert skipped(tmp_path / "out" / "vqa_rad" / "train") == [
         ("synpic3", "file missing"),
         (f"{vqa_rad.JSON_NAME}:7", "question or answer is empty"),
@@ -233,7 +242,7 @@ def pmc_row(index: int, **changes: str) -> dict[str, Any]:
     return base | changes
 
 
-def test_pmc_vqa_letters_its_options_once(tmp_path: Path) -> None:
+def test_pmc_vqa_takes_the_letters_off_its_options(tmp_path: Path) -> None:
     source = tmp_path / "PMC-VQA"
     rows = [
         pmc_row(0),
@@ -250,15 +259,16 @@ def test_pmc_vqa_letters_its_options_once(tmp_path: Path) -> None:
     train = rows_of(tmp_path / "out" / "pmc_vqa" / "train")
     assert list(train) == ["pmc_vqa/PMC1064097_Fig1_1", "pmc_vqa/PMC2_Fig1"]
     first = train["pmc_vqa/PMC1064097_Fig1_1"]
-    options = "\nA: mono, stained\nB: bi\nC: tri\nD: none"
     assert said(first) == [
-        ('Which \u03b2-cell, "here"?' + options, "B: bi", "choice"),
-        ("Why?" + options, "A: mono, stained", "choice"),
+        ('Which \u03b2-cell, "here"?', "bi", "choice"),
+        ("Why?", "mono, stained", "choice"),
     ]
+    assert options_of(first) == [("mono, stained", "bi", "tri", "none")] * 2
+    assert facts_of(first) == [{"qid": "0"}, {"qid": "1"}]
     assert first["extra"] == {"article": "PMC1064097"}
     assert train["pmc_vqa/PMC2_Fig1"]["image"] == picture(2)
     (test,) = rows_of(tmp_path / "out" / "pmc_vqa" / "test").values()
-    assert said(test)[0][1] == "D: none"
+    assert said(test)[0][1] == "none"
     assert skipped(tmp_path / "out" / "pmc_vqa" / "train") == [
         ("PMC3_Fig1.jpg", "file missing"),
         ("train_2.csv:3", "the answer is none of the choices"),
@@ -312,6 +322,13 @@ def test_slake_has_the_questions_of_one_language_and_named_masks(
         "right lung": 8, "left lung": 8,
     }  # fmt: skip
     np.testing.assert_array_equal(masks["right lung"], [[0, 1, 1, 0, 0, 0]] * 4)
+    assert facts_of(first) == [
+        {
+            "qid": "1", "language": "en", "modality": "X-Ray", "location": "Lung",
+            "answer_type": "CLOSED", "base_type": "vqa", "content_type": "Abnormality",
+            "triple": "vhead, _, _",
+        }
+    ]  # fmt: skip
     assert first["extra"]["boxes"] == [{"name": "Lung", "box": [1.0, 0.0, 2.0, 4.0]}]
     second = train["slake/xmlab2"]
     assert (second["anatomy"], second["targets"]) == ("brain tissue", [])
@@ -384,6 +401,10 @@ def test_pubmedvision_gathers_images_and_joins_panels(vision: Path, tmp_path: Pa
     ]
     assert (one["modality"], one["anatomy"], one["image"]) == ("ct", "lung", picture(1))
     assert one["extra"]["ids"] == ["pmc_1", "pmc_1b"]
+    assert facts_of(one) == [
+        {"qid": "pmc_1", "modality": "Computed Tomography", "location": "Lung"},
+        {"qid": "pmc_1b", "modality": "Microscopy Images", "location": "Lung"},
+    ]
     (name,) = set(train) - {"pubmedvision/pmc_1_0"}
     several = train[name]
     assert name.startswith("pubmedvision/pmc_2_0+")

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from biascare import records as module
@@ -24,6 +23,7 @@ from biascare.records import (
     Records,
     RecordWriter,
     Turn,
+    checksum_of,
     decode_mask,
     encode_mask,
     image_size,
@@ -48,6 +48,11 @@ def one_pixel(row: int = 1, column: int = 2) -> np.ndarray:
 
 def pair(kind: str = "open") -> list[Turn]:
     return [Turn("user", "which organ?", kind), Turn("assistant", "the liver", kind)]
+
+
+def choice(answer: str = "liver", **changes: Any) -> list[Turn]:
+    asked = Turn("user", "which organ?", "choice", ("liver", "spleen"), {"qid": "7"})
+    return [asked._replace(**changes), Turn("assistant", answer, "choice")]
 
 
 def record(index: int = 0, **changes: Any) -> Record:
@@ -76,21 +81,6 @@ def write(folder: Path, items: list[Record], **changes: Any) -> Records:
     return Records(folder)
 
 
-@settings(deadline=None, max_examples=60)
-@given(hnp.arrays(np.bool_, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=24)))
-def test_a_mask_survives_its_code_exactly(mask: np.ndarray) -> None:
-    decoded = decode_mask(encode_mask(mask), *mask.shape)
-    assert decoded.dtype == np.uint8
-    np.testing.assert_array_equal(decoded, mask)
-
-
-def test_a_mask_that_is_not_bool_is_refused_and_a_code_of_another_size_too() -> None:
-    with pytest.raises(ValueError, match="bool array"):
-        encode_mask(np.zeros((2, 2), dtype=np.uint8))
-    with pytest.raises(ValueError, match="does not describe 2 x 2"):
-        decode_mask(encode_mask(np.eye(6, dtype=np.bool_)), 2, 2)
-
-
 def test_the_size_is_height_then_width_and_foreign_bytes_are_refused() -> None:
     assert image_size(png(3, 8)) == (3, 8)
     buffer = io.BytesIO()
@@ -114,7 +104,7 @@ def test_a_pixel_bomb_is_refused_from_its_header(monkeypatch: pytest.MonkeyPatch
 def test_every_field_comes_back_as_it_was_written(tmp_path: Path) -> None:
     full = record(
         targets=[("liver", one_pixel()), ("lesion", one_pixel())],
-        conversations=pair("closed"),
+        conversations=[*choice(), *pair("closed")],
         anatomy="abdomen",
         labels=["COVID-19", "Pleural Thickening"],
         patient_id="p1",
@@ -129,7 +119,8 @@ def test_every_field_comes_back_as_it_was_written(tmp_path: Path) -> None:
         "targets": [{"name": name, "rle": encode_mask(mask)} for name, mask in full.targets],
         "conversations": [turn._asdict() for turn in full.conversations],
     }
-    assert row == expected
+    assert row == expected | {"checksum": checksum_of(row)}
+    assert [Turn(**turn) for turn in row["conversations"]] == full.conversations
     np.testing.assert_array_equal(decode_mask(row["targets"][0]["rle"], HEIGHT, WIDTH), one_pixel())
 
 
@@ -225,9 +216,21 @@ def test_verify_notices_a_changed_byte(tmp_path: Path) -> None:
         ({"image": b"no image"}, "not a readable PNG or JPEG"),
         ({"conversations": pair()[:1]}, "needs an answer"),
         ({"conversations": pair()[::-1]}, "turn 0 has role 'assistant', expected 'user'"),
-        ({"conversations": pair("essay")}, "kind 'essay', expected one of"),
+        ({"conversations": pair("chioce")}, "got 'chioce', expected one of .* mean 'choice'"),
         ({"conversations": [pair("open")[0], pair("closed")[1]]}, "'open' question as 'closed'"),
         ({"conversations": [pair()[0], Turn("assistant", " ", "open")]}, "turn 1 has no text"),
+        ({"conversations": choice("A: liver")}, "'A: liver' of turn 1 is not exactly one of"),
+        ({"conversations": choice(options=("liver", "liver"))}, "not exactly one of the options"),
+        ({"conversations": choice(options=("liver",))}, "a choice of 1; it needs 2 to 26"),
+        ({"conversations": choice(options=("liver", "a\nb"))}, "must be one line"),
+        ({"conversations": choice(options=("liver", ""))}, "must be one line"),
+        (
+            {"conversations": [pair()[0]._replace(options=("a", "b")), pair()[1]]},
+            "has options, but",
+        ),
+        ({"conversations": [choice()[0], choice()[0]._replace(role="assistant")]}, "is an answer"),
+        ({"conversations": choice(facts={"awnser_type": "open"})}, "did you mean 'answer_type'"),
+        ({"conversations": choice(facts={"qid": 7})}, "fact 'qid' of turn 0 must be a text, got 7"),
         ({"sex": "female"}, "sex must be one of"),
         ({"age": float("nan")}, "age must be between 0 and 130"),
         ({"age": 1954}, "age must be between 0 and 130"),
@@ -282,6 +285,34 @@ def test_a_folder_without_records_is_not_made(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no record was written"):
         write(tmp_path / "train", [])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("kept", "changed"),  # the last is a sound code of another mask
+    [(b"IDAT", b"IDAX"), (b"liver", b"lover"), (b"91>", b"81?")],
+)
+def test_a_row_whose_image_or_masks_were_altered_is_not_given_out(
+    tmp_path: Path, kept: bytes, changed: bytes
+) -> None:
+    write(tmp_path / "train", [record(n, targets=[("liver", one_pixel())]) for n in range(2)])
+    (shard,) = (tmp_path / "train").glob("*.arrow")
+    data = shard.read_bytes()
+    assert kept in data
+    shard.write_bytes(data.replace(kept, changed, 1))
+    records = Records(tmp_path / "train")
+    with pytest.raises(ValueError, match=rf"{tmp_path / 'train'}, record 'toy/0': .* were altered"):
+        records[0]
+    assert records.unchecked(0)["id"] == "toy/0" and records[1]["id"] == "toy/1"
+
+
+def test_a_checksum_tells_names_codes_and_image_apart() -> None:
+    row = {"image": b"abc", "targets": [{"name": "ab", "rle": b"c"}]}
+    others = [
+        {"image": b"abca", "targets": [{"name": "b", "rle": b"c"}]},
+        {"image": b"abc", "targets": [{"name": "a", "rle": b"bc"}]},
+        {"image": b"abc", "targets": [{"name": "ab", "rle": b""}, {"name": "c", "rle": b""}]},
+    ]
+    assert len({checksum_of(r) for r in (row, *others)}) == 4
 
 
 def _lose_manifest(folder: Path) -> None:
