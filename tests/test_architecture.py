@@ -173,6 +173,63 @@ def test_the_import_walk_sees_relative_and_function_level_imports(tmp_path: Path
     assert imports("biascare.hitl.clicks", source, known) == set(known)
 
 
+DOORS = ("train", "export", "preview", "evaluate")
+DOOR_LINES = 90
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_a_door_is_short(name: str) -> None:
+    lines = (ROOT / "scripts" / f"{name}.py").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= DOOR_LINES, "a script parses, calls and exits; what it does is in runs/"
+
+
+def test_no_script_imports_the_script_beside_it() -> None:
+    """A script that is started finds its neighbours by their bare names."""
+    scripts = {path.stem: path for path in (ROOT / "scripts").glob("*.py")}
+    for name, path in scripts.items():
+        beside = {stem: file for stem, file in scripts.items() if stem != name}
+        assert not imports(name, path, beside), f"scripts/{name}.py imports a script as a library"
+
+
+FLOORS = ("scripts", "biascare.runs", "biascare.training")
+MOST_MODULES = 8
+
+
+def test_the_configuration_reaches_the_step_in_few_modules_and_never_climbs() -> None:
+    """Who follows a key from scripts/train.py to TrainStep.forward reads the modules that carry the
+    configuration, and those that read it from YAML."""
+    start, end = "scripts.train", "biascare.training.step"
+    source = {name: path.read_text(encoding="utf-8") for name, path in KNOWN.items()}
+    carries = {n for n, text in source.items() if re.search(r"\bconfig: Config\b", text)} | {start}
+
+    def paths(name: str, trail: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+        for target in imports(name, KNOWN[name], KNOWN) & (carries | {end}):
+            if target == end:
+                yield (*trail, target)
+            elif not inside(target, "biascare.config"):
+                yield from paths(target, (*trail, target))
+
+    found = list(paths(start, (start,)))
+    reading = {"biascare.config", "biascare.settings.keys"}
+    crossed = reading.union(*found)
+    print("\n".join(" -> ".join(path) for path in found))
+    assert found and len(crossed) <= MOST_MODULES, sorted(crossed)
+    for path in found:
+        floors = [max(i for i, row in enumerate(FLOORS) if inside(name, row)) for name in path]
+        assert floors == sorted(floors), f"the configuration climbs: {' -> '.join(path)}"
+
+
+def test_the_language_pathway_needs_no_vision_pathway() -> None:
+    code = (
+        "import sys, biascare.models.language.pathway\n"
+        "print(*(name for name in sys.modules if name.startswith('biascare.models.vision')))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == ""
+
+
 def test_importing_biascare_loads_nothing_heavy() -> None:
     code = (
         "import sys, time; start = time.perf_counter(); import biascare\n"

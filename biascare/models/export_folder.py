@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from biascare.models.language.merge import FOLDED, fold_adapter, save_plain
-from biascare.models.language.pathway import LoraSettings, MLLMPathway
+from biascare.models.language.pathway import LoraSettings, MLLMOpener, MLLMPathway, open_mllm
 from biascare.models.network import DualPathNetwork
 from biascare.models.query_attention import CrossModalQueryAttention
 from biascare.models.vision.pathway import VisionPathway
@@ -212,6 +212,7 @@ def build_network(
     attention: str = "sdpa",
     dtype: torch.dtype = torch.float32,
     activation_checkpointing: bool = False,
+    opener: MLLMOpener = open_mllm,
 ) -> DualPathNetwork:
     """A model to train: pathways with their initial weights, joined if there is an MLLM.
 
@@ -230,6 +231,7 @@ def build_network(
         attention=attention,
         dtype=dtype,
         activation_checkpointing=activation_checkpointing,
+        opener=opener,
     )
     query_attention = CrossModalQueryAttention(
         language.hidden_size, pathway.prompt_dim, num_queries, query_heads

@@ -1,21 +1,19 @@
 """The dual-path model as shapes: at true size, without a weight and without a file.
 
     config = mllm_config("HuatuoGPT-Vision-7B-Qwen2.5VL")
-    with weights_left_out(config):
-        model = build_network(mllm="HuatuoGPT-Vision-7B-Qwen2.5VL", ...)   # on the meta device
+    with torch.device("meta"):
+        model = build_network(mllm="...", opener=weightless(config), ...)
     batch = blank_batch(model, BatchShape(...))
 
-The run's own builder builds it; only what reads weights is replaced. So a plan follows the code
-and knows nothing of it.
+The run's own builder builds it, with another opener of the language model. So a plan follows the
+code and knows nothing of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -32,7 +30,7 @@ from transformers import (
 )
 
 from biascare.interfaces import POINT_POSITIVE, Batch, Prompts
-from biascare.models.language import pathway as mllm
+from biascare.models.language.pathway import MLLM_FAMILIES, MLLMOpener
 from biascare.models.network import DualPathNetwork
 from biascare.models.weights.llava import (
     is_original_llava,
@@ -168,10 +166,10 @@ def _read(path: str, **keywords: Any) -> Any:
                 raw, _clip_large(), image_token_id=raw["vocab_size"], vocab_size=rows
             )
     config = AutoConfig.from_pretrained(path, **keywords)
-    if config.model_type not in mllm.MLLM_FAMILIES:
+    if config.model_type not in MLLM_FAMILIES:
         raise ValueError(
             f"the model at {path!r} is of type {config.model_type!r}, expected an image-text model "
-            f"of type {' or '.join(mllm.MLLM_FAMILIES)}; choose another model.mllm"
+            f"of type {' or '.join(MLLM_FAMILIES)}; choose another model.mllm"
         )
     return config
 
@@ -179,11 +177,13 @@ def _read(path: str, **keywords: Any) -> Any:
 # ---------------------------------------------------------------- model
 
 
-@contextmanager
-def weights_left_out(config: Any = None) -> Iterator[None]:
-    """What is built inside lies on the meta device; an MLLM follows `config`, its path unread."""
+def weightless(config: Any) -> MLLMOpener:
+    """An opener of the image-text model that `config` describes; the path stays unread.
 
-    def open_base(path: str, dtype: torch.dtype, attention: str) -> tuple[Any, None]:
+    Under `torch.device("meta")` it holds no weight.
+    """
+
+    def open_shapes(path: str, dtype: torch.dtype, attention: str) -> tuple[Any, None]:
         # Flash attention need not be installed: it has the shapes of the fused kernels of SDPA.
         kernel = "eager" if attention == "eager" else "sdpa"
         model = AutoModelForImageTextToText.from_config(
@@ -191,8 +191,7 @@ def weights_left_out(config: Any = None) -> Iterator[None]:
         )
         return model, None
 
-    with mock.patch.object(mllm, "_open_base", open_base), torch.device("meta"):
-        yield
+    return open_shapes
 
 
 # ---------------------------------------------------------------- batch

@@ -22,7 +22,6 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -385,7 +384,9 @@ def _cpu_attention(
 
 @contextmanager
 def autocast_of_shapes() -> Iterator[None]:
-    """`torch.autocast` for the meta device, which has no dtype to cast to: nothing happens."""
+    """`torch.autocast` for the meta device, which has no dtype to cast to: nothing happens.
+
+    Modules look the class up in torch when they run, so it is exchanged there, and put back."""
     original = torch.autocast
 
     def autocast(device_type: str, *arguments: Any, **keywords: Any) -> Any:
@@ -393,8 +394,11 @@ def autocast_of_shapes() -> Iterator[None]:
             return nullcontext()
         return original(device_type, *arguments, **keywords)
 
-    with mock.patch.object(torch, "autocast", autocast):
+    vars(torch)["autocast"] = autocast
+    try:
         yield
+    finally:
+        vars(torch)["autocast"] = original
 
 
 def dry_run(

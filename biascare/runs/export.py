@@ -1,23 +1,218 @@
 """What leaves a run: a portable folder with a card that says where the model comes from.
 
-    run = read_run(Path("outputs/run"), step=1000, config=to_dict(config))
-    write_export(Path("outputs/run/export"), model.save_pretrained, run, processor)
+    export_run(config, engine, chat)                                   # at the end of training
+    export_checkpoint(Path("outputs/run"), Path("exports/run"), ...)   # later, scripts/export.py
 
 The folder is written under a temporary name, flushed and renamed, so that what has the name is
-whole. `model.save_pretrained` decides what the model's own files are.
+whole. It holds what inference needs of training (`TrainingFacts`): no data is read for it later.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
-from biascare.durable import PARTIAL, flush_tree, put_in_place
-from biascare.reports.model_card import RunFacts, model_card
+from biascare.config import to_dict
+from biascare.data.chat import ChatBuilder
+from biascare.durable import PARTIAL, flush_tree, put_in_place, replace_text
+from biascare.evaluation.metrics.segmentation import DiscBaseline, fit_disc
+from biascare.models.export_folder import TrainingFacts, build_network, save_network
+from biascare.models.language.pathway import load_processor
+from biascare.models.network import DualPathNetwork
+from biascare.models.weights.released import load_released
+from biascare.reports.model_card import RunFacts, model_card, released_card
+from biascare.runs import build
+from biascare.runs.evaluate import training_masks
+from biascare.runs.origin import read_config, read_run
+from biascare.settings.keys import MOVABLE, Config
+from biascare.training.checkpoint import CheckpointStore, trained_weights
+from biascare.training.engine import fp32_buffers, gathered_state
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+DISCS = "disc_baseline.json"
+"""In a run's folder: sizes of the disc baseline, and of which data."""
+
+
+# ---------------------------------------------------------------- of a run
+
+
+def export_run(config: Config, engine: Any, chat: ChatBuilder | None) -> None:
+    """OUTPUT_DIR/export: the portable folder that `BiasCareVL.from_pretrained` opens.
+
+    Every rank calls it; rank 0 writes, in the place of an earlier one.
+    """
+    network = engine.module.model
+    exported = network.exported_parameters()
+    state = gathered_state(network, lambda name, parameter: name in exported)
+    if state is None:
+        return
+    folder = Path(config.train.output_dir)
+    origin = read_run(folder, config.train.max_steps, to_dict(config))
+    facts = training_facts(folder, config, origin)
+    write_export(
+        folder / "export",
+        lambda new: save_network(network, new, state, facts=facts),
+        origin,
+        None if chat is None else chat.processor,
+        replace=True,
+    )
+
+
+def export_checkpoint(
+    source: Path,
+    output: Path,
+    *,
+    overrides: list[str],
+    merge: bool,
+    max_shard_size: str,
+    dtype: str | None,
+) -> None:
+    """Export a run, or one of its checkpoints, outside of training.
+
+    `overrides`: `key=PLACE` of `MOVABLE` keys. Raises ValueError for what is no run, for files that
+    are not there, and when `output` exists.
+    """
+    refuse_existing(output)
+    folder, checkpoint = locate(source)
+    config = read_config(folder, overrides)
+    if merge and config.train.stage == "vision":
+        raise ValueError("--merge: the vision stage has no language model; leave it out")
+    step = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["step"]
+    origin = read_run(folder, step, to_dict(config))
+    try:
+        network, chat = build.build_network(config), build.build_chat(config)
+    except ValueError as error:
+        moved = " or ".join(f"{key}=PLACE" for key in MOVABLE)
+        raise ValueError(f"{error}. Where files have moved since training, add {moved}") from error
+    load_trained(network, checkpoint)
+    with fp32_buffers(network):  # buffers are positions and stay as they are
+        network.to(PRECISIONS[dtype or config.train.precision])
+    facts = training_facts(folder, config, origin)
+    write_export(
+        output,
+        lambda new: save_network(
+            network, new, facts=facts, merge=merge, max_shard_size=max_shard_size
+        ),
+        origin,
+        None if chat is None else chat.processor,
+    )
+
+
+def locate(source: Path) -> tuple[Path, Path]:
+    """(folder of the run, checkpoint) for either of the two."""
+    if (source / "manifest.json").is_file():
+        return source.resolve().parents[1], source
+    if not (source / "checkpoints").is_dir():
+        raise ValueError(
+            f"{source} is neither a run (it has no checkpoints/) nor a checkpoint (it has no "
+            "manifest.json); name train.output_dir, or a step_ folder inside its checkpoints/"
+        )
+    newest = CheckpointStore(source / "checkpoints", keep=1).newest()
+    if newest is None:
+        raise ValueError(f"{source / 'checkpoints'} holds no checkpoint")
+    return source, newest
+
+
+def load_trained(network: DualPathNetwork, checkpoint: Path) -> None:
+    """Fill a network with what a checkpoint holds: everything that was trained."""
+    prefix = "model."  # of the network inside the training step
+    weights = {k.removeprefix(prefix): v for k, v in trained_weights(checkpoint).items()}
+    wanted = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    known = network.state_dict().keys()
+    differing = sorted(wanted - weights.keys()) + sorted(weights.keys() - known)
+    if differing:
+        raise ValueError(
+            f"{checkpoint} does not fit the configuration beside it: they differ in "
+            f"{len(differing)} tensors, such as {differing[0]!r}; export it with the config.yaml "
+            "of its own run"
+        )
+    with torch.no_grad():
+        network.load_state_dict(weights, strict=False)
+
+
+def training_facts(folder: Path, config: Config, origin: RunFacts) -> TrainingFacts:
+    """What inference and evaluation need of a run; from its folder alone where it was exported
+    before."""
+    data = [source["content"] for source in origin.about["data"]]
+    discs = disc_baseline(folder, config, data)
+    return TrainingFacts(
+        beta_vl=config.objective.beta_vl,
+        mask_prompt=config.hitl.mask_prompt,
+        prevalence=origin.about["prevalence_groups"],
+        disc_share=None if discs is None else discs.share,
+        disc_share_by_target={} if discs is None else discs.by_target,
+        trained_on=list(dict.fromkeys(data)),
+    )
+
+
+def disc_baseline(folder: Path, config: Config, data: list[str]) -> DiscBaseline | None:
+    """Sizes of the trivial answers to a click, measured on the training masks once per run; None
+    where there are no masks."""
+    path = folder / DISCS
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if saved["data"] == data:
+            return None if saved["discs"] is None else DiscBaseline(**saved["discs"])
+    except FileNotFoundError:
+        pass  # never exported
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it and export again") from error
+    try:
+        sources = build.open_sources(config.data.segmentation)
+        for records in sources:
+            if records.manifest["content_hash"] not in data:
+                raise ValueError(f"{records.folder} holds other records than were trained on")
+        discs = fit_disc(training_masks(sources))
+    except (OSError, ValueError) as error:
+        print(f"WARNING the export has no disc baseline: it needs the training masks ({error})")
+        return None
+    saved = {"data": data, "discs": None if discs is None else discs._asdict()}
+    replace_text(path, json.dumps(saved, indent=2) + "\n")
+    return discs
+
+
+# ---------------------------------------------------------------- of a released file
+
+
+def export_released(
+    source: Path,
+    output: Path,
+    *,
+    mllm: str,
+    vision: str,
+    image_size: int,
+    query_heads: int,
+    max_shard_size: str,
+    dtype: str | None,
+) -> None:
+    """The file of BiasCareVL's authors as a merged export; see scripts/export.py."""
+    refuse_existing(output)
+    network = build_network(
+        vision=vision,
+        image_size=image_size,
+        mllm=mllm,
+        query_heads=query_heads,
+        dtype=PRECISIONS[dtype or "bf16"],
+    )
+    report = str(load_released(network, source))
+    print(report)
+    write_export(
+        output,
+        lambda new: save_network(network, new, merge=True, max_shard_size=max_shard_size),
+        partial(released_card, source, report),
+        load_processor(mllm),
+    )
+
+
+# ---------------------------------------------------------------- the folder
 
 
 def refuse_existing(folder: Path) -> None:

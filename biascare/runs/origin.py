@@ -1,13 +1,145 @@
-"""What a run's folder says of where it comes from."""
+"""What a run's folder says of where it comes from, and what decides that a checkpoint is of it.
+
+save_run_files(config, groups, segmentation, language)    # config.yaml, prevalence.json, run.json
+run = read_run(folder, step, config)                      # for the card of an export
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from biascare.config import dump_config, to_dict
+from biascare.data.prevalence import save_prevalence, total_counts
+from biascare.durable import replace_text
+from biascare.records import Records
 from biascare.reports.model_card import RunFacts
+from biascare.settings.keys import Config
+from biascare.settings.schema import build
+from biascare.settings.strict_yaml import ConfigError, read_tree
+
+FREE_ON_RESUME = (
+    "data.segmentation",  # their contents are compared instead
+    "data.language",
+    "data.eval_segmentation",
+    "data.eval_language",
+    "data.max_tokens",
+    "data.num_workers",
+    "data.max_bad_samples",
+    "model.mllm",
+    "model.vision_weights",
+    "model.activation_checkpointing",
+    "eval.",
+    "train.max_steps",
+    "train.output_dir",
+    "train.resume",
+    "train.deepspeed",
+    "train.log_every",
+    "train.eval_every",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "train.nonfinite",
+    "train.max_skipped_steps",
+    "train.tensorboard",
+)
+"""Keys a resumed run may change; every other decides what the next step computes."""
+
+
+def provenance(
+    config: Config, sources: list[Records], deepspeed_config: dict[str, Any]
+) -> dict[str, Any]:
+    """What exact resume depends on; stands in every checkpoint."""
+    settings = {
+        key: value for key, value in _dotted(to_dict(config)) if not key.startswith(FREE_ON_RESUME)
+    }
+    weights = [s.weight for s in config.data.segmentation + config.data.language]
+    hashes = [source.manifest["content_hash"] for source in sources]
+    settings["data"] = [list(pair) for pair in zip(hashes, weights, strict=True)]
+    settings["zero_stage"] = deepspeed_config.get("zero_optimization", {}).get("stage", 0)
+    return settings
+
+
+def _dotted(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested mappings with their dotted keys."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def git_commit() -> str:
+    """Commit of the code, "-dirty" appended when files differ from it; "unknown" outside git."""
+    root = Path(__file__).parents[2]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown"
+
+
+# ---------------------------------------------------------------- written
+
+
+def save_run_files(
+    config: Config, groups: dict[str, str], segmentation: list[Records], language: list[Records]
+) -> None:
+    """The configuration, the groups and the origin of the data. Only when the folder is known to be
+    this run's: an export takes what stands here for the truth about the weights beside it."""
+    folder = Path(config.train.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    dump_config(config, folder / "config.yaml")
+    save_prevalence_file(config, folder / "prevalence.json", segmentation)
+    weights = [source.weight for source in config.data.segmentation + config.data.language]
+    tasks = ["segmentation"] * len(segmentation) + ["language"] * len(language)
+    about = {
+        "git_commit": git_commit(),
+        "prevalence_groups": groups,
+        "data": [
+            _about_source(task, records, weight)
+            for task, records, weight in zip(tasks, segmentation + language, weights, strict=True)
+        ],
+    }
+    replace_text(folder / "run.json", json.dumps(about, indent=2) + "\n")
+
+
+def save_prevalence_file(config: Config, path: Path, segmentation: list[Records]) -> None:
+    """The groups of this run, for `scripts/evaluate.py --prevalence` and for later runs."""
+    given = config.eval.prevalence
+    if given is None:
+        counts = total_counts(source.target_counts for source in segmentation)
+        folders = [str(source.folder) for source in segmentation]
+        shares = config.eval.head_share, config.eval.tail_share
+        save_prevalence(path, counts, *shares, folders=folders)
+    elif Path(given).resolve() != path.resolve():
+        shutil.copyfile(given, path)
+
+
+def _about_source(task: str, records: Records, weight: float | None) -> dict[str, Any]:
+    """What the card of the model says about a record folder."""
+    manifest = records.manifest
+    copied = {name: manifest[name] for name in ("source", "split", "version", "licence")}
+    return copied | {
+        "task": task,
+        "images": manifest["num_rows"],
+        "weight": weight,
+        "content": manifest["content_hash"],
+    }
+
+
+# ---------------------------------------------------------------- read
+
+
+def read_config(folder: Path, overrides: list[str]) -> Config:
+    """The resolved configuration of a run. Its data need not be on this machine."""
+    tree = read_tree(folder / "config.yaml", overrides)
+    result = build(Config, tree)
+    problems = [*tree.problems, *result.problems]
+    if problems or result.value is None:
+        raise ConfigError(problems)
+    return result.value
 
 
 def read_run(folder: Path, step: int, config: dict[str, Any]) -> RunFacts:
@@ -35,11 +167,3 @@ def read_run(folder: Path, step: int, config: dict[str, Any]) -> RunFacts:
         about=about,
         evaluation=done[-1] if done else None,
     )
-
-
-def git_commit() -> str:
-    """Commit of the code, "-dirty" appended when files differ from it; "unknown" outside git."""
-    root = Path(__file__).parents[2]
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"

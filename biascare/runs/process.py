@@ -1,12 +1,27 @@
-"""What a program does to its own process before torch computes anything."""
+"""What a program does to its own process: before torch computes anything, and when it ends early.
+
+raise_interrupts()
+try:
+    prepare_process()
+    run(config)
+except KeyboardInterrupt as interrupt:
+    stop(interrupt, output_dir)
+except ValueError as error:
+    fail(error, output_dir)
+"""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
+import signal
 import sys
+import traceback
 import warnings
+from pathlib import Path
+from typing import Any, NoReturn
 
 
 def prepare_process() -> None:
@@ -42,3 +57,59 @@ def keep_freed_memory() -> None:
     trim_threshold, mmap_threshold = -1, -3  # of malloc.h
     mallopt(mmap_threshold, 2**30)
     mallopt(trim_threshold, 2**31 - 1)
+
+
+# ---------------------------------------------------------------- ends
+
+
+def fail(error: Exception, folder: str | None = None) -> NoReturn:
+    """End with the message of an error that explains itself; its traceback goes to a file."""
+    number = os.environ.get("RANK", "0")
+    message = str(error) if number == "0" else f"[rank {number}] {error}"
+    if folder is not None and Path(folder).is_dir():
+        path = Path(folder) / f"traceback.rank{number}.txt"
+        with contextlib.suppress(OSError):
+            path.write_text(traceback.format_exc(), encoding="utf-8")
+            message += f"\n(traceback in {path})"
+    print(message, file=sys.stderr, flush=True)
+    raise SystemExit(1)
+
+
+def forget_failures(folder: str) -> None:
+    """Remove what `fail` wrote on this rank for a run that has succeeded since."""
+    Path(folder, f"traceback.rank{os.environ.get('RANK', '0')}.txt").unlink(missing_ok=True)
+
+
+def raise_interrupts() -> None:
+    """Let Ctrl-C and a launcher's SIGTERM raise KeyboardInterrupt(signal number) here, once.
+
+    Ctrl-C reaches every process of the terminal: reading processes, which inherit this, leave the
+    end to the process that started them. A launcher sends SIGTERM just after it, which must not cut
+    the last line short; a second Ctrl-C ends at once.
+    """
+    owner, received = os.getpid(), list[int]()
+
+    def handle(number: int, frame: Any) -> None:
+        if os.getpid() != owner:
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return
+        received.append(number)
+        if received.count(signal.SIGINT) > 1:
+            os._exit(128 + number)
+        if len(received) == 1:
+            raise KeyboardInterrupt(number)
+
+    signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGTERM, handle)
+
+
+def stop(interrupt: KeyboardInterrupt, folder: str | None) -> NoReturn:
+    """End an interrupted run: rank 0 says in one line how it goes on."""
+    if os.environ.get("RANK", "0") == "0":
+        saved = sorted(Path(folder).glob("checkpoints/step_????????")) if folder else []
+        found = f"continues from {saved[-1]}" if saved else "starts again, nothing was saved yet"
+        print(f"interrupted; the same command {found}", file=sys.stderr, flush=True)
+    # Without the farewells of libraries: they would wait for ranks that are gone, or complain.
+    sys.stdout.flush()
+    os._exit(128 + int(interrupt.args[0] if interrupt.args else signal.SIGINT))

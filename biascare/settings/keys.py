@@ -200,6 +200,10 @@ class EvalConfig(_Section):
     )
 
 
+MOVABLE = ("model.mllm", "model.vision_weights")
+"""Keys of a finished run that say where files lie; all others are part of what was trained."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config(_Section):
     """One run."""

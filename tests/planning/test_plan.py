@@ -36,7 +36,7 @@ from biascare.planning.blank import (
     blank_batch,
     known_architecture,
     mllm_config,
-    weights_left_out,
+    weightless,
 )
 from biascare.planning.dry_run import dry_run
 from biascare.planning.plan import (
@@ -54,6 +54,7 @@ from biascare.planning.plan import (
     tables,
     verdict,
 )
+from biascare.runs.plan import PlanOptions, load_planned, print_plan
 from biascare.training.optimizer import OptimizerSettings, parameter_groups
 from biascare.training.step import TrainStep
 from scripts import train
@@ -460,8 +461,14 @@ def test_settings_come_from_the_deepspeed_file(tmp_path: Path) -> None:
 
 
 def blank_step(name: str, vision: str = "tiny") -> TrainStep:
-    with weights_left_out(mllm_config(name)):
-        model = build_network(vision=vision, image_size=256, mllm=name, lora=LORA)
+    with torch.device("meta"):
+        model = build_network(
+            vision=vision,
+            image_size=256,
+            mllm=name,
+            lora=LORA,
+            opener=weightless(mllm_config(name)),
+        )
     model.set_trainable(TRAINABLE)
     return TrainStep(model, OBJECTIVE, HITL)
 
@@ -609,8 +616,9 @@ def test_the_program_plans_in_20_s_of_one_quiet_core_and_says_nothing_else() -> 
 
 
 def planned_text(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    options = train.read_arguments(["--plan", "--config", *arguments])
-    train.plan(train.load_planned(options.config, options.overrides), options)
+    options = train.parse(["--plan", "--config", *arguments])
+    wanted = PlanOptions(**{name: getattr(options, name) for name in PlanOptions._fields})
+    print_plan(load_planned(options.config, options.overrides), wanted)
     return capsys.readouterr().out
 
 
@@ -658,11 +666,11 @@ def test_records_that_are_there_give_the_passes_over_them(
 
 def test_every_other_mistake_in_the_configuration_still_stops_the_plan(config: Path) -> None:
     with pytest.raises(ValueError, match=r"optim\.lrr.*did you mean"):
-        train.load_planned(str(config), ["optim.lrr=1"])
+        load_planned(str(config), ["optim.lrr=1"])
     with pytest.raises(ValueError, match=r"data\.language.*expected|data\.language.*allowed"):
-        train.load_planned(str(config), ["data.language=3"])
+        load_planned(str(config), ["data.language=3"])
     with pytest.raises(ValueError, match=r"train\.micro_batch"):
-        train.load_planned(str(config), ["train.micro_batch=3"])
+        load_planned(str(config), ["train.micro_batch=3"])
 
 
 def test_the_vision_stage_is_planned_too(capsys: pytest.CaptureFixture[str]) -> None:

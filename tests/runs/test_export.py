@@ -51,12 +51,6 @@ def runs(
     return world.run(2, list(JOBS))
 
 
-@pytest.fixture(autouse=True)
-def _beside_train(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A script finds its neighbours; an imported one has to be told where they are."""
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-
-
 def exported(source: Path, output: Path, *more: str) -> Run:
     """`Run` whose export is what the program made."""
     export.export(export.parse([str(source), "--output", str(output / "export"), *more]))
@@ -381,7 +375,7 @@ def test_the_program_says_what_it_did_and_what_went_wrong(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("biascare.runs.process.prepare_process", lambda: None)
+    monkeypatch.setattr(export, "prepare_process", lambda: None)
     arguments = [str(runs["zero2"].folder), "--output", str(tmp_path / "made")]
     monkeypatch.setattr(sys, "argv", ["export.py", *arguments])
     export.main()

@@ -14,19 +14,19 @@ from PIL import Image
 
 from biascare.config import load_config
 from biascare.interfaces import IGNORE_INDEX
+from biascare.reports.preview import (
+    conversation,
+    overlays_of,
+    prompts_of,
+    token_counts,
+    watch_images,
+)
 from biascare.reports.sheets import Overlay, overlay_sheet
+from biascare.runs.build import build_loader, training_stream
+from scripts import preview
 from tests.tiny import tiny_chat
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def preview(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The program as a module; it imports the program beside it."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    from scripts import preview
-
-    return preview
 
 
 def config_file(folder: Path, records: Path, mllm: Path | None) -> Path:
@@ -44,6 +44,12 @@ def config_file(folder: Path, records: Path, mllm: Path | None) -> Path:
     return path
 
 
+def run_program(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(preview, "prepare_process", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["preview.py", *arguments])
+    preview.main()
+
+
 def size_of(picture: Path) -> tuple[int, int]:
     with Image.open(picture) as image:
         width, height = image.size
@@ -51,45 +57,42 @@ def size_of(picture: Path) -> tuple[int, int]:
 
 
 def test_pictures_are_the_tensors_of_the_training_loader(
-    preview: Any, tmp_path: Path, tiny_records: Path, tiny_mllm: Path
+    tmp_path: Path, tiny_records: Path, tiny_mllm: Path
 ) -> None:
-    import train
-
     config = load_config(config_file(tmp_path, tiny_records, tiny_mllm))
-    stream, chat = preview.build_stream(config)
-    loader = train.build_loader(config, *train.open_training(config), chat, stream.groups, 0)
+    stream, chat = training_stream(config)
+    assert chat is not None
+    loader = build_loader(config, stream, 0)
     batch = next(iter(loader))  # positions 0 and 1: an image with two targets, and a question
-    overlays = preview.overlays_of(stream, 0, stream[0])
+    overlays = overlays_of(stream, 0, stream[0])
     assert len(overlays) == 2
     for row, overlay in enumerate(overlays):
         np.testing.assert_array_equal(overlay.image, batch.images[0].permute(1, 2, 0).numpy())
         np.testing.assert_array_equal(overlay.masks[0][1], batch.masks[row].numpy())
-        clicks, boxes = preview.prompts_of(*(field[row] for field in batch.prompts))
+        clicks, boxes = prompts_of(*(field[row] for field in batch.prompts))
         assert (overlay.clicks, overlay.boxes) == (clicks, boxes)
         assert batch.facts[row].target in overlay.title
         assert batch.facts[row].prevalence in overlay.title
-    assert preview.overlays_of(stream, 1, stream[1]) == []
-    seen = preview.watch_images(chat)
+    assert overlays_of(stream, 1, stream[1]) == []
+    seen = watch_images(chat)
     stream[1]
     assert len(seen) == 1 and seen[0].shape == (64, 64, 3) and seen[0].dtype == np.uint8
 
 
-def test_prompts_are_told_apart_by_their_labels(preview: Any) -> None:
+def test_prompts_are_told_apart_by_their_labels() -> None:
     coords = torch.tensor([[1.0, 2], [3, 4], [9, 8], [5, 6], [0, 0]])
     labels = torch.tensor([1, 2, 3, 0, -1])
-    clicks, boxes = preview.prompts_of(coords, labels)
+    clicks, boxes = prompts_of(coords, labels)
     assert clicks == [(1, 2, 1), (5, 6, 0)]
     assert boxes == [(3, 4, 9, 8)]
 
 
-def test_trained_tokens_are_marked_and_image_tokens_counted(
-    preview: Any, mllm_folder: Path
-) -> None:
+def test_trained_tokens_are_marked_and_image_tokens_counted(mllm_folder: Path) -> None:
     from tests.tiny import language_sample
 
     chat = tiny_chat(mllm_folder)
     sequence = language_sample(chat).sequences[0]
-    text = preview.conversation(sequence, chat)
+    text = conversation(sequence, chat)
     plain = text.plain
     num_image = int((sequence["input_ids"] == chat.image_token_id).sum())
     assert f"[{num_image} image tokens]" in plain and chat.image_token not in plain
@@ -99,28 +102,32 @@ def test_trained_tokens_are_marked_and_image_tokens_counted(
     assert answer == chat.tokenizer.decode(trained) and "the liver" in answer
     green = [plain[s.start : s.end] for s in text.spans if s.style == "bold green"]
     assert green == [f"«{answer}»"]
-    counts = preview.token_counts(sequence, chat)
+    counts = token_counts(sequence, chat)
     assert counts.endswith(f"{num_image} of the image, {len(trained)} trained")
 
 
 def test_the_vision_stage_needs_no_language_model(
-    preview: Any, tmp_path: Path, tiny_records: Path, capsys: Any
+    tmp_path: Path, tiny_records: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_file(tmp_path, tiny_records, None)
     picture = tmp_path / "sheets" / "preview.png"
     arguments = ["--config", str(config), "--samples", "3", "--start", "5"]
-    preview.run(preview.parse([*arguments, "--output", str(picture), "data.augment=false"]))
+    run_program(monkeypatch, *arguments, "--output", str(picture), "data.augment=false")
     shown = capsys.readouterr().out
     assert "position 5" in shown and "position 7" in shown and "position 8" not in shown
     assert min(size_of(picture)) > 300
 
 
 def test_questions_are_shown_with_their_conversation(
-    preview: Any, tmp_path: Path, tiny_records: Path, tiny_mllm: Path, capsys: Any
+    tmp_path: Path,
+    tiny_records: Path,
+    tiny_mllm: Path,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = config_file(tmp_path, tiny_records, tiny_mllm)
     arguments = ["--config", str(config), "--samples", "2"]
-    preview.run(preview.parse([*arguments, "--output", str(tmp_path / "preview.png")]))
+    run_program(monkeypatch, *arguments, "--output", str(tmp_path / "preview.png"))
     shown = capsys.readouterr().out
     assert "image tokens]" in shown and "«" in shown and "3 pictures are in" in shown
 

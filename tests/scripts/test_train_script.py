@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +20,8 @@ from biascare.config import describe_config, load_config
 from biascare.data.prevalence import load_prevalence, prevalence_groups, save_prevalence
 from biascare.interfaces import Batch
 from biascare.records import Records
+from biascare.runs.build import deepspeed_settings, prevalence
+from biascare.runs.origin import save_prevalence_file
 from biascare.training import hooks, progress
 from biascare.training.hooks import BadDataError, LedgerHook, LogHook, StepState
 from biascare.training.progress import GroupMeter, RunLog, progress_line
@@ -96,8 +100,6 @@ def test_a_wrong_configuration_fails_fast_and_without_torch(world: World) -> Non
 
 def _busy() -> bool:
     """Whether other processes hold the machine; wall-clock bounds mean nothing then."""
-    import os
-
     return os.getloadavg()[0] > (os.cpu_count() or 1)
 
 
@@ -125,7 +127,8 @@ def test_help_lists_every_key_with_its_default() -> None:
 
 def test_the_launchers_own_argument_is_swallowed() -> None:
     arguments = ["--local_rank=0", "--config", "a.yaml", "train.seed=1", "optim.lr=1"]
-    assert train.parse(arguments) == ("a.yaml", ["train.seed=1", "optim.lr=1"])
+    options = train.parse(arguments)
+    assert (options.config, options.overrides) == ("a.yaml", ["train.seed=1", "optim.lr=1"])
 
 
 # ---------------------------------------------------------------- a normal run
@@ -150,14 +153,14 @@ def test_a_prevalence_file_decides_the_groups_of_a_run(
     _, run = alone
     path, counts = world.config(Job("alone"), 1), Records(world.records).target_counts
     sources = [Records(world.records)]
-    own = train.prevalence(load_config(path), sources)
+    own = prevalence(load_config(path), sources)
     given = load_config(path, [f"eval.prevalence={run.folder / 'prevalence.json'}"])
-    assert train.prevalence(given, sources) == own == prevalence_groups(counts, 0.5, 0.1)
+    assert prevalence(given, sources) == own == prevalence_groups(counts, 0.5, 0.1)
 
     everything_head = save_prevalence(tmp_path / "all.json", counts, 1.0, 0.0)
     config = load_config(path, [f"eval.prevalence={tmp_path / 'all.json'}"])
-    assert train.prevalence(config, sources) == everything_head != own
-    train.save_prevalence_file(config, tmp_path / "copy.json", sources)
+    assert prevalence(config, sources) == everything_head != own
+    save_prevalence_file(config, tmp_path / "copy.json", sources)
     assert load_prevalence(tmp_path / "copy.json") == everything_head
 
 
@@ -199,14 +202,32 @@ def test_a_batch_that_does_not_fit_the_ranks_is_a_message_on_every_rank(world: W
     assert "Traceback" not in done.stderr and "Parameters" not in done.stdout
 
 
-def test_continuing_with_other_settings_is_refused_in_plain_words(alone: Any, world: World) -> None:
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, but for what a failure leaves."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    return {name: data for name, data in found.items() if not name.startswith("traceback")}
+
+
+def test_continuing_with_other_settings_is_refused_in_plain_words_and_changes_nothing(
+    alone: Any, world: World
+) -> None:
     path = world.config(Job("alone"), 1)
+    before = contents(alone[1].folder)
     done = start("--config", str(path), *SMALL, "train.seed=3", "optim.lr=0.5")
     assert done.returncode == 1
+    after = contents(alone[1].folder)
+    assert after.keys() == before.keys()
+    assert [name for name in before if after[name] != before[name]] == []
     assert "train.seed 0 there, 3 here" in done.stderr
     assert "optim.lr 0.001 there, 0.5 here" in done.stderr
     assert "train.output_dir" in done.stderr and "Traceback" not in done.stderr
     assert "Traceback" in (alone[1].folder / "traceback.rank0.txt").read_text()
+
+    again = start("--config", str(path), *SMALL)
+    assert again.returncode == 0 and "continuing after step 3" in again.stdout
+    assert not (alone[1].folder / "traceback.rank0.txt").exists(), "of a failure that is over"
+    assert contents(alone[1].folder)["run.json"] == before["run.json"]
 
 
 def test_gradients_that_cannot_be_discarded_are_refused(world: World) -> None:
@@ -215,7 +236,7 @@ def test_gradients_that_cannot_be_discarded_are_refused(world: World) -> None:
     (path.parent / "ds_config.json").write_text(json.dumps({"zero_optimization": zero}))
     config = load_config(path, ["train.nonfinite=skip"])
     with pytest.raises(ValueError, match=r"train\.nonfinite=skip .* offload_optimizer"):
-        train.deepspeed_settings(config)
+        deepspeed_settings(config)
 
 
 # ---------------------------------------------------------------- several ranks
@@ -239,6 +260,40 @@ def test_a_rank_that_dies_ends_the_others(world: World) -> None:
     assert caught.type is AssertionError, "a rank waited for a dead one"
     assert "this rank died" in str(caught.value)
     assert time.perf_counter() - began < 150
+
+
+def test_ctrl_c_ends_every_rank_and_says_in_one_line_how_to_go_on(world: World) -> None:
+    """With a reading process on each rank, which Ctrl-C reaches too."""
+    path = world.config(Job("interrupted", 2), 2)
+    more = ("train.max_steps=9999", "train.save_every=2", "data.num_workers=1", *SMALL[0:1])
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    shared |= {"MASTER_PORT": str(free_port()), "PYTHONUNBUFFERED": "1"}
+    ranks = [
+        subprocess.Popen(
+            [*SCRIPT, "--config", str(path), *more],
+            cwd=ROOT,
+            env=environment(**shared, RANK=str(rank), LOCAL_RANK=str(rank)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        for rank in range(2)
+    ]
+    assert ranks[0].stdout is not None
+    shown = iter(ranks[0].stdout.readline, "")
+    assert any(line.startswith("step 3/") for line in shown)
+    for process in ranks:
+        os.killpg(process.pid, signal.SIGINT)
+    said = [process.communicate(timeout=100) for process in ranks]
+    assert [process.returncode for process in ranks] == [130, 130], said
+    assert said[1] == ("", "")
+    (line,) = said[0][1].splitlines()
+    folder = world.folder / "world2" / "interrupted"
+    newest = sorted((folder / "checkpoints").glob("step_????????"))[-1]
+    assert line == f"interrupted; the same command continues from {newest}"
+    assert all(text.startswith("step ") for text in said[0][0].splitlines())
+    assert not list(folder.glob("traceback*"))
 
 
 # ---------------------------------------------------------------- hooks

@@ -2,9 +2,9 @@
 
     RANK=0 WORLD_SIZE=2 ... python tests/training/training_worker.py jobs.json
 
-Each job is a whole run of `scripts/train.py` on a configuration file, with an optional fault. The
-tests look at what it leaves behind: metrics, checkpoints, export, and `outcome.rankN.json`, which
-says how it ended. Started by `tests/training/training_runs.py`.
+Each job is a whole run of `biascare.runs.train` on a configuration file, with an optional fault.
+The tests look at what it leaves behind: metrics, checkpoints, export, and `outcome.rankN.json`,
+which says how it ended. Started by `tests/training/training_runs.py`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from torch import Tensor
 
 from biascare.config import load_config
 from biascare.data.loader import collate
+from biascare.runs import train
 from biascare.runs.process import prepare_process
 from biascare.training import hooks, ranks, trainer
 from biascare.training.step import TrainStep
-from scripts import train
 from tests.tiny import language_sample, pad_token_id, segmentation_sample
 
 
@@ -128,8 +128,8 @@ def killing_fsync(number: int) -> Any:
 
 
 def predicting_export(found: dict[str, Any]) -> Any:
-    """`train.export` that also notes what the engine's own model predicts, and its buffers."""
-    original = train.export
+    """`export_run` that also notes what the engine's own model predicts, and its buffers."""
+    original = train.export_run
 
     def export(config: Any, engine: Any, chat: Any) -> None:
         original(config, engine, chat)
@@ -156,7 +156,7 @@ def probe_batch(chat: Any) -> Any:
 
 def faults(job: dict[str, Any], found: dict[str, Any]) -> list[Any]:
     """The patches a job asks for; what they observe goes to `found`."""
-    patches = [mock.patch.object(train, "export", predicting_export(found))]
+    patches = [mock.patch.object(train, "export_run", predicting_export(found))]
     if "poison" in job:
         forward = poisoned_forward(**job["poison"])
         step = watched_step(job["poison"]["step"], found)
@@ -199,7 +199,7 @@ def main() -> None:
     prepare_process()
     torch.set_num_threads(1)
     # The world outlives its runs here; the last one leaves it.
-    with mock.patch.object(ranks, "leave_process_group"):
+    with mock.patch.object(train, "leave_process_group"):
         for job in json.loads(Path(sys.argv[1]).read_text()):
             run_job(job)
     ranks.leave_process_group()

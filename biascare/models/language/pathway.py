@@ -48,6 +48,9 @@ MLLM_FAMILIES = ("qwen2_5_vl", "llava")
 """`model_type` of the families whose image features and positions are tested here."""
 
 
+MLLMOpener = Callable[[str, torch.dtype, str], tuple[Any, LoadReport | None]]
+"""(path, dtype, attention kernel) -> the image-text model and what a conversion did."""
+
 LOGGER = logging.getLogger("biascare")
 
 
@@ -112,7 +115,7 @@ def _check_family(path: str, config: dict[str, Any]) -> None:
         )
 
 
-def _open_base(path: str, dtype: torch.dtype, attention: str) -> tuple[Any, LoadReport | None]:
+def open_mllm(path: str, dtype: torch.dtype, attention: str) -> tuple[Any, LoadReport | None]:
     """The image-text model at `path`; weights missing from its files are an error."""
     _check_attention(attention)
     config = _opened(path, read_config)
@@ -185,14 +188,17 @@ class MLLMPathway(nn.Module):
         attention: str = "sdpa",
         dtype: torch.dtype = torch.float32,
         activation_checkpointing: bool = False,
+        opener: MLLMOpener = open_mllm,
     ) -> MLLMPathway:
         """Load a base model with a fresh adapter (`lora`), a saved one (`adapter`), or none.
 
         Everything but the adapter is frozen. A checkpoint in LLaVA's original layout is converted
-        on the way. Raises ValueError when `path` cannot be opened, is not of `MLLM_FAMILIES`, or
-        when the attention kernel is not installed.
+        on the way. `opener` opens the base model.
+
+        Raises ValueError when `path` cannot be opened, is not of `MLLM_FAMILIES`, or when the
+        attention kernel is not installed.
         """
-        base, report = _open_base(path, dtype, attention)
+        base, report = opener(path, dtype, attention)
         if report is not None:
             LOGGER.info("model.mllm %s\n%s", path, report)
         base.requires_grad_(False)

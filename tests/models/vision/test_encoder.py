@@ -421,7 +421,7 @@ def test_compiled_code_gives_the_same_gradients() -> None:
 def test_train_compile_compiles_the_image_encoder_alone_and_keeps_every_name(
     tiny_records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from scripts.train import build_network
+    from biascare.runs.build import build_network
 
     path = tmp_path / "run.yaml"
     path.write_text(

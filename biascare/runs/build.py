@@ -1,0 +1,225 @@
+"""The objects of a run, each made from its configuration: records, loader, network, step, engine.
+
+    segmentation, language, mixture = open_training(config)
+    network = build_network(config)
+    engine = build_engine(config, network, deepspeed_settings(config), say)
+
+Below this module nothing knows a configuration: everything takes explicit arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from biascare.config import resolve_deepspeed
+from biascare.data.chat import ChatBuilder
+from biascare.data.heldout import check_held_out
+from biascare.data.loader import StreamSettings, TrainingStream, training_loader
+from biascare.data.mixture import GlobalBatchSampler, Mixture
+from biascare.data.prevalence import groups_of, total_counts
+from biascare.models import export_folder
+from biascare.models.language.pathway import LoraSettings, MLLMOpener, load_processor, open_mllm
+from biascare.models.network import PARTS, DualPathNetwork
+from biascare.records import Records
+from biascare.settings.keys import Config, DataConfig, ModelConfig, SourceConfig
+from biascare.training import engine
+from biascare.training.optimizer import OptimizerSettings, parameter_groups
+from biascare.training.progress import trainable_table
+from biascare.training.ranks import rank, world_size
+from biascare.training.step import TrainStep
+from biascare.training.terms import HITLSettings, ObjectiveSettings
+
+# ---------------------------------------------------------------- data
+
+
+def open_sources(sources: tuple[SourceConfig, ...]) -> list[Records]:
+    return [Records(source.path) for source in sources]
+
+
+def open_training(config: Config) -> tuple[list[Records], list[Records], Mixture]:
+    """Segmentation and language records and their mixture; what is held out must be other records.
+
+    Raises ValueError before a model is built.
+    """
+    segmentation = open_sources(config.data.segmentation)
+    language = open_sources(config.data.language)
+    held_out = open_sources(config.data.eval_segmentation + config.data.eval_language)
+    check_held_out(segmentation + language, held_out)
+    mixture = build_mixture(config.data, segmentation, language, config.train.seed)
+    mixture.check_micro_batch(config.train.micro_batch)
+    return segmentation, language, mixture
+
+
+def build_mixture(
+    data: DataConfig, segmentation: list[Records], language: list[Records], seed: int
+) -> Mixture:
+    seen = zip(data.segmentation, segmentation, strict=True)
+    read = zip(data.language, language, strict=True)
+    return Mixture(
+        segmentation=[(len(r.segmentation_units), s.weight) for s, r in seen],
+        language=[(len(r.language_units), s.weight) for s, r in read],
+        ratio=data.ratio,
+        seed=seed,
+    )
+
+
+def prevalence(config: Config, segmentation: list[Records]) -> dict[str, str]:
+    """Group of each target: of the file that is named, or from the training sources."""
+    counts = total_counts(source.target_counts for source in segmentation)
+    shares = config.eval.head_share, config.eval.tail_share
+    return groups_of(config.eval.prevalence, counts, *shares)
+
+
+def build_chat(config: Config) -> ChatBuilder | None:
+    if config.train.stage == "vision":
+        return None
+    assert config.model.mllm is not None
+    return ChatBuilder(
+        load_processor(config.model.mllm),
+        image_size=config.model.image_size,
+        max_tokens=config.data.max_tokens,
+    )
+
+
+def build_stream(
+    config: Config,
+    segmentation: list[Records],
+    language: list[Records],
+    mixture: Mixture,
+    chat: ChatBuilder | None,
+    groups: dict[str, str],
+) -> TrainingStream:
+    """Stream positions -> batches, the same on every rank."""
+    mix = asdict(config.data.prompts)
+    settings = StreamSettings(
+        image_size=config.model.image_size,
+        targets_per_image=config.data.targets_per_image,
+        target_sampling_power=config.data.target_sampling_power,
+        prompt_mix=mix if chat else mix | {"text": 0.0},  # without a text there must be a prompt
+        augment=config.data.augment,
+        seed=config.train.seed,
+    )
+    return TrainingStream(segmentation, language, mixture, chat, groups, settings)
+
+
+def training_stream(config: Config) -> tuple[TrainingStream, ChatBuilder | None]:
+    """The stream of a run and what its conversations are made with, without any model."""
+    segmentation, language, mixture = open_training(config)
+    groups, chat = prevalence(config, segmentation), build_chat(config)
+    return build_stream(config, segmentation, language, mixture, chat, groups), chat
+
+
+def build_loader(config: Config, stream: TrainingStream, start_step: int) -> Any:
+    """The training DataLoader of this rank, continuing after `start_step` optimizer steps."""
+    sampler = GlobalBatchSampler(
+        config.train.global_batch,
+        config.train.micro_batch,
+        rank(),
+        world_size(),
+        start_step,
+        config.train.max_steps - start_step,
+    )
+    return training_loader(stream, sampler, config.data.num_workers)
+
+
+# ---------------------------------------------------------------- model
+
+
+def lora_settings(model: ModelConfig) -> LoraSettings:
+    return LoraSettings(rank=model.lora_rank, alpha=model.lora_alpha, dropout=model.lora_dropout)
+
+
+def build_network(config: Config, opener: MLLMOpener = open_mllm) -> DualPathNetwork:
+    """The network with its initial weights, frozen and thawed as the run wants it.
+
+    `opener` opens the base image-text model; a plan gives one that reads no weights.
+    """
+    torch.manual_seed(config.train.seed)
+    model = config.model
+    network = export_folder.build_network(
+        vision=model.vision,
+        image_size=model.image_size,
+        vision_weights=model.vision_weights,
+        mllm=model.mllm if config.train.stage == "joint" else None,
+        lora=lora_settings(model),
+        num_queries=model.num_queries,
+        query_heads=model.query_heads,
+        attention=model.attention,
+        dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
+        activation_checkpointing=model.activation_checkpointing,
+        opener=opener,
+    )
+    if network.mllm is not None:
+        network.mllm.packing = config.data.pack_sequences
+    network.set_trainable(vars(config.train.trainable))
+    if config.train.compile:
+        # In place: a wrapper would rename every parameter. The LLM's lengths change at every step.
+        network.vision.image_encoder.compile()
+    return network
+
+
+def build_step(config: Config, network: DualPathNetwork) -> TrainStep:
+    return TrainStep(
+        network, ObjectiveSettings(**vars(config.objective)), HITLSettings(**vars(config.hitl))
+    )
+
+
+# ---------------------------------------------------------------- engine
+
+
+def optimizer_settings(config: Config) -> OptimizerSettings:
+    return OptimizerSettings(**vars(config.optim), max_steps=config.train.max_steps)
+
+
+def deepspeed_settings(config: Config) -> dict[str, Any]:
+    """The resolved DeepSpeed file; checked before any model is loaded."""
+    train = config.train
+    path = resolve_deepspeed(train.deepspeed)
+    settings = engine.resolve_deepspeed_config(
+        path,
+        global_batch=train.global_batch,
+        micro_batch=train.micro_batch,
+        grad_clip=config.optim.grad_clip,
+        precision=train.precision,
+    )
+    if train.nonfinite == "skip" and not engine.can_discard(settings):
+        raise ValueError(
+            f"train.nonfinite=skip cannot discard gradients that {path} offloads; set "
+            "train.nonfinite=raise or remove offload_optimizer"
+        )
+    return settings
+
+
+def build_engine(
+    config: Config,
+    network: DualPathNetwork,
+    deepspeed_config: dict[str, Any],
+    say: Callable[[Any], None],
+) -> Any:
+    """DeepSpeed's engine around the training step; says what is trainable."""
+    settings = optimizer_settings(config)
+    say(trainable_table(count_parameters(network, settings)))
+    groups = parameter_groups(network.pathway_parameters(), settings)
+    return engine.build_engine(build_step(config, network), groups, settings, deepspeed_config)
+
+
+def count_parameters(
+    network: DualPathNetwork, settings: OptimizerSettings
+) -> dict[str, tuple[int, int, float]]:
+    """Rows of the trainable-parameter table; what belongs to no part is the rest."""
+    rates = {"vision": settings.lr, "mllm": settings.mllm_lr}
+    rows, named = {}, set()
+    for part in PARTS:
+        parameters = part.parameters(network)
+        named |= {id(p) for p in parameters}
+        if parameters:
+            trainable = sum(p.numel() for p in parameters if p.requires_grad)
+            total = sum(p.numel() for p in parameters)
+            rows[part.name] = (total, trainable, rates[part.pathway])
+    rest = [p for p in network.parameters() if id(p) not in named]
+    rows["rest"] = (sum(p.numel() for p in rest), 0, 0.0)
+    return rows
