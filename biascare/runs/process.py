@@ -38,9 +38,8 @@ def prepare_process() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise it warns that it found none
         keep_freed_memory()
     transformers.utils.logging.disable_progress_bar()
-    for message in ("`is_gradient_checkpointing`", "`torch.distributed"):
-        # Of peft's and DeepSpeed's calls; nothing a user could change.
-        warnings.filterwarnings("ignore", category=FutureWarning, message=message)
+    # Of DeepSpeed's calls; nothing a user could change.
+    warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed")
     log = logging.getLogger("biascare")
     if os.environ.get("RANK", "0") == "0" and not log.handlers:
         log.addHandler(logging.StreamHandler(sys.stdout))

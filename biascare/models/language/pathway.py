@@ -12,6 +12,7 @@ goes through the LLM's vision tower once, however many instructions of the micro
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -203,18 +204,22 @@ class MLLMPathway(nn.Module):
             LOGGER.info("model.mllm %s\n%s", path, report)
         base.requires_grad_(False)
         model: nn.Module = base
-        if adapter is not None:
-            model = PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
-        elif lora is not None:
-            model = get_peft_model(
-                base,
-                LoraConfig(
-                    r=lora.rank,
-                    lora_alpha=lora.alpha,
-                    lora_dropout=lora.dropout,
-                    target_modules=LORA_TARGETS,
-                ),
-            )
+        with warnings.catch_warnings():
+            # peft asks transformers for the old name of activation checkpointing; a user of either
+            # could change nothing about it.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            if adapter is not None:
+                model = PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
+            elif lora is not None:
+                model = get_peft_model(
+                    base,
+                    LoraConfig(
+                        r=lora.rank,
+                        lora_alpha=lora.alpha,
+                        lora_dropout=lora.dropout,
+                        target_modules=LORA_TARGETS,
+                    ),
+                )
         if activation_checkpointing:
             # After the adapter: peft would otherwise make the frozen vision tower's input require a
             # gradient, and the tower would be kept, recomputed and differentiated for nothing.
