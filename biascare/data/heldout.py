@@ -107,6 +107,7 @@ class HeldOut(Dataset, ABC):
         self.image_size = image_size
         units = [(r, unit) for r, source in enumerate(self.records) for unit in self._units(source)]
         if limit and limit < len(units):
+            # Evenly spaced: the first ones are often of one patient or one sub-dataset.
             units = [units[i] for i in np.linspace(0, len(units) - 1, limit).astype(int)]
         self.units = units
 
@@ -186,6 +187,7 @@ class HeldOutImages(HeldOut):
             for text in instructions:
                 turn = Turn("user", text, "segmentation")
                 sequences.append(self.chat.sequence([turn]) | {"image": pixels})
+        # Prompts are placed on the native mask: at the model's size a thin target may have moved.
         items = [
             MaskItem(
                 id=f"{row['id']}/{target['name']}",

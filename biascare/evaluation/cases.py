@@ -128,7 +128,7 @@ def read_cases(path: str | Path) -> Cases:
 def read_lines(path: Path, *, finished: bool) -> tuple[Header, list[FinishedCase]]:
     """Header and cases. Of an unfinished file a last line that was cut short is left out."""
     lines = path.read_text(encoding="utf-8").split("\n")
-    # Without its end a line may be anything.
+    # Without its end a line may be anything: a kill can cut it inside a number that still parses.
     last = lines.pop()
     if last and finished:
         raise ValueError(f"{path} ends inside a line; evaluate again to finish it")
@@ -151,6 +151,7 @@ def _read_header(path: Path, line: str) -> Header:
             f"{FORMAT_VERSION}; evaluate again with this program"
         )
     try:
+        # Types are checked here and nowhere later: a metric trusts what it reads.
         return _HEADER.validate_python(found)
     except ValidationError as error:
         raise ValueError(f"{path}: its header is damaged ({error})") from error
@@ -173,7 +174,10 @@ class CaseWriter:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and path.stat().st_size:
-            _cut_unfinished(path)
+            with path.open("rb+") as file:
+                # What follows the last line end was cut short; appended to, it would spoil a whole
+                # line.
+                file.truncate(file.read().rfind(b"\n") + 1)
         fresh = not path.exists() or not path.stat().st_size
         self._file = path.open("a", encoding="utf-8")
         if fresh:
@@ -185,6 +189,8 @@ class CaseWriter:
     def _write(self, lines: Iterable[str]) -> None:
         self._file.write("".join(f"{line}\n" for line in lines))
         self._file.flush()
+        # Minutes of a large model's work stand behind a few kilobytes: they must survive the
+        # machine, not only the process.
         os.fsync(self._file.fileno())
 
     def __enter__(self) -> CaseWriter:
@@ -197,10 +203,3 @@ class CaseWriter:
         traceback: TracebackType | None,
     ) -> None:
         self._file.close()
-
-
-def _cut_unfinished(path: Path) -> None:
-    """Remove what follows the last line end."""
-    with path.open("rb+") as file:
-        data = file.read()
-        file.truncate(data.rfind(b"\n") + 1)

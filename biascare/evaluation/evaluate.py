@@ -87,18 +87,23 @@ def evaluate(
     `path` holds cases of another header (and `overwrite` is not set).
     """
     order = _order(images, questions)
+    # One rank looks: files of a slow network disk may appear to another a moment later, and ranks
+    # that disagree about what is left would wait for each other for ever under ZeRO-3.
     done = from_rank_zero(lambda: _begin(path, header, overwrite))
-    with CaseWriter(_share_of(path, rank()), header) as writer:
+    share = path.with_name(f"{path.stem}.rank{rank()}{path.suffix}")
+    with CaseWriter(share, header) as writer:
         for held in _batches(images, done, segmenter.network.device, settings):
             began = time.perf_counter()
             masks = mask_cases(segmenter, images, held, settings)
+            # Batch by batch: a kill costs at most one, and the memory of a whole benchmark's masks
+            # is never held.
             writer.append(list(_new(masks, held, done, began)))
         if answerer is not None and questions is not None:
             for held in _batches(questions, done, answerer.network.device, settings):
                 began = time.perf_counter()
                 answers = answer_cases(answerer, held, settings)
                 writer.append(list(_new(answers, held, done, began)))
-    gather_objects(None)  # all shares are on disk
+    gather_objects(None)  # a barrier: only now are all shares on disk
     from_rank_zero(lambda: _join(path, header, order))
     return read_cases(path)
 
@@ -126,8 +131,11 @@ def mask_cases(
     encoded = segmenter.encode_batch(batch)
     by_text = None
     if encoded.features.text_embedding is not None:
+        # Padding in place of the click: the row keeps its number of prompts, so that the same
+        # call serves both and no click of another row moves into its place.
         silent = torch.full_like(batch.prompts.point_labels, POINT_PADDING)
         by_text = segmenter.decode(encoded, batch.prompts._replace(point_labels=silent))
+    # Image and words were encoded once; everything below only decodes.
     history = [(batch.prompts, segmenter.decode(encoded, batch.prompts))]
 
     def decode(prompts: Prompts, previous: Tensor | None) -> Prediction:
@@ -141,7 +149,7 @@ def mask_cases(
             prompts,
             decoded.prediction,
             batch.masks,
-            policy="center",
+            policy="center",  # deterministic: a score must not depend on a seed
             num_clicks=1,
             generator=None,
             mask_prompt=settings.mask_prompt,
@@ -173,6 +181,8 @@ def mask_cases(
 def _prediction(
     decoded: Decoded, row: int, item: MaskItem, clicks: list[tuple[float, float, int]]
 ) -> MaskPrediction:
+    # At native size: a mask scored at the model's size would be scored against a resized truth, in
+    # which a lesion of one pixel is many, or none.
     mask = restore_mask(decoded.prediction.mask_logits[row], item.height, item.width)
     return MaskPrediction(
         points=[*item.points, *clicks],
@@ -214,6 +224,7 @@ def answer_cases(
     )
     options = [options_of(item) for item in items]
     scores: Sequence[Tensor | None] = [None] * len(items)
+    # A batch of open questions has nothing to score: its prompts need not be read a second time.
     if not settings.synced_generation and any(options):
         said = [spoken(item.question, mine) for item, mine in zip(items, options, strict=True)]
         scores = answerer.score_batch(held.batch, said)
@@ -238,6 +249,7 @@ def answer_cases(
 
 def options_of(item: QuestionItem) -> tuple[str, ...]:
     """What an answer is chosen from: as the record states, or yes and no."""
+    # By the reference and not by the kind: some sources call "left or right?" a closed question.
     if not item.question.options and item.answer.text.lower() in YES_NO:
         return YES_NO
     return item.question.options
@@ -250,6 +262,7 @@ def _batches(
     items: HeldOut, done: set[str], device: torch.device, settings: EvaluationSettings
 ) -> Iterator[HeldOutBatch]:
     """This rank's batches of the units that are not done."""
+    # An image of which one target is missing is encoded again; `_new` keeps the others out.
     left = [i for i, keys in enumerate(items.case_keys()) if not done.issuperset(keys)]
     loader = heldout_loader(
         items,
@@ -269,6 +282,7 @@ def _new(
     """Cases that no file has, with their share of the batch's time."""
     seconds = (time.perf_counter() - began) / len(held.items)
     for case, repeated in zip(cases, held.repeated, strict=True):
+        # Repeats only keep ranks in step; counted, they would weigh some cases twice.
         if not repeated and _key(case) not in done:
             yield replace(case, seconds=round(seconds, 6))
 
@@ -287,6 +301,7 @@ def _order(images: HeldOut, questions: HeldOut | None) -> dict[str, int]:
         )
     order = {key: place for place, key in enumerate(keys)}
     if len(order) < len(keys):
+        # One of the two would silently stand for both when an evaluation is continued.
         twice = next(key for place, key in enumerate(keys) if order[key] != place)
         raise ValueError(
             f"two cases are called {twice}: two folders hold the same record of one source and "
@@ -295,12 +310,9 @@ def _order(images: HeldOut, questions: HeldOut | None) -> dict[str, int]:
     return order
 
 
-def _share_of(path: Path, number: int) -> Path:
-    return path.with_name(f"{path.stem}.rank{number}{path.suffix}")
-
-
 def _files(path: Path) -> list[Path]:
     """What there is of an evaluation: the finished file and the shares of ranks."""
+    # Of any number of ranks: the one that goes on may have fewer or more than the one before.
     shares = sorted(path.parent.glob(f"{path.stem}.rank*{path.suffix}"))
     return [file for file in (path, *shares) if file.exists() and file.stat().st_size]
 
@@ -336,6 +348,7 @@ def _join(path: Path, header: Header, order: dict[str, int]) -> None:
     if files == [path]:
         return
     cases = {_key(case): case for file in files for case in read_lines(file, finished=False)[1]}
+    # In the order of the records: the same file however many ranks wrote it.
     partial = path.with_suffix(".tmp")
     partial.unlink(missing_ok=True)
     with CaseWriter(partial, header) as writer:

@@ -79,8 +79,13 @@ class Answerer:
                 "temperature 0, or several at a temperature above it"
             )
         batch = self._prompt(case)
-        # The image is encoded once: every placeholder shows the same one.
-        inputs = {name: self._repeated(name, value, n) for name, value in batch.mllm_inputs.items()}
+        # Per-token inputs once per answer. Those of the image stay: every placeholder shows the
+        # same one, which the tower then encodes once.
+        per_token = ("input_ids", "attention_mask", *self.chat.extra_keys)
+        inputs = {
+            name: value.repeat(n, 1) if name in per_token else value
+            for name, value in batch.mllm_inputs.items()
+        }
         batch = batch._replace(mllm_inputs=inputs, image_slots=batch.image_slots * n)
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
         return self.generate_batch(batch, max_new_tokens=max_new_tokens, **sampling)
@@ -88,6 +93,7 @@ class Answerer:
     def score(self, case: Case, options: Sequence[str]) -> Tensor:
         """Log-probability of each of K options, [K] fp32 on the CPU; see `score_batch`."""
         question = case.question
+        # A choice was trained with its options in sight, a closed question without.
         if question.kind == "choice":
             question = question._replace(options=tuple(options))
         batch = self._prompt(case._replace(question=question))
@@ -128,12 +134,14 @@ class Answerer:
             for option, variants in enumerate(said)
             for tokens in variants
         ]
+        # All options of all questions go through together: prompts are read once, however many.
         prefix = read_prefix(self.mllm, batch.mllm_inputs, batch.image_slots)
         scores = continuation_log_probs(
             self.mllm, prefix, [row for row, _, _ in flat], [tokens for _, _, tokens in flat]
         ).cpu()
         found = [torch.full((len(said),), -torch.inf) for said in spellings]
         for (row, option, _), score in zip(flat, scores, strict=True):
+            # Spellings exclude each other, so probabilities add; in logs, lest they underflow.
             found[row][option] = torch.logaddexp(found[row][option], score)
         return found
 
@@ -152,9 +160,12 @@ class Answerer:
             }
             for text in texts
         ]
+        # Stages "IV" and veins "iv": where case tells options apart, folding it would credit both.
         if len(set().union(*variants)) < sum(map(len, variants)):
             variants = [{text, f" {text}"} for text in texts]
         tokens = [self._tokens(variant, "") for variant in variants]
+        # All or none get the end token: it has a probability of its own, which must not favour the
+        # options that lack it.
         if _one_begins_another(tokens):
             tokens = [self._tokens(variant, self.chat.end_of_answer) for variant in variants]
         return tokens
@@ -172,11 +183,6 @@ class Answerer:
         sample = Sample([sequence], None, None, None, None, facts=[])
         pad = self.chat.tokenizer.pad_token_id
         return collate([sample], seed=0, pad_token_id=pad, padding_side="left")
-
-    def _repeated(self, name: str, value: Tensor, n: int) -> Tensor:
-        """Per-token inputs [1, L] once per answer; those of images stay."""
-        per_token = ("input_ids", "attention_mask", *self.chat.extra_keys)
-        return value.repeat(n, 1) if name in per_token else value
 
 
 def spoken(question: Turn, options: Sequence[str]) -> list[str]:

@@ -22,7 +22,7 @@ from biascare.data.chat import ChatBuilder, segmentation_instruction
 from biascare.inference.answerer import DEFAULT_MAX_NEW_TOKENS, Answerer, Case
 from biascare.inference.images import ImageLike, as_pixels
 from biascare.inference.segmenter import Segmenter
-from biascare.inference.session import Box, Segmentation
+from biascare.inference.session import Box, Segmentation, check_prompts
 from biascare.interfaces import POINT_POSITIVE
 from biascare.models.export_folder import TrainingFacts, open_network
 from biascare.models.language.pathway import load_processor
@@ -128,13 +128,17 @@ class BiasCareVL:
                 "nothing says what to segment; give points=[(x, y)], box=(x0, y0, x1, y1)"
                 + (" or a target in words" if self.chat else " (this model reads no text)")
             )
-        clicks = zip(points, labels, strict=True)
+        size = pixels.shape[0], pixels.shape[1]
+        placed = zip(points, labels, strict=True)
+        clicks = tuple((float(x), float(y), int(label)) for (x, y), label in placed)
+        # Before the image is encoded, which may take seconds.
+        check_prompts(clicks, box, size)
         return Segmentation.start(
             self.segmenter,
             self.segmenter.encode(pixels, [instruction]),
-            (pixels.shape[0], pixels.shape[1]),
+            size,
             mask_prompt=self.mask_prompt,
-            clicks=tuple((float(x), float(y), int(label)) for (x, y), label in clicks),
+            clicks=clicks,
             box=box,
         )
 
@@ -177,10 +181,12 @@ class BiasCareVL:
             turn = Turn("user", question, "open")
             answered = self.answerer.generate(Case(pixels, turn), max_new_tokens=max_new_tokens)[0]
             log_probs = answered.token_log_probs
+            # The geometric mean: a product would call every long answer doubtful.
             confidence = math.exp(sum(log_probs) / len(log_probs)) if log_probs else 0.0
             return Answer(answered.text, confidence, {}, log_probs)
         if len(options) < 2 or len(set(options)) < len(options):
             raise ValueError(f"options: got {list(options)}, expected two or more different ones")
+        # As in training: yes and no are understood, other options are shown with letters.
         kind = "closed" if {option.lower() for option in options} == {"yes", "no"} else "choice"
         scores = self.answerer.score(Case(pixels, Turn("user", question, kind)), options)
         shares = dict(zip(options, scores.softmax(0).tolist(), strict=True))

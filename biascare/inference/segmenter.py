@@ -80,6 +80,7 @@ class Segmenter:
             facts=[],
         )
         pad = self.chat.tokenizer.pad_token_id if self.chat else 0
+        # Through the collator of training, so that a person's image becomes what a record's does.
         return self.encode_batch(collate([sample], seed=0, pad_token_id=pad))
 
     @torch.inference_mode()
@@ -87,6 +88,7 @@ class Segmenter:
         """A collated batch with images, on any device."""
         batch = to_device(batch, self.network.device)
         assert batch.row_image is not None, "a batch of questions has nothing to segment"
+        # Dropout would make an evaluation in the middle of training random.
         self.network.eval()
         return Encoded(features=self.network.encode(batch), row_image=batch.row_image)
 

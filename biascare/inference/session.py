@@ -12,6 +12,7 @@ words are encoded once, when the first is made.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -59,9 +60,8 @@ class Segmentation:
         box: Box | None = None,
     ) -> Segmentation:
         """The first mask of an encoded image. Raises ValueError for prompts outside it."""
-        for x, y, _ in clicks:
-            check_inside(x, y, size)
-        prompts = prompts_of(clicks, check_box(box, size), size, segmenter.image_size)
+        check_prompts(clicks, box, size)
+        prompts = prompts_of(clicks, box, size, segmenter.image_size)
         return cls(
             segmenter=segmenter,
             encoded=encoded,
@@ -77,10 +77,12 @@ class Segmentation:
 
         Raises ValueError outside the image.
         """
+        # A click beside the image would be moved or wrapped by the geometry, without a word.
         check_inside(x, y, self.size)
         label = POINT_POSITIVE if positive else POINT_NEGATIVE
         clicks = (*self.clicks, (float(x), float(y), label))
         prompts = prompts_of(clicks, self.box, self.size, self.segmenter.image_size)
+        # The logits of the mask on screen: that is what the person corrects.
         before = self.decoded.prediction.low_res_logits if self.mask_prompt else None
         decoded = self.segmenter.decode(self.encoded, prompts, before)
         return replace(self, clicks=clicks, decoded=decoded, previous=self)
@@ -128,6 +130,8 @@ def prompts_of(
     clicks: tuple[Click, ...], box: Box | None, size: tuple[int, int], image_size: int
 ) -> Prompts:
     """Native clicks and box of one row -> prompts of the square model input."""
+    # A box is two more points, as SAM's prompt encoder has it, and stands before the clicks that
+    # correct it.
     corners = [] if box is None else [(*box[:2], BOX_TOP_LEFT), (*box[2:], BOX_BOTTOM_RIGHT)]
     points = [*corners, *clicks]
     native = np.array([point[:2] for point in points], np.float64).reshape(-1, 2)
@@ -141,6 +145,8 @@ def prompts_of(
 def check_inside(x: float, y: float, size: tuple[int, int]) -> None:
     """Raises ValueError for a click that hits no pixel."""
     height, width = size
+    # Pixel centres are whole numbers, so a pixel reaches half a unit to each side. Written so that
+    # NaN fails too.
     if not (-0.5 <= x <= width - 0.5 and -0.5 <= y <= height - 0.5):
         raise ValueError(
             f"click: got x={x:g}, y={y:g}, expected 0 <= x <= {width - 1} and 0 <= y <= "
@@ -148,15 +154,17 @@ def check_inside(x: float, y: float, size: tuple[int, int]) -> None:
         )
 
 
-def check_box(box: Box | None, size: tuple[int, int]) -> Box | None:
-    """The box; raises ValueError for one that is upside down or leaves the image."""
-    if box is not None:
-        x0, y0, x1, y1 = box
-        check_inside(x0, y0, size)
-        check_inside(x1, y1, size)
-        if x0 > x1 or y0 > y1:
-            raise ValueError(
-                f"box: got {box}, expected x0, y0, x1, y1 with x0 <= x1 and y0 <= y1, the left, "
-                "top, right and bottom edge in pixels"
-            )
-    return box
+def check_prompts(clicks: Sequence[Click], box: Box | None, size: tuple[int, int]) -> None:
+    """Raises ValueError for a click outside the image, and a box that is upside down or leaves it."""
+    for x, y, _ in clicks:
+        check_inside(x, y, size)
+    if box is None:
+        return
+    x0, y0, x1, y1 = box
+    check_inside(x0, y0, size)
+    check_inside(x1, y1, size)
+    if x0 > x1 or y0 > y1:
+        raise ValueError(
+            f"box: got {box}, expected x0, y0, x1, y1 with x0 <= x1 and y0 <= y1, the left, top, "
+            "right and bottom edge in pixels"
+        )

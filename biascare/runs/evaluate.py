@@ -79,12 +79,14 @@ def evaluate_model(request: EvaluationRequest) -> dict[str, Any]:
         [Records(path) for path in paths]
         for paths in (request.train, request.segmentation, request.language)
     )
+    # Everything that could refuse the evaluation comes before the model, which takes minutes.
     check_scored(segmentation, language)
     check_held_out(train, segmentation + language)
     if "RANK" in os.environ:
         init_process_group()
     model = open_model(request)
     facts = model.facts
+    # The export knows what it was trained on, by content and not by path: a copied folder counts.
     if facts is not None and not request.allow_trained:
         refuse_trained(dict.fromkeys(facts.trained_on, "training data"), segmentation + language)
     if language and model.answerer is None:
@@ -194,6 +196,7 @@ def weights_hash(model: Path) -> str:
     files = [model] if model.is_file() else sorted(parts)
     digest = hashlib.sha256()
     for file in files:
+        # Names too: two parts that swapped their files are another model.
         digest.update(file.name.encode() + b"\0")
         with file.open("rb") as opened:
             while block := opened.read(1 << 22):
@@ -263,7 +266,9 @@ class Evaluator:
             path,
             self.header(step),
             self.settings,
-            overwrite=True,  # of these weights and no others
+            # A resumed run reaches this step again; what stands there is of the same weights only
+            # if nothing else changed, which nobody checks.
+            overwrite=True,
         )
         summary = summarise(cases)
         if rank() == 0:

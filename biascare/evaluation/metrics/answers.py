@@ -33,6 +33,7 @@ def read_choice(text: str, options: Sequence[str]) -> str | None:
     anything else.
     """
     text = normalise_answer(text)
+    # Only a letter alone or with a mark: "a mass" must not choose option A.
     lettered = re.match(r"\(?([a-z])(?:[:.)]\s*.*)?$", text)
     if lettered:
         place = ascii_lowercase.index(lettered.group(1))
@@ -66,6 +67,8 @@ def summarise_answers(cases: Sequence[AnswerCase]) -> dict[str, Any]:
 
 
 def _accuracy_table(cases: Sequence[AnswerCase]) -> dict[str, Any]:
+    # Per source, because sources ask about different things: one constant for all of them would be
+    # a weaker opponent than what a model can learn from the source alone.
     constant = sum(
         max(Counter(normalise_answer(case.reference) for case in mine).values())
         for mine in _split(cases, lambda case: case.facts.source).values()
@@ -82,6 +85,7 @@ def _accuracy_table(cases: Sequence[AnswerCase]) -> dict[str, Any]:
             for name, mine in sorted(_split(cases, lambda case: case.facts.modality).items())
         },
     }
+    # Its own number: questions without options would silently change what the accuracy is of.
     scored = [case for case in cases if case.option_log_probs is not None]
     if scored:
         table["num_scored"] = len(scored)

@@ -28,6 +28,7 @@ GROUPINGS = ("target", "prevalence", "modality")
 def dice_score(prediction: np.ndarray, truth: np.ndarray) -> float:
     """Dice of two [H, W] binary masks; 1 if both are empty."""
     prediction, truth = prediction.astype(bool), truth.astype(bool)
+    # Both empty agree completely; only one empty is a complete failure, whatever its size.
     size = int(prediction.sum()) + int(truth.sum())
     return 2 * int((prediction & truth).sum()) / size if size else 1.0
 
@@ -46,6 +47,7 @@ def mask_scores(case: MaskCase, header: Header) -> dict[str, float]:
     first, *corrected = case.predictions
     scores["dice"] = score(first.mask)
     scores |= {f"dice_click_{n}": score(p.mask) for n, p in enumerate(corrected, 1)}
+    # A disc needs a click to stand on; a box says more than its size and has no such baseline.
     if header.disc_share is not None and first.points:
         own = header.disc_share_by_target.get(case.facts.target or "", header.disc_share)
         shares = {"dice_disc": header.disc_share, "dice_disc_by_target": own}
@@ -107,6 +109,7 @@ def mean_by(groups: Iterable[str | None], values: Iterable[float]) -> dict[str, 
 def failure_auroc(dice: Sequence[float], uncertainty: Sequence[float]) -> float | None:
     """How well an uncertainty ranks failed masks before good ones; None without both kinds."""
     failed = [score < FAILURE_DICE for score in dice]
+    # Without both kinds there is nothing to rank; 0.5 would read as a measured chance level.
     if len(set(failed)) < 2:
         return None
     return float(roc_auc_score(failed, list(uncertainty)))
@@ -122,6 +125,7 @@ def summarise_segmentation(cases: Sequence[MaskCase], header: Header) -> dict[st
             f"by_{name}": mean_by([getattr(case.facts, name) for case in cases], values)
             for name in GROUPINGS
         }
+        # Each target once: in the mean over masks a rare one hardly counts.
         targets = [cell["mean"] for cell in tables["by_target"].values()]
         summary[metric] = {
             "mean": float(np.mean(values)),
