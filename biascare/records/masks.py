@@ -4,8 +4,8 @@
     mask = decode_mask(rle, height, width)       # uint8 [H, W]
 
 A code is a text of characters "0" to "o", 48 and six bits: five of a number, lowest first, and one
-that says that the number goes on. The numbers are the lengths of runs of 0 and 1 in
-turn, down the columns; from the fourth on they are differences to the run two before.
+that says that the number goes on. The numbers are the lengths of runs of 0 and 1 in turn, down the
+columns; from the fourth on they are differences to the run two before.
 
 pycocotools writes the codes. It does not read them here: its C code follows a damaged code beyond
 the end of its own memory, and on the outline of an organ it takes several times as long.
