@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 from biascare.records import Record
+from biascare.records.vocabulary import UNSPECIFIED_MODALITY
 from data_prep.formats.zip_images import ImageFinder, Place, read_place
 from data_prep.pipeline import shards
 from data_prep.pipeline.program import run_program
@@ -35,7 +36,6 @@ from data_prep.pipeline.release_files import (
 )
 from data_prep.pipeline.shards import Release, UnusableItemError
 from data_prep.wording.conversations import (
-    UNSPECIFIED_MODALITY,
     Asked,
     ImageQuestions,
     Question,

@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from biascare.records import MAX_IMAGE_PIXELS, Record, Turn
-from biascare.records.vocabulary import canonical_modality
+from biascare.records.vocabulary import UNSPECIFIED_MODALITY, canonical_modality
 from data_prep.formats.zip_images import ImageFinder, Place, read_place
 from data_prep.pipeline import shards
 from data_prep.pipeline.options import add_share_arguments, note_shares
@@ -51,7 +51,6 @@ from data_prep.pipeline.release_files import (
 )
 from data_prep.pipeline.shards import Release, UnusableItemError
 from data_prep.wording.conversations import (
-    UNSPECIFIED_MODALITY,
     Question,
     drawn_split,
     facts_of,

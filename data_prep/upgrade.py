@@ -29,6 +29,7 @@ import pyarrow as pa
 from rich.console import Console
 from rich.progress import track
 
+from biascare.durable import claim_name
 from biascare.records import (
     FORMAT_VERSION,
     PartWriter,
@@ -69,7 +70,7 @@ def upgrade(folder: Path, max_skipped: float) -> str:
     """
     old, new = (folder.with_name(f"{folder.name}.format{version}") for version in (1, 2))
     if not folder.exists() and old.exists() and new.exists():  # killed between the two renames
-        new.rename(folder)
+        claim_name(new, folder)
         return f"{folder}: the conversion is complete now; the older folder is {old}"
     manifest = read_manifest(folder)
     if manifest["format_version"] == FORMAT_VERSION:
@@ -83,7 +84,7 @@ def upgrade(folder: Path, max_skipped: float) -> str:
     ledger = Ledger(ledger_path(old))
     _convert(folder, new, manifest, ledger, max_skipped)
     folder.rename(old)
-    new.rename(folder)
+    claim_name(new, folder)
     left_out = ledger.num_skipped
     note = f", {left_out} choices left out, see {ledger.path}" if left_out else ""
     return f"{folder}: {manifest['num_rows']} records{note}; the older folder is {old}"

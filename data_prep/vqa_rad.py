@@ -121,6 +121,7 @@ def _row(number: int, entry: dict[str, Any], split: str) -> Asked:
         str(entry.get("answer_type") or "") or None,
         qid=entry.get("qid"),
         linked_qid=entry.get("qid_linked_id"),
+        question_relation=entry.get("question_relation"),
         official_split=split,
         answer_type=entry.get("answer_type"),
         question_type=entry.get("question_type"),

@@ -62,6 +62,8 @@ def written(turns: Sequence[Turn]) -> list[str]:
 
 
 def _lettered(question: Turn) -> list[str]:
+    if len(question.options) > len(LETTERS):
+        raise ValueError(f"{len(question.options)} options, there are only {len(LETTERS)} letters")
     return [f"{letter}: {text}" for letter, text in zip(LETTERS, question.options, strict=False)]
 
 

@@ -3,9 +3,9 @@
     rle = encode_mask(mask)                      # bool [H, W] -> bytes; the size is not part of it
     mask = decode_mask(rle, height, width)       # uint8 [H, W]
 
-A code is a text of characters "0" to "o". Each character holds six bits: five of a number, lowest
-first, and one that says that the number goes on. The numbers are the lengths of runs of 0 and 1 in
-turn, down the columns; from the fourth on they are differences to the run two before.
+A code is a text of characters "0" to "o", 48 and six bits: five of a number, lowest first, and one
+that says that the number goes on. The numbers are the lengths of runs of 0 and 1 in turn, down the
+columns; from the fourth on they are differences to the run two before.
 
 pycocotools writes the codes. It does not read them here: its C code follows a damaged code beyond
 the end of its own memory, and on the outline of an organ it takes several times as long.
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco
 
-_FIRST, _LAST = 48, 111  # the characters of a code: 48 and six bits
+_FIRST = ord("0")
 _MAX_CHARACTERS = 6  # of one number: 30 bits, while MAX_IMAGE_PIXELS needs 27 and a sign
 
 
@@ -74,19 +74,19 @@ def mask_runs(rle: bytes, height: int, width: int) -> NDArray[np.int64]:
 
 def _differences(rle: bytes) -> NDArray[np.int64]:
     """The numbers that are written in a code: [R]."""
-    characters = np.frombuffer(rle, np.uint8)
-    if not len(characters) or characters.min() < _FIRST or characters.max() > _LAST:
+    bits = np.frombuffer(rle, np.uint8) - np.uint8(_FIRST)  # wraps: a byte below ends above 63
+    if not len(bits) or bits.max() > 63:
         raise ValueError("it holds bytes that no code has" if rle else "it is empty")
-    bits = characters.astype(np.int64) - _FIRST
-    last = np.flatnonzero(bits & 0x20 == 0)
+    last = np.flatnonzero(bits < 32)
     if not len(last) or last[-1] != len(bits) - 1:
         raise ValueError("it ends inside a number")
-    first = np.concatenate([[0], last[:-1] + 1])
-    lengths = last - first + 1
-    if lengths.max() > _MAX_CHARACTERS:  # also keeps every sum below far from overflow
+    lengths = np.diff(last, prepend=-1)
+    if lengths.max() > _MAX_CHARACTERS:  # also keeps every sum far from overflow
         raise ValueError("a number in it is too long")
-    place = 5 * (np.arange(len(bits)) - np.repeat(first, lengths))
-    numbers: NDArray[np.int64] = np.add.reduceat((bits & 0x1F) << place, first)
-    negative = bits[last] & 0x10 != 0
-    numbers[negative] -= 1 << (5 * lengths[negative])
+    highest = bits[last].astype(np.int64)
+    numbers: NDArray[np.int64] = (highest & 31) - ((highest & 16) << 1)  # two's complement
+    longer = np.arange(len(last))
+    for place in range(1, int(lengths.max())):  # most numbers have one digit or two
+        longer = longer[lengths[longer] > place]
+        numbers[longer] = (numbers[longer] << 5) | (bits[last[longer] - place] & 31)
     return numbers

@@ -1,4 +1,4 @@
-"""The names records use: one spelling per target and per modality, one key per fact.
+"""The names records use: one spelling per target and per modality, one key per fact of a question.
 
 `canonical_target("kidney_right") == "right kidney"`. Underscores become spaces and case is lowered;
 everything beyond that is a reviewed table, not a string rule, so that no side is lost and no two
@@ -65,13 +65,18 @@ MODALITIES = {
     "infrared": ("infrared", "infrared reflectance", "ir"),
     "photography": ("photography", "photo", "clinical photograph"),
     "radiology": ("radiology",),  # VQA-RAD mixes CT, MRI and X-ray and does not say which
+    "unspecified": ("unspecified",),  # figures of articles, of which none says what it is
 }  # fmt: skip
 """Spelling in records -> spellings met in releases."""
+
+UNSPECIFIED_MODALITY = "unspecified"
+"""Modality of releases that mix many and do not say which image is which."""
 
 
 FACTS = {
     "qid": "the source's own name of the question",
-    "linked_qid": "question that this one rephrases, or shares its origin with",
+    "linked_qid": "shared by questions that rephrase one another",
+    "question_relation": "how strictly the answer to a rephrased question must agree",
     "official_split": "split of the question in its release",
     "answer_type": "as the source states it: closed or open",
     "question_type": "what is asked for: presence, position, plane, ...",

@@ -16,11 +16,12 @@ written for.
 from __future__ import annotations
 
 import json
-import os
 import uuid
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+
+from biascare.durable import put_in_place, write_text
 
 SKIPPED = "skipped.jsonl"
 
@@ -49,14 +50,14 @@ def merge_ledgers(ledgers: Iterable[Path], path: Path) -> None:
     """Write the lines of all ledgers, in their order, to `path`, at once. Without any, `path` is
     removed: an older ledger does not speak for a clean run. Raises FileNotFoundError when one is
     gone."""
-    lines = b"".join(ledger.read_bytes() for ledger in ledgers)
+    lines = "".join(ledger.read_text(encoding="utf-8") for ledger in ledgers)
     if not lines:
         path.unlink(missing_ok=True)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
-    new.write_bytes(lines)
-    os.replace(new, path)
+    new = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")  # several jobs may join at once
+    write_text(new, lines)
+    put_in_place(new, path)
 
 
 def check_skipped(path: Path, *, num_items: int, limit: float) -> None:

@@ -17,6 +17,7 @@ is the same bytes whoever did what. Trade-off: a crash costs the shards in fligh
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import shutil
@@ -27,6 +28,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from biascare.durable import claim_name
 from biascare.records import (
     FORMAT_VERSION,
     MANIFEST,
@@ -396,11 +398,8 @@ def _previous(folder: Path) -> Path:
 
 def _publish(partial: Path, folder: Path) -> None:
     """Give a complete shard its name; a twin of another process is as good."""
-    try:
-        partial.rename(folder)
-    except OSError:
-        if not folder.exists():
-            raise
+    with contextlib.suppress(FileExistsError):
+        claim_name(partial, folder)
 
 
 def _check(args: argparse.Namespace) -> None:

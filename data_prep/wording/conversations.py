@@ -17,9 +17,6 @@ from typing import Any, NamedTuple
 
 from biascare.records import Turn
 
-UNSPECIFIED_MODALITY = "unspecified"
-"""Modality of releases that mix several and do not say which image is which."""
-
 IMAGE_PLACEHOLDER = "<image>"
 """Where LLaVA-style conversations put the image. The chat template does that, and a control token
 inside a text is refused by the loader."""

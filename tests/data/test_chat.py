@@ -56,6 +56,8 @@ def test_options_are_lettered_in_the_prompt_and_the_answer_is_the_option_with_it
     assert answer_text(question, answer._replace(text="A: CT")) == "C: A: CT"
     many = question._replace(options=tuple(f"option {n}" for n in range(26)))
     assert question_text(many).splitlines()[-1] == "Z: option 25"
+    with pytest.raises(ValueError, match="27 options, there are only 26 letters"):
+        question_text(question._replace(options=(*many.options, "one more")))
     assert written([*turns("Is it?", "yes"), *CHOICE]) == [
         "Is it?", "yes", question_text(question), "B: MR",
     ]  # fmt: skip

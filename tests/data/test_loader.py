@@ -316,15 +316,15 @@ def test_an_unreadable_sample_is_replaced_by_the_next_of_its_source_and_reported
 
 def test_a_sample_whose_bytes_were_altered_is_replaced_and_reported(tmp_path: Path) -> None:
     folder = tiny_record_folder(tmp_path / "train")
-    before = tiny_stream(folder, None)[0].meta[0]["id"]
+    before = tiny_stream(folder, None)[0].facts[0].image_id
     rle = next(r for r in rows_of(Records(folder)) if r["id"] == before)["targets"][0]["rle"]
     (shard,) = folder.glob("*.arrow")
     data = shard.read_bytes()
     assert data.count(rle) == 1
     shard.write_bytes(data.replace(rle, bytes([rle[0] ^ 1]) + rle[1:]))
     sample = tiny_stream(folder, None)[0]
-    assert sample.meta[0]["id"] != before
-    (reason,) = sample.meta[0]["replaced"]
+    assert sample.facts[0].image_id != before
+    (reason,) = sample.replaced
     assert reason.startswith(f"{before}: ") and "were altered after they were written" in reason
 
 
