@@ -206,6 +206,9 @@ class EvalConfig(_Section):
     )
 
 
+MLLM_FAMILIES = ("qwen2_5_vl", "llava")
+"""`model_type` of the image-text models whose image features and positions are tested here."""
+
 MOVABLE = ("model.mllm", "model.vision_weights")
 """Keys of a finished run that say where files lie; all others are part of what was trained."""
 
