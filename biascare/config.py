@@ -17,8 +17,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from biascare.choices import did_you_mean
-from biascare.settings.keys import Config, TrainConfig
+from biascare.choices import did_you_mean, unknown
+from biascare.settings.keys import MLLM_FAMILIES, Config, TrainConfig
 from biascare.settings.schema import KeyHelp, build, describe
 from biascare.settings.strict_yaml import ConfigError, Problem, dump, read_tree
 
@@ -167,6 +167,7 @@ def _stage(config: Config) -> Iterator[_Finding]:
 
 def _paths(config: Config) -> Iterator[_Finding]:
     for name in ("segmentation", "language", "eval_segmentation", "eval_language"):
+        task = name.removeprefix("eval_")
         seen: set[Path] = set()
         for index, source in enumerate(getattr(config.data, name)):
             key, path = f"data.{name}[{index}].path", Path(source.path).resolve()
@@ -174,6 +175,9 @@ def _paths(config: Config) -> Iterator[_Finding]:
                 yield (key,), _absent("folder", source.path)
             elif path in seen:
                 yield (key,), f"{source.path!r} is listed twice; give it a weight instead"
+            elif _read_json(path / "manifest.json").get(f"num_{task}_units") == 0:
+                contents = "masks" if task == "segmentation" else "questions or reports"
+                yield (key,), f"{source.path!r} holds no {contents}; remove it from data.{name}"
             seen.add(path)
     mllm, weights, resume = config.model.mllm, config.model.vision_weights, config.train.resume
     if mllm is not None and not Path(mllm).is_dir():
@@ -181,6 +185,13 @@ def _paths(config: Config) -> Iterator[_Finding]:
             yield ("model.mllm",), _absent("folder", mllm)
         elif not re.fullmatch(r"[\w.-]+/[\w.-]+", mllm):
             yield ("model.mllm",), f"{_absent('folder', mllm)}, and no Hub id (owner/name) either"
+    if mllm is not None and config.train.stage == "joint":
+        about = _read_json(Path(mllm) / "config.json")
+        family = about.get("model_type")
+        # What LLaVA's own code wrote names itself otherwise, and is converted when it is opened.
+        if about and family not in MLLM_FAMILIES and "mm_vision_tower" not in about:
+            message = unknown(f"model_type in {mllm}/config.json", family, MLLM_FAMILIES)
+            yield ("model.mllm",), f"{message}; name an image-text model of these families"
     if weights is not None and not Path(weights).exists():
         yield ("model.vision_weights",), _absent("file or folder", weights)
     if config.eval.prevalence is not None and not Path(config.eval.prevalence).is_file():
@@ -192,6 +203,15 @@ def _paths(config: Config) -> Iterator[_Finding]:
             f"got {resume!r}, allowed: auto | never | a checkpoint folder{near}",
         )
     yield from _run_files(config.train)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Of a file that others check when they open it: {} where it cannot be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _run_files(train: TrainConfig) -> Iterator[_Finding]:

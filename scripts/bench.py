@@ -380,7 +380,7 @@ def loader(repeats: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
             write_photographs(f"{folder}/train", side, 16)
             records = Records(f"{folder}/train")
-            settings = StreamSettings(256, 1, 0.5, {"point": 1.0}, True, 0)
+            settings = StreamSettings(256, 1, 0.5, {"point": 1.0}, True, "safe", 0)
             mixture = Mixture([(len(records), None)], [], (1, 0), seed=0)
             stream = TrainingStream([records], [], mixture, None, {}, settings)
 

@@ -59,6 +59,7 @@ SETTINGS = StreamSettings(
     target_sampling_power=0.5,
     prompt_mix={"point": 0.4, "box": 0.2, "point_and_box": 0.2, "text": 0.2},
     augment=True,
+    flip="names",
     seed=0,
 )
 OBJECTIVE = ObjectiveSettings(**vars(ObjectiveConfig()))

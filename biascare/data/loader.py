@@ -11,7 +11,7 @@ its own source, and the batch says so: the trainer keeps a ledger and stops when
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -24,7 +24,7 @@ from biascare.data.chat import ChatBuilder, segmentation_instruction, written
 from biascare.data.mixture import GlobalBatchSampler, Mixture, StreamItem, sample_key
 from biascare.data.prevalence import total_counts
 from biascare.data.prompts import draw_prompts
-from biascare.data.transforms import Geometry, apply_mask, draw_geometry, names_side, read_image
+from biascare.data.transforms import Geometry, apply_mask, draw_geometry, may_mirror, read_image
 from biascare.interfaces import IGNORE_INDEX, Batch, Facts, Prompts, Sample
 from biascare.records import Records, Turn, decode_mask
 
@@ -45,6 +45,7 @@ class StreamSettings(NamedTuple):
     target_sampling_power: float
     prompt_mix: dict[str, float]  # point, box, point_and_box, text
     augment: bool
+    flip: str  # see `may_mirror`
     seed: int
 
 
@@ -136,7 +137,7 @@ class TrainingStream(Dataset):
             settings.image_size,
             sample_key(key, "geometry"),
             augment=settings.augment,
-            allow_flip=not any(names_side(t["name"]) for t in targets),
+            allow_flip=self._may_mirror(row, [t["name"] for t in targets]),
         )
         image = self._image(row, geometry, key)
         resized = {i: apply_mask(mask, geometry) for i, mask in native.items()}
@@ -171,7 +172,7 @@ class TrainingStream(Dataset):
         assert self.chat is not None, "a language sample needs an MLLM"
         pair = [Turn(**t) for t in row["conversations"][turn : turn + 2]]
         # Never cropped: what the answer is about might be outside.
-        flip = self.settings.augment and not any(map(names_side, written(pair)))
+        flip = self.settings.augment and self._may_mirror(row, written(pair))
         geometry = Geometry.full(
             row["height"],
             row["width"],
@@ -187,6 +188,9 @@ class TrainingStream(Dataset):
             point_labels=None,
             facts=[facts_of(row, task="language", kind=pair[0].kind)],
         )
+
+    def _may_mirror(self, row: dict[str, Any], texts: Iterable[str]) -> bool:
+        return may_mirror(self.settings.flip, row["modality"], row["anatomy"], texts)
 
     def _image(self, row: dict[str, Any], geometry: Geometry, key: int) -> np.ndarray:
         intensity = sample_key(key, "intensity") if self.settings.augment else None

@@ -21,7 +21,7 @@ import functools
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -30,6 +30,7 @@ from numpy.random import PCG64, Generator, SeedSequence
 from numpy.typing import NDArray
 from PIL import Image
 
+from biascare.choices import unknown
 from biascare.data.mask_resize import resize_components
 
 if TYPE_CHECKING:
@@ -352,6 +353,36 @@ def _noise(shape: tuple[int, ...], generator: Generator) -> NDArray[np.float32]:
 def _stored_noise() -> NDArray[np.float32]:
     """[_NUM_NOISE] normal deviates, the same in every process."""
     return Generator(PCG64(0)).standard_normal(_NUM_NOISE, np.float32)
+
+
+SIDELESS: dict[str, tuple[str, ...] | None] = {
+    "dermoscopy": None,
+    "microscopy": None,
+    "pathology": None,
+    "endoscopy": ("colon", "rectum", "bowel", "intestine", "stomach", "esophagus"),
+}
+"""Modality -> anatomies (None: any) whose mirror image is as possible as the image itself. A hollow
+organ seen from inside has no left of its own, and tissue lies on a slide as it fell; a laparoscopy,
+an endoscopy too, shows the liver."""
+
+FLIPS = ("safe", "names", "never")
+
+
+def may_mirror(flip: str, modality: str, anatomy: str, texts: Iterable[str]) -> bool:
+    """Whether `data.flip` lets an image with these texts be mirrored.
+
+    `names`: unless a text names a side. `safe`: and only where the picture itself has none. In most
+    of medicine it has one whether a text says so or not: mirrored, a CT shows the liver at the
+    wrong side, a fundus is of the other eye, a chest film of a patient with situs inversus.
+    """
+    if flip not in FLIPS:
+        raise ValueError(unknown("data.flip", flip, FLIPS))
+    if flip == "never" or any(map(names_side, texts)):
+        return False
+    if flip == "names":
+        return True
+    anatomies = SIDELESS.get(modality, ())
+    return anatomies is None or anatomy.lower() in anatomies
 
 
 def names_side(text: str) -> bool:

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from biascare.interfaces import POINT_POSITIVE, Batch, Prompts
-from biascare.models.language.pathway import MLLM_FAMILIES, MLLMOpener
+from biascare.models.language.pathway import MLLMOpener
 from biascare.models.network import DualPathNetwork
 from biascare.models.weights.llava import (
     is_original_llava,
@@ -38,6 +38,7 @@ from biascare.models.weights.llava import (
     num_vocabulary_rows,
     read_config,
 )
+from biascare.settings.keys import MLLM_FAMILIES
 
 # ---------------------------------------------------------------- architectures
 

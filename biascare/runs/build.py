@@ -101,6 +101,7 @@ def build_stream(
         target_sampling_power=config.data.target_sampling_power,
         prompt_mix=mix if chat else mix | {"text": 0.0},  # without a text there must be a prompt
         augment=config.data.augment,
+        flip=config.data.flip,
         seed=config.train.seed,
     )
     return TrainingStream(segmentation, language, mixture, chat, groups, settings)

@@ -63,7 +63,13 @@ class DataConfig(_Section):
     prompts: PromptMixConfig = _key(
         "visual prompts of a training row", default_factory=PromptMixConfig
     )
-    augment: bool = _key("random crop, flip (never where text names a side) and intensity", True)
+    augment: bool = _key("random crop, flip and intensity", True)
+    flip: Literal["safe", "names", "never"] = _key(
+        "what may be mirrored. safe: only kinds of images without a left and right of their own "
+        "(dermoscopy, microscopy, pathology, endoscopy of hollow organs); names: all whose texts "
+        "name no side",
+        "safe",
+    )
     max_tokens: int = _key("a longer conversation is an error, never cut in silence", 2048, ge=16)
     pack_sequences: bool = _key(
         "the LLM reads a micro-batch as one row without padding; same losses, less time", True
@@ -199,6 +205,9 @@ class EvalConfig(_Section):
         "rarest targets that together hold this share of masks are tail", 0.1, ge=0, le=1
     )
 
+
+MLLM_FAMILIES = ("qwen2_5_vl", "llava")
+"""`model_type` of the image-text models whose image features and positions are tested here."""
 
 MOVABLE = ("model.mllm", "model.vision_weights")
 """Keys of a finished run that say where files lie; all others are part of what was trained."""

@@ -35,6 +35,7 @@ from biascare.data.prompts import first_point
 from biascare.data.transforms import Geometry, apply_image, decode_image, names_side, read_image
 from biascare.interfaces import Batch
 from biascare.records import Records, decode_mask
+from biascare.settings.keys import DataConfig
 from tests.tiny import (
     HEIGHT,
     IMAGE_SIZE,
@@ -210,6 +211,18 @@ def test_an_image_is_never_mirrored_where_a_text_names_a_side(
     for task in ("segmentation", "language"):
         assert flips[task, True, False] > 0 and flips[task, True, True] == 0
         assert flips[task, False, True] > 10 and flips[task, False, False] > 10
+
+
+def test_a_ct_is_not_mirrored_by_default(
+    tiny_records: Path, tiny_mllm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert DataConfig().flip == "safe"
+    stream = tiny_stream(tiny_records, tiny_chat(tiny_mllm))
+    stream.settings = stream.settings._replace(flip="safe")
+    used = geometries(stream, monkeypatch)
+    for position in range(60):
+        stream[position]
+    assert len(used) == 60 and not any(geometry.flip for geometry in used)
 
 
 def test_an_image_with_a_question_is_never_cropped(

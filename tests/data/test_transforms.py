@@ -5,6 +5,7 @@ import math
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -29,6 +30,8 @@ from biascare.data.transforms import (
     restore_logits,
     restore_mask,
 )
+from biascare.records.vocabulary import MODALITIES
+from biascare.settings.keys import DataConfig
 
 FEW = settings(deadline=None, max_examples=25)
 EIGHT = np.ones((3, 3), bool)
@@ -458,6 +461,32 @@ def test_words_that_name_a_side_are_found(text):
 )  # fmt: skip
 def test_words_that_only_look_like_a_side_are_not(text):
     assert not names_side(text)
+
+
+@pytest.mark.parametrize(
+    ("modality", "anatomy", "text", "allowed"),
+    [
+        ("ct", "abdomen", "liver", {"names"}),
+        ("fundus", "eye", "optic disc", {"names"}),
+        ("", "", "tumor", {"names"}),
+        ("dermoscopy", "skin", "lesion", {"names", "safe"}),
+        ("pathology", "", "nucleus", {"names", "safe"}),
+        ("endoscopy", "Colon", "polyp", {"names", "safe"}),
+        ("endoscopy", "abdomen", "gallbladder", {"names"}),  # laparoscopy
+        ("endoscopy", "", "instrument", {"names"}),
+        ("dermoscopy", "skin", "left border", set()),
+    ],
+)  # fmt: skip
+def test_what_has_a_side_of_its_own_is_mirrored_only_where_names_alone_decide(
+    modality, anatomy, text, allowed
+):
+    found = {f for f in transforms.FLIPS if transforms.may_mirror(f, modality, anatomy, [text])}
+    assert found == allowed
+
+
+def test_every_modality_that_may_be_mirrored_is_one_of_the_records():
+    assert set(transforms.SIDELESS) <= set(MODALITIES)
+    assert get_args(get_type_hints(DataConfig)["flip"]) == transforms.FLIPS
 
 
 # ---------------------------------------------------------------- prompts

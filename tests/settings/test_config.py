@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -516,3 +517,40 @@ def test_loading_is_quick_and_imports_nothing_heavy(folder: Path) -> None:
     print(f"load_config: {float(seconds):.2f} s")
     assert heavy.strip() == "[]"
     assert float(seconds) < 2.0  # the promise to users, with pydantic's import inside
+
+
+# ---------------------------------------------------------------- what folders say of themselves
+
+
+@pytest.mark.parametrize(
+    ("key", "unit", "contents"),
+    [
+        ("data.segmentation", "segmentation", "masks"),
+        ("data.language", "language", "questions or reports"),
+        ("data.eval_segmentation", "segmentation", "masks"),
+        ("data.eval_language", "language", "questions or reports"),
+    ],
+)
+def test_a_record_folder_without_what_it_is_named_for_is_refused(
+    folder: Path, key: str, unit: str, contents: str
+) -> None:
+    (folder / "c").mkdir()
+    counts = {"num_segmentation_units": 3, "num_language_units": 3}
+    (folder / "c" / "manifest.json").write_text(json.dumps(counts | {f"num_{unit}_units": 0}))
+    message = problems(write(folder), f"{key}=[{{path: c}}]")
+    assert f"{key}[0].path: 'c' holds no {contents}; remove it from {key}" in message
+    (folder / "c" / "manifest.json").write_text(json.dumps(counts))
+    load_config(write(folder), [f"{key}=[{{path: c}}]"])
+
+
+def test_a_base_model_of_another_family_is_refused_before_it_is_loaded(folder: Path) -> None:
+    about = folder / "mllm" / "config.json"
+    about.write_text('{"model_type": "qwen2_5"}')
+    message = problems(write(folder))
+    assert "model.mllm: model_type in mllm/config.json: got 'qwen2_5'" in message
+    assert "did you mean 'qwen2_5_vl'" in message
+    for good in ({"model_type": "llava"}, {"model_type": "llava_mistral", "mm_vision_tower": "x"}):
+        about.write_text(json.dumps(good))
+        load_config(write(folder))
+    about.write_text('{"model_type": "bert"}')
+    load_config(write(folder), VISION)

@@ -40,13 +40,11 @@ from biascare.models.weights.llava import (
     read_config,
 )
 from biascare.models.weights.report import LoadReport
+from biascare.settings.keys import MLLM_FAMILIES
 
 LORA_TARGETS = r".*language_model.*\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 """Attention and MLP projections of the language model. Anchored: a bare suffix list would also
 adapt the vision tower, whose projections have the same names."""
-
-MLLM_FAMILIES = ("qwen2_5_vl", "llava")
-"""`model_type` of the families whose image features and positions are tested here."""
 
 
 MLLMOpener = Callable[[str, torch.dtype, str], tuple[Any, LoadReport | None]]
