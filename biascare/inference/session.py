@@ -155,7 +155,7 @@ def check_inside(x: float, y: float, size: tuple[int, int]) -> None:
 
 
 def check_prompts(clicks: Sequence[Click], box: Box | None, size: tuple[int, int]) -> None:
-    """Raises ValueError for a click outside the image, and a box that is upside down or leaves it."""
+    """Raises ValueError for a click outside the image, and a box upside down or outside it."""
     for x, y, _ in clicks:
         check_inside(x, y, size)
     if box is None:
