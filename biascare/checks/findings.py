@@ -19,6 +19,7 @@ CODES: dict[str, tuple[str, str]] = {
     "duplicate-id": ("error", "an id occurs more than once in a folder"),
     "image-undecodable": ("error", "the image does not decode"),
     "image-size": ("error", "height and width are not those of the image"),
+    "row-unreadable": ("error", "texts, facts or other fields of the record are damaged"),
     "checksum": ("error", "image or masks were altered after they were written"),
     "mask-code": ("error", "the code of a mask is damaged, or is not one of its image's size"),
     "mask-empty": ("error", "the mask has no pixel"),

@@ -96,8 +96,19 @@ class RowScan:
         self.num_thin = 0
         self.sides: Counter[bool] = Counter()
 
-    def row(self, row: dict[str, Any]) -> tuple[NDArray[np.uint64], NDArray[np.uint64], bool]:
+    def row_at(
+        self, records: Records, index: int
+    ) -> tuple[NDArray[np.uint64], NDArray[np.uint64], bool]:
         """Check one row; its exact and perceptual hash, and whether they can be compared."""
+        try:
+            row = records.unchecked(index)
+        except ValueError as error:
+            self.issues.add("row-unreadable", str(error))
+            return np.zeros(2, np.uint64), np.zeros(4, np.uint64), False
+        return self.row(row)
+
+    def row(self, row: dict[str, Any]) -> tuple[NDArray[np.uint64], NDArray[np.uint64], bool]:
+        """The same of a row that was read."""
         for code, detail in (*attribute_issues(row, self.manifest), *text_issues(row)):
             self.issues.add(code, f"{row['id']}: {detail}")
         try:
@@ -247,7 +258,7 @@ def _scan_chunk(
     """`source`: folder and content hash of the manifest."""
     records = _opened(*source)
     scan = RowScan(records.manifest, settings)
-    hashes = [scan.row(records.unchecked(index)) for index in range(start, stop)]
+    hashes = [scan.row_at(records, index) for index in range(start, stop)]
     return _Chunk(
         folder=number,
         start=start,

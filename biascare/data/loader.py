@@ -79,8 +79,7 @@ class TrainingStream(Dataset):
             try:
                 sample = self._sample(source[number], turn, item)
             except (ValueError, OSError) as error:
-                name = source.unchecked(number)["id"]
-                reasons.append(f"{name}: {_ADDRESS.sub('', str(error))}")
+                reasons.append(f"{source.id_of(number)}: {_ADDRESS.sub('', str(error))}")
                 continue
             return sample._replace(position=position, replaced=tuple(reasons))
         raise RuntimeError(

@@ -48,16 +48,35 @@ class Records:
         return row
 
     def unchecked(self, index: int) -> dict[str, Any]:
-        """Row `index` as it lies on disk, sound or not: for programs that look for damage."""
-        return unpacked(self._stored_row(index))
+        """Row `index` as it lies on disk, sound or not: for programs that look for damage.
+
+        Raises ValueError when its texts are no texts any more.
+        """
+        try:
+            return unpacked(self._stored_row(index))
+        except ValueError as error:
+            raise ValueError(
+                f"{self.folder}, record {self.id_of(index)!r} is damaged ({error}); copy the "
+                "folder again from where it is whole, or prepare it again"
+            ) from error
+
+    def id_of(self, index: int) -> str:
+        """Id of row `index`, whatever has become of the rest of it."""
+        batch, place = self._locate(index)
+        stored = batch.column("id")[place].as_buffer()
+        return str(stored.to_pybytes().decode("utf-8", errors="replace"))
 
     def _stored_row(self, index: int) -> dict[str, Any]:
         """Row `index` as it was digested."""
+        batch, place = self._locate(index)
+        row: dict[str, Any] = batch.slice(place, 1).to_pylist()[0]
+        return row
+
+    def _locate(self, index: int) -> tuple[pa.RecordBatch, int]:
+        """The batch that holds row `index`, and its place there."""
         number = range(len(self))[index]
         batch = int(np.searchsorted(self._starts, number, side="right")) - 1
-        place = number - int(self._starts[batch])
-        row: dict[str, Any] = self._batches[batch].slice(place, 1).to_pylist()[0]
-        return row
+        return self._batches[batch], number - int(self._starts[batch])
 
     @property
     def table(self) -> pa.Table:

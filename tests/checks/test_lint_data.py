@@ -186,6 +186,7 @@ OTHER_SIZE = np.ones((HEIGHT + 1, WIDTH), np.bool_)
         (set_first(conversations=turns("Where?", "here ", kind="open")), {"text-edges"}),
         (set_first(conversations=turns("Where?", "here", kind="opne")), {"turns"}),
         (set_first(conversations=turns("Is it?")), {"turns", "units"}),
+        (set_first(conversations=turns("?", "no", facts="{")), {"row-unreadable"}),
         (set_first(conversations=turns("?", "a", kind="choice", options=["A"])), {"options-facts"}),
         (set_first(conversations=turns("?", "a", kind="open", options=["a"])), {"options-facts"}),
         (set_first(conversations=turns("?", "no", facts='{"id": "7"}')), {"options-facts"}),

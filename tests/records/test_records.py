@@ -305,6 +305,20 @@ def test_a_row_whose_image_or_masks_were_altered_is_not_given_out(
     assert records.unchecked(0)["id"] == "toy/0" and records[1]["id"] == "toy/1"
 
 
+def test_a_row_whose_texts_are_no_texts_any_more_says_so_by_its_id(tmp_path: Path) -> None:
+    write(tmp_path / "train", [record(conversations=choice()), record(1)])
+    (shard,) = (tmp_path / "train").glob("*.arrow")
+    shard.write_bytes(shard.read_bytes().replace(b'{"qid": "7"}', b'{"qid": "7"~'))
+    records = Records(tmp_path / "train")
+    for read in (records.__getitem__, records.unchecked):
+        with pytest.raises(ValueError, match=r"record 'toy/0' is damaged .*prepare it again"):
+            read(0)
+    shard.write_bytes(shard.read_bytes().replace(b"which organ?", b"which\xff\xffrgan?"))
+    with pytest.raises(ValueError, match="record 'toy/0' is damaged"):
+        Records(tmp_path / "train")[0]
+    assert (records.id_of(0), records.id_of(-1)) == ("toy/0", "toy/1")
+
+
 def test_a_checksum_tells_names_codes_and_image_apart() -> None:
     row = {"image": b"abc", "targets": [{"name": "ab", "rle": b"c"}]}
     others = [
