@@ -88,6 +88,8 @@ class ChatBuilder:
         self.max_tokens = max_tokens
         self.image_token: str = processor.image_token
         self.image_token_id: int = self.tokenizer.convert_tokens_to_ids(self.image_token)
+        # Once, from the processor itself: how many tokens an image becomes depends on its size and
+        # on the family, and every image has the same size here.
         probe = self._probe(image_size)
         self.tokens_per_image = int((probe["input_ids"] == self.image_token_id).sum())
         self.extra_keys = [k for k in ("mm_token_type_ids", "token_type_ids") if k in probe]
@@ -153,6 +155,7 @@ class ChatBuilder:
                     "this chat template rewrites earlier turns, so answers cannot be located; "
                     "use a template that appends turns"
                 )
+            # Some templates end an answer with a line break, which belongs to the next turn.
             answer = answered[len(prompt) :].rstrip()
             pieces += [(prompt[len(written) :], False), (answer, True)]
             written = prompt + answer
@@ -173,6 +176,8 @@ class ChatBuilder:
         """
         ids: list[int] = []
         labels: list[int] = []
+        # Piece by piece: tokenised as one, the last token of a prompt could merge with the answer,
+        # and a prompt would differ between training and inference.
         for text, is_answer in self._pieces(turns):
             special = not ids and self._adds_special_tokens(text)
             text = text.replace(self.image_token, self.image_token * self.tokens_per_image)
@@ -188,9 +193,12 @@ class ChatBuilder:
         sequence = {
             "input_ids": input_ids,
             "labels": label_ids,
+            # Up to the first answer. What follows it knows the answer, and the query attention must
+            # not (Eq. 1).
             "prompt_mask": (label_ids != IGNORE_INDEX).cumsum(0) == 0,
         }
         for name in self.extra_keys:
+            # Without it, M-RoPE would silently fall back to positions in one dimension.
             is_image = input_ids == self.image_token_id
             sequence[name] = is_image.to(torch.int64 if name.startswith("mm") else input_ids.dtype)
         return sequence

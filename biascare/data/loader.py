@@ -77,8 +77,14 @@ class TrainingStream(Dataset):
         for attempt in range(MAX_REPLACEMENTS):
             number, turn = self._unit(source, item, attempt)
             try:
-                sample = self._sample(source[number], turn, item)
+                row = source[number]
+                if item.task == "segmentation":
+                    sample = self._segmentation_sample(row, item.key)
+                else:
+                    sample = self._language_sample(row, turn, item.key)
             except (ValueError, OSError) as error:
+                # One bad sample must neither end weeks of training nor pass unseen: the next unit
+                # takes its place in any process alike, and the reason goes to the ledger.
                 reasons.append(f"{source.id_of(number)}: {_ADDRESS.sub('', str(error))}")
                 continue
             return sample._replace(position=position, replaced=tuple(reasons))
@@ -91,6 +97,7 @@ class TrainingStream(Dataset):
         """One micro-batch; torch's fetcher calls this with a list from the batch sampler."""
         samples = [self[position] for position in positions]
         pad_token_id = self.chat.tokenizer.pad_token_id if self.chat else 0
+        # From the stream and not from the rank: what a step draws is the same in any world.
         seed = sample_key(self.settings.seed, "step", positions[0])
         return [collate(samples, seed, pad_token_id)]
 
@@ -103,22 +110,19 @@ class TrainingStream(Dataset):
         number, turn = units[(item.unit + attempt) % len(units)]
         return int(number), int(turn)
 
-    def _sample(self, row: dict[str, Any], turn: int, item: StreamItem) -> Sample:
-        if item.task == "segmentation":
-            return self._segmentation_sample(row, item.key)
-        return self._language_sample(row, turn, item.key)
-
     def _draw_targets(self, names: list[str], key: int) -> list[int]:
         """K targets of an image, rare ones favoured; an image with fewer repeats its own."""
         wanted = self.settings.targets_per_image
         if len(names) == 1:
             return [0] * wanted
+        # Counts of the whole training data: within the image every target occurs once.
         rng = np.random.default_rng(sample_key(key, "targets"))
         counts = np.array([max(self.counts.get(name, 1), 1) for name in names], float)
         weight = counts**-self.settings.target_sampling_power
         order = rng.choice(
             len(names), min(len(names), wanted), replace=False, p=weight / weight.sum()
         )
+        # Always K rows, so that every rank's micro-batch has the same shape under ZeRO-3.
         return [int(order[i % len(order)]) for i in range(wanted)]
 
     def _segmentation_sample(self, row: dict[str, Any], key: int) -> Sample:
@@ -126,6 +130,8 @@ class TrainingStream(Dataset):
         chosen = self._draw_targets([t["name"] for t in row["targets"]], key)
         targets = [row["targets"][i] for i in chosen]
         size = row["height"], row["width"]
+        # Each mask once, however often it is drawn; by columns, as its code runs: only the crop is
+        # ever read by rows.
         native = {
             i: decode_mask(row["targets"][i]["rle"], *size, by_rows=False).view(np.bool_)
             for i in set(chosen)
@@ -141,6 +147,7 @@ class TrainingStream(Dataset):
         image = self._image(row, geometry, key)
         resized = {i: apply_mask(mask, geometry) for i, mask in native.items()}
         masks = np.stack([resized[i] for i in chosen])
+        # After resizing: a click is given on what the model sees, and may not miss a thin target.
         coords, labels = draw_prompts(masks, sample_key(key, "prompts"), settings.prompt_mix)
         return Sample(
             sequences=self._instructions(row, targets, image, key),
@@ -156,6 +163,7 @@ class TrainingStream(Dataset):
     ) -> list[dict[str, Any]]:
         if self.chat is None:
             return []
+        # One object for all K instructions: the collator knows by it that the image is the same.
         pixels = self.chat.image_inputs(image)
         return [
             self.chat.sequence([Turn("user", text, "segmentation")]) | {"image": pixels}
@@ -229,17 +237,27 @@ def collate(
 ) -> Batch:
     """One micro-batch: segmentation rows first, then language rows."""
     shown = [s for s in samples if s.image is not None]
+    # Masks first: then row r is sequence r, and the language rows need no index.
     ordered = shown + [s for s in samples if s.image is None]
     sequences = [sequence for sample in ordered for sequence in sample.sequences]
     rows = [len(s.point_coords) for s in shown if s.point_coords is not None]
     tokens = _collate_tokens(sequences, pad_token_id, padding_side) if sequences else {}
+    masks = [s.masks for s in shown if s.masks is not None]  # none where a person asks
+    # By name: two images of one structure are no negatives of each other in the alignment term.
+    names = [f.target for s in shown for f in s.facts]
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
     return Batch(
-        images=_stack([s.image for s in shown]),
+        images=torch.stack([s.image for s in shown if s.image is not None]) if shown else None,
         row_image=torch.repeat_interleave(torch.tensor(rows)) if rows else None,
         row_sequence=torch.arange(sum(rows)) if rows and sequences else None,
-        row_target=_number_targets([f.target or "" for s in shown for f in s.facts]),
-        masks=_cat([s.masks for s in shown if s.masks is not None]),
-        prompts=_collate_prompts(shown) if rows else None,
+        row_target=torch.tensor([numbers[name] for name in names]) if names else None,
+        masks=torch.cat(masks) if masks else None,
+        prompts=Prompts(
+            point_coords=torch.cat([s.point_coords for s in shown if s.point_coords is not None]),
+            point_labels=torch.cat([s.point_labels for s in shown if s.point_labels is not None]),
+        )
+        if rows
+        else None,
         mllm_inputs=tokens.get("inputs", {}),
         image_slots=tokens.get("image_slots", []),
         prompt_mask=tokens.get("prompt_mask"),
@@ -250,26 +268,6 @@ def collate(
         replaced={s.position: s.replaced for s in samples if s.position is not None and s.replaced},
         num_samples=len(samples),
     )
-
-
-def _number_targets(names: list[str]) -> Tensor | None:
-    numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    return torch.tensor([numbers[name] for name in names]) if names else None
-
-
-def _stack(tensors: list[Any]) -> Tensor | None:
-    return torch.stack(tensors) if tensors else None
-
-
-def _cat(tensors: list[Any]) -> Tensor | None:
-    return torch.cat(tensors) if tensors else None
-
-
-def _collate_prompts(samples: list[Sample]) -> Prompts:
-    coords = _cat([s.point_coords for s in samples])
-    labels = _cat([s.point_labels for s in samples])
-    assert coords is not None and labels is not None
-    return Prompts(point_coords=coords, point_labels=labels)
 
 
 def _pad(tensors: list[Tensor], value: int | bool, side: str) -> Tensor:
@@ -298,6 +296,8 @@ def _collate_tokens(
     images: list[dict[str, Tensor]] = []
     slots: list[int] = []
     for sequence in sequences:
+        # By identity, not by content: comparing pixels would cost more than encoding them once
+        # more.
         identity = id(sequence["image"])
         if identity not in distinct:
             distinct[identity] = len(images)
@@ -306,12 +306,13 @@ def _collate_tokens(
     for name in images[0]:
         inputs[name] = torch.cat([image[name] for image in images])
     labels = _pad([s["labels"] for s in sequences], IGNORE_INDEX, side)
+    # Positions instead of a mask: the language head then runs on answer tokens alone.
     answers = (labels != IGNORE_INDEX).flatten().nonzero()[:, 0]
     return {
         "inputs": inputs,
         "image_slots": slots,
         "prompt_mask": _pad([s["prompt_mask"] for s in sequences], False, side),
-        "answer_positions": answers - 1,
+        "answer_positions": answers - 1,  # the token before predicts
         "answer_tokens": labels.flatten()[answers],
     }
 

@@ -65,7 +65,7 @@ class EvaluationSettings(NamedTuple):
     num_corrections: int  # simulated clicks after the first prediction
     mask_prompt: bool  # whether a correction sees the mask before
     max_new_tokens: int
-    synced_generation: bool = False  # ZeRO-3: all ranks make the same calls
+    synced_generation: bool  # ZeRO-3: all ranks make the same calls
 
 
 def evaluate(

@@ -75,6 +75,7 @@ def save_network(
         raise ValueError("this model's adapter is folded into its base; save with merge=True")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    # safetensors wants plain tensors on the CPU; a GPU's would keep its memory until written.
     state = {k: v.detach().cpu() for k, v in (state or network.state_dict()).items()}
     save_file(_under(state, "vision."), folder / VISION_FILE)
     config: dict[str, Any] = {

@@ -61,12 +61,15 @@ class DualPathNetwork(nn.Module):
         the sequences of segmentation rows only.
         """
         image_embedding = hidden_states = text_embedding = None
+        # Batches without masks have no images here: a question costs the segmentation pathway
+        # nothing.
         if batch.images is not None:
             image_embedding = self.vision.encode_images(batch.images)
         if self.mllm is not None and self.query_attention is not None and batch.mllm_inputs:
             hidden_states = self.mllm.hidden_states(batch.mllm_inputs, batch.image_slots)
             if batch.row_sequence is not None:
                 assert batch.prompt_mask is not None
+                # Questions are not pooled: nothing would read it.
                 text_embedding = self.query_attention(
                     hidden_states[batch.row_sequence], batch.prompt_mask[batch.row_sequence]
                 )
@@ -123,6 +126,7 @@ class DualPathNetwork(nn.Module):
 
     def set_trainable(self, parts: dict[str, bool]) -> None:
         """Freeze everything, then thaw the named parts."""
+        # Everything first, so that what no part names (frozen base, unused heads) stays frozen.
         self.requires_grad_(False)
         for part, trainable in parts.items():
             for parameter in self.part_parameters(part):
@@ -138,6 +142,7 @@ class DualPathNetwork(nn.Module):
 
 
 def _vision_part(network: DualPathNetwork, module: nn.Module) -> list[nn.Parameter]:
+    # A trainable parameter that never gets a gradient would stop DeepSpeed's reduction.
     unused = {id(p) for p in network.vision.unused_parameters()}
     return [p for p in module.parameters() if id(p) not in unused]
 

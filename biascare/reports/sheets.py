@@ -45,15 +45,16 @@ class MaskPanel(NamedTuple):
 def representative_cases(cases: Sequence[MaskCase], per_group: int = 4) -> list[MaskCase]:
     """Cases that show the whole range: of each prevalence group, evenly spaced by Dice."""
     chosen = []
+    # By group and over the whole range of scores: the best masks alone would flatter, and a draw
+    # over all cases would show hardly any rare target.
     for group in PREVALENCE_GROUPS:
-        mine = sorted((c for c in cases if c.facts.prevalence == group), key=_first_dice)
+        mine = sorted(
+            (c for c in cases if c.facts.prevalence == group),
+            key=lambda c: dice_score(_mask(c, c.predictions[0].mask), _mask(c, c.truth)),
+        )
         picks = np.linspace(0, len(mine) - 1, min(per_group, len(mine))).astype(int)
         chosen += [mine[i] for i in picks]
     return chosen
-
-
-def _first_dice(case: MaskCase) -> float:
-    return dice_score(_mask(case, case.predictions[0].mask), _mask(case, case.truth))
 
 
 def _mask(case: MaskCase, code: str) -> np.ndarray:
@@ -115,6 +116,7 @@ def _draw_case(axes: Any, panel: MaskPanel) -> None:
     titles += [f"one correction {score:.2f}" for score in scores[1:]]
     masks = [None, panel.truth, *panel.predictions]
     colors = [None, TRUTH_COLOR, *[PREDICTION_COLOR] * len(scores)]
+    # A row without errors left may have had no correction; then all clicks are of the first prompt.
     num_first = len(panel.clicks) - len(scores) + 1
     shown = [0, 0, num_first, len(panel.clicks)]
     drawn = len(titles)
@@ -188,7 +190,10 @@ _NAMES_PER_LINE = 2
 
 
 def _draw_overlay(axis: Any, cell: Overlay) -> None:
+    from matplotlib.colors import to_rgb
+
     height, width = cell.image.shape[:2]
+    # The extent puts pixel centres on whole numbers, where clicks and boxes are.
     axis.imshow(cell.image, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
     axis.set_anchor("N")
     axis.axis("off")
@@ -205,7 +210,8 @@ def _draw_overlay(axis: Any, cell: Overlay) -> None:
             textcoords="offset points",
             fontsize=6.5,
             va="top",
-            color=_dark(color),
+            # Dark enough to be read on white.
+            color=tuple(0.75 * channel for channel in to_rgb(color)),
         )
     for box in cell.boxes:
         _draw_box(axis, box, color="black", linewidth=2.2)
@@ -231,12 +237,6 @@ def _draw_mask(axis: Any, mask: np.ndarray, color: str) -> None:
     xs, ys = np.arange(-1, width + 1), np.arange(-1, height + 1)
     axis.contour(xs, ys, np.pad(mask, 1), levels=[0.5], colors=[color], linewidths=1.0)
     rows, columns = np.nonzero(mask)
+    # A lesion of a few pixels vanishes in a sheet of thumbnails; these are the ones to look for.
     if max(np.ptp(rows), np.ptp(columns)) < 0.03 * max(mask.shape):
         axis.plot(columns.mean(), rows.mean(), "o", mfc="none", mec=color, ms=11, mew=1.0)
-
-
-def _dark(color: str) -> tuple[float, ...]:
-    """The colour, dark enough to be read on white."""
-    from matplotlib.colors import to_rgb
-
-    return tuple(0.75 * channel for channel in to_rgb(color))

@@ -101,6 +101,7 @@ def evaluate_model(request: EvaluationRequest) -> dict[str, Any]:
         num_corrections=request.corrections,
         mask_prompt=model.mask_prompt,
         max_new_tokens=request.max_new_tokens,
+        synced_generation=False,
     )
     header = Header(
         model=request.model,

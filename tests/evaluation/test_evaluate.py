@@ -23,7 +23,12 @@ from biascare.records import Records, decode_mask
 from tests.tiny import IMAGE_SIZE, rows_of, tiny_chat, tiny_model, tiny_record_folder
 
 SETTINGS = EvaluationSettings(
-    batch_size=3, num_workers=0, num_corrections=1, mask_prompt=True, max_new_tokens=3
+    batch_size=3,
+    num_workers=0,
+    num_corrections=1,
+    mask_prompt=True,
+    max_new_tokens=3,
+    synced_generation=False,
 )
 HEADER = Header(
     model="tiny",

@@ -108,7 +108,12 @@ def test_a_simulated_click_and_a_persons_give_the_same_mask(
     images = HeldOutImages([records], model.chat, {}, image_size=IMAGE_SIZE)
     (held,) = heldout_loader(images, [1], 1)
     settings = EvaluationSettings(
-        batch_size=1, num_workers=0, num_corrections=2, mask_prompt=True, max_new_tokens=1
+        batch_size=1,
+        num_workers=0,
+        num_corrections=2,
+        mask_prompt=True,
+        max_new_tokens=1,
+        synced_generation=False,
     )
     for case in mask_cases(model.segmenter, images, held, settings):
         first, *corrected = case.predictions
