@@ -66,7 +66,13 @@ def run(config: Config) -> None:
         loader,
         to_device,
         [
-            LogHook(log, engine, train.log_every, train.max_steps),
+            LogHook(
+                log,
+                engine,
+                train.log_every,
+                train.max_steps,
+                summed=config.objective.reduction == "sum",
+            ),
             LedgerHook(folder, config.data.max_bad_samples),
             EvalHook(evaluator, train.eval_every, train.max_steps),
             CheckpointHook(store, engine, train.save_every, train.max_steps, fingerprint),

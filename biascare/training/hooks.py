@@ -44,13 +44,17 @@ not a high share yet."""
 
 
 class LogHook:
-    """Progress line and metrics every `every` steps; the first step too, to show life."""
+    """Progress line and metrics every `every` steps; the first step too, to show life.
 
-    def __init__(self, log: RunLog, engine: Any, every: int, max_steps: int):
+    `summed`: the terms of rows are sums over a micro-batch, as `objective.reduction` has it.
+    """
+
+    def __init__(self, log: RunLog, engine: Any, every: int, max_steps: int, *, summed: bool):
         self.log = log
         self.engine = engine
         self.every = every
         self.max_steps = max_steps
+        self.summed = summed
         self.meter = GroupMeter()
         self.reset()
 
@@ -66,7 +70,7 @@ class LogHook:
             return
         values = self.summarise(state)
         self.log.record("train", state.step, values)
-        self.log.say(progress_line(state.step, self.max_steps, values))
+        self.log.say(progress_line(state.step, self.max_steps, values, summed=self.summed))
         self.reset()
 
     def collect(self, state: StepState) -> None:
@@ -90,8 +94,11 @@ class LogHook:
         """Collective. Throughput of the interval is over all ranks; what it waited for, its padding
         and its memory are of rank 0."""
         tokens, samples = float(self.tokens), self.samples * world_size()
+        by = self.meter.take()
+        num_rows = sum(cell["num"] for cell in by["modality"].values())
         return {
             "loss": self.mean_terms(),
+            "rows_per_micro_batch": num_rows / max(1, len(self.terms) * world_size()),
             "grad_norm": float(self.engine.get_global_grad_norm() or 0.0),
             "lr": state.learning_rates,
             "skipped_steps": self.num_skipped,
@@ -101,7 +108,7 @@ class LogHook:
             "pad_share": (self.positions - tokens) / max(1, self.positions),
             "peak_memory_gib": peak_memory_gib(),
             "eta_seconds": self.seconds / self.num_steps * (self.max_steps - state.step),
-            "by": self.meter.take(),
+            "by": by,
         }
 
     def mean_terms(self) -> dict[str, float]:

@@ -150,9 +150,18 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def progress_line(step: int, max_steps: int, values: Mapping[str, Any]) -> str:
-    """One line: where the run is, its loss terms, its speed and what it waits for."""
+def progress_line(step: int, max_steps: int, values: Mapping[str, Any], *, summed: bool) -> str:
+    """One line: where the run is, its loss terms, its speed and what it waits for.
+
+    A term that is a sum grows with the rows of a micro-batch, so the mean of a row stands beside
+    it: only that can be compared between runs.
+    """
     terms = " ".join(f"{name} {value:.3f}" for name, value in values["loss"].items())
+    cells = values["by"]["modality"].values()
+    if num_rows := sum(cell["num"] for cell in cells):
+        dice = sum(cell["num"] * cell["dice_loss"] for cell in cells) / num_rows
+        sums = f"sums over {values['rows_per_micro_batch']:.1f} rows, " if summed else ""
+        terms += f" ({sums}Dice loss {dice:.3f} a row)"
     skipped = f" | {values['skipped_steps']} skipped" if values["skipped_steps"] else ""
     rates = " ".join(f"{name} {lr:.1e}" for name, lr in values["lr"].items())
     eta = timedelta(seconds=round(values["eta_seconds"]))

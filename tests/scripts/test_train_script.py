@@ -385,7 +385,7 @@ def test_terms_are_means_over_all_micro_batches_of_all_ranks(
 ) -> None:
     """A term that a micro-batch lacks counts as 0, as in the objective; a skipped step does not."""
     monkeypatch.setattr(hooks, "gather_objects", lambda mine: [mine, (2, {"total": 2.0})])
-    hook = LogHook(RunLog(tmp_path), SilentEngine(), every=2, max_steps=9)
+    hook = LogHook(RunLog(tmp_path), SilentEngine(), every=2, max_steps=9, summed=True)
     given = [
         {"loss": torch.tensor(3.0), "terms": {"vlm": torch.tensor(2.0)}, "rows": None},
         {"loss": torch.tensor(1.0), "terms": {}, "rows": None},
@@ -403,6 +403,10 @@ def test_terms_are_means_over_all_micro_batches_of_all_ranks(
 def test_a_progress_line_says_where_the_run_is_and_what_it_waits_for() -> None:
     values = {
         "loss": {"total": 2.5, "dur": 1.25},
+        "rows_per_micro_batch": 3.0,
+        "by": {
+            "modality": {"CT": {"num": 2, "dice_loss": 0.5}, "MR": {"num": 4, "dice_loss": 0.35}}
+        },
         "grad_norm": 0.5,
         "lr": {"vision": 1e-5, "mllm": 5e-6},
         "skipped_steps": 1,
@@ -413,11 +417,15 @@ def test_a_progress_line_says_where_the_run_is_and_what_it_waits_for() -> None:
         "peak_memory_gib": 3.21,
         "eta_seconds": 26 * 3600.0,
     }
-    assert progress_line(7, 100, values) == (
-        "step 7/100 | total 2.500 dur 1.250 | grad 0.50 | lr vision 1.0e-05 mllm 5.0e-06 | "
+    assert progress_line(7, 100, values, summed=True) == (
+        "step 7/100 | total 2.500 dur 1.250 (sums over 3.0 rows, Dice loss 0.400 a row) | "
+        "grad 0.50 | lr vision 1.0e-05 mllm 5.0e-06 | "
         "12.3 samples/s 1234 tok/s | data-wait 25% pad 10% | 3.2 GiB | ETA 1 day, 2:00:00 | "
         "1 skipped"
     )
+    nothing = values | {"by": {"modality": {}}}
+    assert progress_line(7, 100, values, summed=False).count("(Dice loss 0.400 a row)") == 1
+    assert " dur 1.250 | grad" in progress_line(7, 100, nothing, summed=True)
 
 
 def test_a_resumed_log_drops_what_is_repeated_and_what_a_crash_cut(tmp_path: Path) -> None:
