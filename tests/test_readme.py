@@ -65,8 +65,11 @@ def commands(*pages: Path) -> list[list[str]]:
 
 
 def script_of(words: list[str]) -> str | None:
-    """The script that a command runs; pytest reads its arguments itself."""
-    scripts = (word for word in words if word.endswith(".py") and "pytest" not in words[0])
+    """The script that a command runs; pytest reads its arguments itself, and without any arguments
+    a command is only mentioned."""
+    scripts = (
+        w for w in words if w.endswith(".py") and "pytest" not in words[0] and w != words[-1]
+    )
     return next(scripts, None)
 
 
