@@ -124,6 +124,25 @@ def test_a_script_understands_every_command_that_the_pages_give(
             pytest.fail(f"{shlex.join(words)}: {capsys.readouterr().err}")
 
 
+PROGRAM_FILES = sorted(
+    path.relative_to(ROOT)
+    for folder in ("scripts", "data_prep", "examples")
+    for path in (ROOT / folder).glob("*.py")
+    if path.name not in NOT_LISTED
+)
+
+
+@pytest.mark.parametrize("program", PROGRAM_FILES, ids=str)
+def test_every_program_explains_itself(
+    program: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(program), "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / program), run_name="__main__")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("usage:")
+
+
 def test_every_make_target_of_the_pages_exists() -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {words[1] for words in COMMANDS if words[0] == "make"} <= targets
