@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import pydoc
 import re
 import runpy
@@ -20,7 +21,10 @@ import pytest
 import yaml
 
 from biascare.config import describe_config, load_config
+from biascare.evaluation.cases import KINDS, AnswerCase, Header, MaskCase, MaskPrediction
+from biascare.interfaces import Facts
 from biascare.models.export_folder import TrainingFacts, save_network
+from biascare.records import FEATURES, Turn
 from biascare.version import __version__
 from tests.test_architecture import FIRST, GROUND, KNOWN, SECOND, TABLE
 from tests.tiny import encoded_png, tiny_chat, tiny_model
@@ -243,6 +247,14 @@ def test_every_module_key_and_constant_that_a_page_names_exists(page: Path) -> N
     constants = (s for s in spans if re.fullmatch(r"[A-Z]+(_[A-Z]+)+|TERMS|LAYOUTS|FACTS", s))
     missing += [name for name in constants if not re.search(rf"^{name}\b.*=", source, re.M)]
     assert not missing, f"{page.name} names what does not exist: {missing}"
+
+
+def test_every_field_of_a_case_and_of_a_record_is_described() -> None:
+    described = set(code_spans(ROOT / "docs" / "evaluation.md"))
+    for kind in (Header, MaskCase, MaskPrediction, AnswerCase):
+        assert {field.name for field in dataclasses.fields(kind)} <= described, kind.__name__
+    assert {*Facts._fields, *KINDS} <= described
+    assert {*FEATURES, *Turn._fields} <= set(code_spans(ROOT / "docs" / "data.md"))
 
 
 def test_the_citation_states_this_version_and_the_paper() -> None:
