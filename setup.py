@@ -12,40 +12,37 @@ VERSION = re.search(  # read, not imported: an isolated build has none of the de
 assert VERSION, "biascare/version.py holds no __version__ line"
 README = ROOT / "README.md"
 
+# What nothing here imports stands here only where something that we import loads it; the comment
+# beside it says what.
 REQUIRES = [
     # training
     "torch>=2.6",
-    "torchvision>=0.21",
+    "torchvision>=0.21",  # image processors of transformers and segment-anything load it
     "deepspeed>=0.17",
     "transformers>=5.0",
     "peft>=0.18",
-    "accelerate>=1.0",
+    "accelerate>=1.0",  # peft loads it at every start
     "safetensors>=0.4.3",
     "ninja",  # DeepSpeed compiles its communication op at first use
     # models and data
     "segment-anything>=1.0",
-    "monai>=1.5",
     "datasets>=4.0",
     "pycocotools>=2.0.8",
     "pillow>=10.1",
     "numpy>=1.26",
+    "scipy>=1.11",
     # configuration and what a person sees
     "pydantic>=2.10",
     "PyYAML>=6.0",
     "rich>=13.7",
-    "tensorboard>=2.16",
+    "tensorboard>=2.16",  # torch.utils.tensorboard loads it
     "matplotlib>=3.8",
     # scores
     "scikit-learn>=1.5",
-    "scipy>=1.11",
-    "fairlearn>=0.11",
-    "sacrebleu>=2.4",
-    "rouge-score>=0.1.2",
 ]
 
 EXTRAS = {
-    "ui": ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.18"],
-    "medical": ["pydicom>=3.0", "nibabel>=5.2", "highdicom>=0.25"],
+    "medical": ["pydicom>=3.0", "nibabel>=5.2"],
     "cluster": ["ray>=2.40"],
     "dev": [
         "pydicom>=3.0",
@@ -72,7 +69,7 @@ setup(
     license_files=["LICENSE*"],
     python_requires=">=3.10",
     packages=find_packages(include=["biascare", "biascare.*", "data_prep", "data_prep.*"]),
-    package_data={"biascare": ["py.typed", "**/*.html", "**/*.js", "**/*.css"]},
+    package_data={"biascare": ["py.typed"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     classifiers=[
