@@ -42,6 +42,7 @@ class MaskedTwoWayBlock(TwoWayAttentionBlock):
 
     def __init__(self, embedding_dim: int, num_heads: int, mlp_dim: int, skip_first_layer_pe: bool):
         super().__init__(embedding_dim, num_heads, mlp_dim, skip_first_layer_pe=skip_first_layer_pe)
+        # In place of those that the parent built: SAM's weights find them under the same names.
         self.self_attn = MaskedAttention(embedding_dim, num_heads)
         self.cross_attn_token_to_image = MaskedAttention(embedding_dim, num_heads, 2)
         self.cross_attn_image_to_token = MaskedAttention(embedding_dim, num_heads, 2)
@@ -55,12 +56,14 @@ class MaskedTwoWayBlock(TwoWayAttentionBlock):
         token_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`queries` [R, N, C] prompt tokens, `keys` [R, h*w, C] image, `token_mask` [R, N] bool."""
-        if self.skip_first_layer_pe:
+        if self.skip_first_layer_pe:  # the first block's queries are their own position encoding
             queries = self.self_attn(queries, queries, queries, token_mask)
         else:
             q = queries + query_pe
             queries = queries + self.self_attn(q, q, queries, token_mask)
         queries = self.norm1(queries)
+        # No mask here: the keys are image tokens, and all of them are real. What a padding token
+        # gathers is never read, because it is a masked key in every other attention.
         attended = self.cross_attn_token_to_image(queries + query_pe, keys + key_pe, keys)
         queries = self.norm2(queries + attended)
         queries = self.norm3(queries + self.mlp(queries))
@@ -123,7 +126,11 @@ class RowPromptEncoder(Fp32Buffers, PromptEncoder):
         As in SAM, a row with clicks and no box carries one extra "not a point" token; padding
         clicks carry none.
         """
+        # One slot more for every row, so that rows with and without a box have the same shape; the
+        # token mask decides which rows use it.
         labels = pad(prompts.point_labels, (0, 1), value=POINT_PADDING)
+        # Integers stand at pixel centres here, and SAM counts from a pixel's corner. In fp32,
+        # because bf16 knows only whole pixels above 128.
         coords = pad(prompts.point_coords.float() + 0.5, (0, 0, 0, 1))
         is_point = (labels == 0) | (labels == 1)
         is_box = (labels == BOX_TOP_LEFT) | (labels == BOX_BOTTOM_RIGHT)
@@ -131,16 +138,19 @@ class RowPromptEncoder(Fp32Buffers, PromptEncoder):
         token_mask[:, -1] = is_point.any(1) & ~is_box.any(1)
 
         position = self.pe_layer.forward_with_coords(coords, self.input_image_size)
+        # Looked up in one table instead of assigned by label: no step waits for the device to say
+        # which labels there are, and every embedding is read, and gathered, on every rank.
         tables = [self._weight(e) for e in (*self.point_embeddings, self.not_a_point_embed)]
         kind = torch.cat(tables)[torch.where(labels < 0, len(tables) - 1, labels)]
+        # As in SAM, "not a point" has no position: the coordinates of padding must not matter.
         sparse = kind + (position * (labels >= 0)[..., None]).to(kind.dtype)
-        return sparse, token_mask, self._dense(labels.shape[0], mask_prompt)
-
-    def _dense(self, num_rows: int, mask_prompt: Tensor | None) -> Tensor:
-        absent = self._weight(self.no_mask_embed)
+        dense = self._weight(self.no_mask_embed)
         if mask_prompt is None:
-            return absent.reshape(1, -1, 1, 1).expand(num_rows, -1, *self.image_embedding_size)
-        return self._embed_masks(mask_prompt.unsqueeze(1).to(absent.dtype))
+            size = self.image_embedding_size
+            dense = dense.reshape(1, -1, 1, 1).expand(len(labels), -1, *size)
+        else:
+            dense = self._embed_masks(mask_prompt.unsqueeze(1).to(dense.dtype))
+        return sparse, token_mask, dense
 
 
 class RowMaskDecoder(MaskDecoder):
@@ -166,17 +176,9 @@ class RowMaskDecoder(MaskDecoder):
             self.semantic_tokens = nn.Embedding(num_semantic_tokens, transformer_dim)
         if text_branch:
             self.text_output = nn.Linear(transformer_dim, transformer_dim // 8)
+            # Its weights were trained on CLIP's text and mean nothing for ours (class docstring).
             nn.init.zeros_(self.text_output.weight)
             nn.init.zeros_(self.text_output.bias)
-
-    def _own_tokens(self, device: torch.device) -> Tensor:
-        """[n, C] tokens of every row: quality, masks, and where there are any, semantics."""
-        index = torch.arange(self.num_mask_tokens, device=device)
-        tokens = [self.iou_token(index[:1]), self.mask_tokens(index)]
-        if self.semantic_tokens is not None:
-            semantic = torch.arange(self.semantic_tokens.num_embeddings, device=device)
-            tokens.append(self.semantic_tokens(semantic))
-        return torch.cat(tokens)
 
     def forward(
         self,
@@ -193,10 +195,17 @@ class RowMaskDecoder(MaskDecoder):
         `text` [R, C] is read by the text branch, if there is one. Returns low-resolution logits
         [R, 4h, 4w] and the quality estimate [R].
         """
-        num_rows = sparse.shape[0]
-        own_tokens = self._own_tokens(sparse.device)
-        tokens = torch.cat([own_tokens.expand(num_rows, -1, -1), sparse], 1)
+        index = torch.arange(self.num_mask_tokens, device=sparse.device)
+        # Embeddings are called and not read: ZeRO-3 gathers a parameter for its own module's call.
+        # All mask tokens take part although one mask is decoded: the weights were trained with all.
+        own = [self.iou_token(index[:1]), self.mask_tokens(index)]
+        if self.semantic_tokens is not None:
+            semantic = torch.arange(self.semantic_tokens.num_embeddings, device=sparse.device)
+            own.append(self.semantic_tokens(semantic))
+        own_tokens = torch.cat(own)
+        tokens = torch.cat([own_tokens.expand(sparse.shape[0], -1, -1), sparse], 1)
         token_mask = pad(token_mask, (len(own_tokens), 0), value=True)
+        # By index, where SAM repeats its one image: each image may have any number of rows.
         source = image_embedding[row_image] + dense
         tokens, keys = self.transformer(source, image_pe, tokens, token_mask)
         upscaled = self.output_upscaling(keys.transpose(1, 2).reshape(source.shape))

@@ -13,11 +13,12 @@ built for, and its blocks take tokens in window order.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, linear
+from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from biascare.models.vision.relative_attention import (
@@ -38,23 +39,17 @@ class WindowGroup(NamedTuple):
     rows: int  # real token rows of each window
     cols: int
 
-    @property
-    def num_tokens(self) -> int:
-        """Real tokens of the group in one image."""
-        return self.down * self.across * self.rows * self.cols
-
 
 def window_groups(grid: tuple[int, int], window: int) -> list[WindowGroup]:
     """Cut a grid of (rows, cols) tokens into windows from the top left; at most four shapes."""
-
-    def spans(size: int) -> list[tuple[int, int, int]]:
+    spans = []  # (start, number of windows, tokens of each) of the whole windows and of the rest
+    for size in grid:
         full, rest = divmod(size, window)
-        return [s for s in ((0, full, window), (full * window, 1, rest)) if s[1] * s[2]]
-
+        spans.append([s for s in ((0, full, window), (full * window, 1, rest)) if s[1] * s[2]])
     return [
         WindowGroup(top, left, down, across, rows, cols)
-        for top, down, rows in spans(grid[0])
-        for left, across, cols in spans(grid[1])
+        for top, down, rows in spans[0]
+        for left, across, cols in spans[1]
     ]
 
 
@@ -93,6 +88,7 @@ class LinearWithBias(nn.Linear):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """`x` [T, C] -> [T, D] and the bias [D]."""
+        # A copy: ZeRO-3 frees the gathered bias as soon as this module is done.
         return linear(x, self.weight, self.bias), self.bias.clone()
 
 
@@ -114,6 +110,8 @@ class RelativeAttention(nn.Module):
         """`x` [T, C] in window order -> [T, C]."""
         if self.window:
             return self.proj(self._attend(x, window_groups(layout.grid, self.window), layout))
+        # The whole grid is one window in reading order, so that queries of a grid row are
+        # neighbours; `position_views` relies on it.
         raster = x.index_select(0, layout.inverse)
         whole = window_groups(layout.grid, max(layout.grid))
         return self.proj(self._attend(raster, whole, layout)).index_select(0, layout.order)
@@ -123,29 +121,19 @@ class RelativeAttention(nn.Module):
         qkv, bias = self.qkv(x)
         head_dim = self.rel_pos_h.shape[1]
         qkv = qkv.unflatten(1, (3, self.num_heads, head_dim))
+        # A padded token is zero before the map, so its key and value are the bias; nobody reads
+        # what it would ask for.
         padding = bias.to(qkv.dtype).view(3, self.num_heads, head_dim)[1:]
         table = distance_table(self.rel_pos_h, self.rel_pos_w, head_dim**-0.5).to(qkv.dtype)
         num_images = len(x) // (layout.grid[0] * layout.grid[1])
-        slices = qkv.split([num_images * group.num_tokens for group in groups])
+        # Windows of one shape together: at most four calls, whatever the number of windows.
+        slices = qkv.split([num_images * g.down * g.across * g.rows * g.cols for g in groups])
         attended = []
         for part, group in zip(slices, groups, strict=True):
             windows = part.unflatten(0, (-1, group.rows * group.cols))
             window = Window(self.window or layout.grid[0], group.rows, group.cols)
             attended.append(relative_attention(windows, padding, table, window).flatten(0, 1))
         return join(attended)
-
-
-class MLP(nn.Module):
-    """Two linear maps with a GELU between them."""
-
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.lin1 = nn.Linear(dim, hidden)
-        self.lin2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` [T, C] -> [T, C]."""
-        return self.lin2(gelu(self.lin1(x)))
 
 
 class Block(nn.Module):
@@ -158,7 +146,10 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = RelativeAttention(dim, num_heads, grid, window)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = MLP(dim, int(dim * mlp_ratio))
+        hidden = int(dim * mlp_ratio)
+        self.mlp = nn.Sequential(  # named, because checkpoints say `mlp.lin1` and `mlp.lin2`
+            OrderedDict(lin1=nn.Linear(dim, hidden), act=nn.GELU(), lin2=nn.Linear(hidden, dim))
+        )
 
     def forward(self, x: Tensor, layout: TokenLayout) -> Tensor:
         """`x` [T, C] in window order -> [T, C]."""
@@ -172,20 +163,9 @@ class PatchConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """`x` [S, 3, H, W] -> [S, h, w, C]."""
         size = self.kernel_size[0]
+        # A convolution would put the channels first, and the blocks want them last.
         patches = x.unflatten(3, (-1, size)).unflatten(2, (-1, size)).permute(0, 2, 4, 1, 3, 5)
         return linear(patches.flatten(3), self.weight.flatten(1), self.bias)
-
-
-class PatchEmbed(nn.Module):
-    """Images to tokens."""
-
-    def __init__(self, patch_size: int, in_chans: int, embed_dim: int):
-        super().__init__()
-        self.proj = PatchConv(in_chans, embed_dim, patch_size, patch_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` [S, 3, H, W] -> [S, h, w, C]."""
-        return self.proj(x)
 
 
 class GridConv(nn.Conv2d):
@@ -193,7 +173,7 @@ class GridConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [S, h, w, C] -> [S, h, w, D]."""
-        if self.kernel_size == (1, 1):
+        if self.kernel_size == (1, 1):  # a matrix product needs no other order of the channels
             return linear(x, self.weight.flatten(1), self.bias)
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
@@ -225,7 +205,9 @@ class ImageEncoder(nn.Module):
         self.window_size = window_size
         self.activation_checkpointing = False
         grid = (img_size // patch_size, img_size // patch_size)
-        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.patch_embed = nn.Sequential(  # around one module: checkpoints say `patch_embed.proj`
+            OrderedDict(proj=PatchConv(in_chans, embed_dim, patch_size, patch_size))
+        )
         self.pos_embed = nn.Parameter(torch.zeros(1, *grid, embed_dim))
         self.blocks = nn.ModuleList(
             Block(
@@ -257,8 +239,11 @@ class ImageEncoder(nn.Module):
         x = self.patch_embed(x) + self.pos_embed
         shape = x.shape
         layout = token_layout(shape[0], (shape[1], shape[2]), self.window_size, x.device)
+        # Ordered once, because most blocks attend in windows: cutting and joining them in each
+        # block would copy every token twice.
         tokens = x.flatten(0, 2).index_select(0, layout.order)
         for block in self.blocks:
+            # Not in evaluation: there nothing is kept that could be computed again.
             if self.activation_checkpointing and self.training:
                 tokens = checkpoint(block, tokens, layout, use_reentrant=False)
             else:

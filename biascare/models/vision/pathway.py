@@ -5,7 +5,7 @@
     prediction = vision.decode(embedding, row_image, prompts)    # once per row and round
 
 The modules are segment_anything's own, so SAM, MedSAM and IMIS-Net weights carry the same names
-(`checkpoints.py` loads them). IMIS-Net adds semantic tokens and a text branch to the decoder;
+(`models/weights` loads them). IMIS-Net adds semantic tokens and a text branch to the decoder;
 LiteMedSAM has another image encoder. Three things differ from `Sam`: gradients flow; R rows share S
 image embeddings; and rows may have different numbers of prompts, because padding is masked in every
 attention. A row's mask is therefore the same alone and in any batch, which SAM's own padding tokens
@@ -103,8 +103,9 @@ def normalise(images: Tensor, pixels: Literal["imagenet", "min_max"]) -> Tensor:
     """
     x = images.float()
     if pixels == "min_max":
+        # Over all channels at once, as LiteMedSAM does it: one per channel would shift the colours.
         low, high = (f(x, dim=(1, 2, 3), keepdim=True) for f in (torch.amin, torch.amax))
-        return (x - low) / (high - low).clamp(min=1)
+        return (x - low) / (high - low).clamp(min=1)  # grey values are whole numbers: 0 or >= 1
     mean, std = (x.new_tensor(v)[:, None, None] for v in (PIXEL_MEAN, PIXEL_STD))
     return (x - mean) / std
 
@@ -128,14 +129,20 @@ class VisionPathway(nn.Module):
         self.image_size = image_size
         self.prompt_dim = sizes.prompt_dim
         self.pixels = sizes.pixels
-        self.reads_text = True
+        self.reads_text = True  # the vision stage has no text and sets it to False
         grid = image_size // sizes.patch_size
         self.image_encoder = build_encoder(sizes, image_size)
         self.image_encoder.activation_checkpointing = activation_checkpointing
         self.prompt_encoder = RowPromptEncoder(
             sizes.prompt_dim, (grid, grid), (image_size, image_size), mask_in_chans=16
         )
-        self._silence_mask_prompt()
+        # A mask prompt first says what no mask prompt says. Only the hardest rows ever see one in
+        # training, and from random weights it lowered the Dice of good masks (docs/EXPERIMENTS.md,
+        # the demo). Pretrained weights replace this.
+        with torch.no_grad():
+            last = self.prompt_encoder.mask_downscaling[-1]
+            nn.init.zeros_(last.weight)
+            last.bias.copy_(self.prompt_encoder.no_mask_embed.weight[0])
         self.mask_decoder = RowMaskDecoder(
             transformer_dim=sizes.prompt_dim,
             transformer=MaskedTwoWayTransformer(
@@ -145,23 +152,13 @@ class VisionPathway(nn.Module):
             text_branch=sizes.text_branch,
         )
 
-    @torch.no_grad()
-    def _silence_mask_prompt(self) -> None:
-        """Start with mask prompts that say what no mask prompt says.
-
-        Only the hardest rows ever see one in training; from random weights it would first of all
-        disturb the rows whose mask was good. Pretrained weights replace this.
-        """
-        last = self.prompt_encoder.mask_downscaling[-1]
-        nn.init.zeros_(last.weight)
-        last.bias.copy_(self.prompt_encoder.no_mask_embed.weight[0])
-
     @property
     def dtype(self) -> torch.dtype:
         return self.prompt_encoder.no_mask_embed.weight.dtype
 
     def encode_images(self, images: Tensor) -> Tensor:
         """`images` [S, 3, H, W] uint8 RGB -> [S, C, h, w]."""
+        # Normalised in fp32 and cast after it: bf16 would round the mean 123.675 to 123.5.
         return self.image_encoder(normalise(images, self.pixels).to(self.dtype))
 
     def decode(
@@ -181,6 +178,7 @@ class VisionPathway(nn.Module):
         sparse, token_mask, dense = self.prompt_encoder(prompts, mask_prompt)
         text = None
         if text_embedding is not None:
+            # After the prompts and never masked: a row without any click still has its text.
             text_embedding = text_embedding.to(sparse.dtype)
             text = text_embedding.mean(1)
             sparse = torch.cat([sparse, text_embedding], 1)
@@ -197,18 +195,20 @@ class VisionPathway(nn.Module):
         return Prediction(
             mask_logits=self.resize_logits(low_res_logits, self.image_size),
             low_res_logits=low_res_logits,
-            predicted_dice=predicted_dice.float(),
+            predicted_dice=predicted_dice.float(),  # ranks cases; bf16 has 0.004 steps near 1
         )
 
     @staticmethod
     def resize_logits(logits: Tensor, size: int) -> Tensor:
         """[R, h, w] -> [R, size, size] fp32, bilinear."""
+        # fp32 before the interpolation: the sign near zero decides where a mask ends.
         resized = interpolate(logits[:, None].float(), size=(size, size), mode="bilinear")
         return resized[:, 0]
 
     def unused_parameters(self) -> list[nn.Parameter]:
         """Heads of SAM's three alternative masks, kept for its checkpoints and never run here, and
         the text branch of a pathway that is trained without text (`reads_text`)."""
+        # Named so that they stay out of the optimizer: they would never get a gradient.
         idle: list[nn.Module] = list(self.mask_decoder.output_hypernetworks_mlps)[1:]
         if self.mask_decoder.text_output is not None and not self.reads_text:
             idle.append(self.mask_decoder.text_output)

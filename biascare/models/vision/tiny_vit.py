@@ -15,6 +15,7 @@ from random weights this encoder learns slowly; it is meant to start from LiteMe
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,8 @@ class Stage(NamedTuple):
     merge_stride: int  # of the step to the next stage; 0: the last
 
 
+# The strides cannot be read from the kernels. They were chosen by Dice, by the fit of the stored
+# statistics and by the correlation of predicted and true overlap (docs/EXPERIMENTS.md).
 LITEMEDSAM = (
     Stage(64, 2, 2, 0, 2),
     Stage(128, 2, 4, 7, 2),
@@ -63,10 +66,11 @@ class FixedNorm(Fp32Buffers, nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim))
         self.register_buffer("running_mean", torch.zeros(dim))
         self.register_buffer("running_var", torch.ones(dim))
-        self.register_buffer("num_batches_tracked", torch.tensor(0))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))  # unused, in the checkpoint
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Scale and shift, [dim] float32 each."""
+        # fp32, as the statistics are kept: what is rounded here, every weight would inherit.
         scale = self.weight.float() * torch.rsqrt(self.running_var.float() + self.eps)
         return scale, self.bias.float() - self.running_mean.float() * scale
 
@@ -79,6 +83,7 @@ class ScaledConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:  # type: ignore[override]
         """`x` [S, C, H, W]; `scale`, `shift` [D] float32 -> [S, D, H', W']."""
+        # Multiplied in fp32 and rounded once, so that bf16 stays near the embedding of fp32.
         weight = (self.weight.float() * scale[:, None, None, None]).to(x.dtype)
         return conv2d(
             x, weight, shift.to(x.dtype), self.stride, self.padding, self.dilation, self.groups
@@ -100,21 +105,6 @@ class ConvNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`x` [S, C, H, W] -> [S, D, H / stride, W / stride]."""
         return self.c(x, *self.bn())
-
-
-class PatchEmbed(nn.Module):
-    """Pixels to features, without loss of resolution."""
-
-    def __init__(self, dim: int, strides: tuple[int, int] = (1, 1)):
-        super().__init__()
-        self.seq = nn.Sequential(
-            ConvNorm(3, dim // 2, stride=strides[0]),
-            nn.GELU(),
-            ConvNorm(dim // 2, dim, stride=strides[1]),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.seq(x)
 
 
 class Bottleneck(nn.Module):
@@ -179,20 +169,6 @@ class WindowAttention(nn.Module):
         return self.proj(attended.transpose(1, 2).flatten(2))
 
 
-class Mlp(nn.Module):
-    """Normalised two-layer perceptron."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.norm = nn.LayerNorm(dim)
-        self.fc1 = nn.Linear(dim, MLP_RATIO * dim)
-        self.fc2 = nn.Linear(MLP_RATIO * dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., C] -> the same shape."""
-        return self.fc2(gelu(self.fc1(self.norm(x))))
-
-
 class WindowBlock(nn.Module):
     """Window attention, a depthwise convolution that joins the windows, perceptron."""
 
@@ -201,28 +177,30 @@ class WindowBlock(nn.Module):
         self.window = window
         self.attn = WindowAttention(dim, num_heads, window)
         self.local_conv = ConvNorm(dim, dim, kernel=3, groups=dim)
-        self.mlp = Mlp(dim)
+        self.mlp = nn.Sequential(  # named as in the checkpoint
+            OrderedDict(
+                norm=nn.LayerNorm(dim),
+                fc1=nn.Linear(dim, MLP_RATIO * dim),
+                act=nn.GELU(),
+                fc2=nn.Linear(MLP_RATIO * dim, dim),
+            )
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """[S, C, H, W] -> the same shape."""
         tokens = x.permute(0, 2, 3, 1)
-        tokens = tokens + self._attend(tokens)
-        tokens = self.local_conv(tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return (tokens + self.mlp(tokens)).permute(0, 3, 1, 2)
-
-    def _attend(self, tokens: Tensor) -> Tensor:
-        """[S, H, W, C] -> the same, window by window.
-
-        Where windows reach over the edge they are filled with zeros, which take part in the
-        attention like any token: the weights were trained that way.
-        """
         _, height, width, dim = tokens.shape
         side = self.window
-        tokens = pad(tokens, (0, 0, 0, -width % side, 0, -height % side))
-        windows = tokens.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3)
+        # Where windows reach over the edge they are filled with zeros, which take part in the
+        # attention like any token: the weights were trained that way.
+        padded = pad(tokens, (0, 0, 0, -width % side, 0, -height % side))
+        windows = padded.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3)
         attended = self.attn(windows.reshape(-1, side**2, dim)).reshape(windows.shape)
         joined = attended.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        return joined[:, :height, :width]
+        tokens = tokens + joined[:, :height, :width]
+        # Without a residual around it, as the weights were trained.
+        tokens = self.local_conv(tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return (tokens + self.mlp(tokens)).permute(0, 3, 1, 2)
 
 
 class StageLayer(nn.Module):
@@ -255,7 +233,10 @@ class TinyViT(nn.Module):
     def __init__(self, stages: tuple[Stage, ...] = LITEMEDSAM, out_dim: int = 256):
         """`out_dim`: channels of the image embedding."""
         super().__init__()
-        self.patch_embed = PatchEmbed(stages[0].dim)
+        dim = stages[0].dim
+        # Without strides, where TinyViT has two: LiteMedSAM reads pixels at full resolution.
+        convolutions = nn.Sequential(ConvNorm(3, dim // 2), nn.GELU(), ConvNorm(dim // 2, dim))
+        self.patch_embed = nn.Sequential(OrderedDict(seq=convolutions))
         dims = [stage.dim for stage in stages]
         self.layers = nn.ModuleList(
             StageLayer(stage, next_dim)
