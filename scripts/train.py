@@ -30,7 +30,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     plan = parser.add_argument_group(
         "planning",
-        "--plan prints parameters, memory per GPU, operations and tokens of the run, and ends. It "
+        "--plan says whether the run fits, what to change if not, and how long it takes; then "
+        "memory, parameters, operations and tokens. It "
         "reads no weights: model.mllm may be a folder with only a config.json, or the name of a "
         "known architecture (unset: the paper's). Paths of data, weights and output may be unset "
         "or absent; everything else in the configuration must be right. The exit code is 1 if the "
@@ -39,6 +40,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     plan.add_argument("--plan", action="store_true", help="plan the run instead of starting it")
     plan.add_argument("--world-size", type=int, metavar="N", help="GPUs (4 where the batch allows)")
     plan.add_argument("--gpu-memory", type=float, default=80, metavar="GIB", help="of a GPU (80)")
+    plan.add_argument("--tflops", type=float, default=100, help="of a GPU, in a second (100)")
     plan.add_argument("--prompt-tokens", type=int, default=64, help="text of a question (64)")
     plan.add_argument("--answer-tokens", type=int, default=64, help="of an answer (64)")
     return parser.parse_intermixed_args(arguments)

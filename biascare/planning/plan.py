@@ -1,7 +1,8 @@
 """What a run needs before it is started: parameters, memory per GPU, operations, tokens.
 
     plan = make_plan(step, groups, batch, settings)       # `step` on the meta device
-    for table in tables(plan, gpu_memory_gib=80):
+    print(verdict(plan, 80, remedies))
+    for table in tables(plan, tflops=100, epochs={}):
         console.print(table)
 
 Operations and activations come from running the training step on shapes (`dry_run`), so they follow
@@ -313,17 +314,18 @@ def _or_empty(value: Any) -> Any:
 # ---------------------------------------------------------------- tables
 
 
-def tables(plan: Plan, *, gpu_memory_gib: float, epochs: dict[str, float]) -> Iterator[Any]:
-    """What is printed: parameters, activations, memory with a verdict, operations, the run.
+def tables(plan: Plan, *, tflops: float, epochs: dict[str, float]) -> Iterator[Table]:
+    """What is printed below the verdict: memory, its parts, operations, the run, its hours.
 
-    `epochs`: task -> passes over its records, for tasks whose records are at hand.
+    `tflops`: what a GPU does in a second; `epochs`: task -> passes over its records, for tasks
+    whose records are at hand.
     """
+    yield memory_table(plan)
     yield parameter_table(plan)
     yield activation_table(plan)
-    yield memory_table(plan)
-    yield verdict(plan, gpu_memory_gib)
     yield flops_table(plan)
     yield run_table(plan, epochs)
+    yield hours_table(plan, tflops)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -406,21 +408,29 @@ def fits(plan: Plan, gpu_memory_gib: float) -> bool:
     return plan.peak / GIB <= gpu_memory_gib
 
 
-def verdict(plan: Plan, gpu_memory_gib: float) -> str:
-    """Whether it fits, and if not, what to change first."""
+class Remedy(NamedTuple):
+    """A change that lets a run need less, and what it needs then."""
+
+    change: str  # what to write, and where
+    peak: int  # bytes on the fullest GPU, with this change and all that stand before it
+
+
+def verdict(plan: Plan, gpu_memory_gib: float, remedies: Sequence[Remedy] = ()) -> str:
+    """Whether it fits, and if not, what to change: each remedy together with those before it."""
     needed = plan.peak / GIB
     if fits(plan, gpu_memory_gib):
         left = gpu_memory_gib - needed
         return f"fits: {needed:.1f} of {gpu_memory_gib:g} GiB per GPU, {left:.1f} GiB to spare"
-    advice = []
-    if not plan.checkpointing and plan.cost.peak > plan.engine.step_workspace:
-        advice.append("model.activation_checkpointing=true")
-    if plan.zero.stage < 3 and plan.zero.world_size > 1:
-        advice.append(f'"stage": {plan.zero.stage + 1} in the DeepSpeed file')
-    lasting = (plan.peak - plan.cost.peak) / GIB
-    shrink = "a smaller train.micro_batch" if lasting < gpu_memory_gib else "a smaller model"
-    advice.append(f"GPUs with more memory or {shrink}")
-    return f"does not fit: {needed:.1f} of {gpu_memory_gib:g} GiB per GPU; try {', '.join(advice)}"
+    lines = [f"does not fit: {needed:.1f} of {gpu_memory_gib:g} GiB per GPU"]
+    enough = False
+    for number, remedy in enumerate(remedies):
+        enough = remedy.peak / GIB <= gpu_memory_gib
+        told = f"{remedy.peak / GIB:.1f} GiB{', fits' if enough else ''}"
+        lines.append(f"  {'and ' if number else ''}{remedy.change}: {told}")
+    if not enough:
+        least = min([plan.peak, *(remedy.peak for remedy in remedies)]) / GIB
+        lines.append(f"  no key makes it fit: it takes GPUs of {least:.0f} GiB or a smaller model")
+    return "\n".join(lines)
 
 
 def flops_by_part(plan: Plan) -> dict[str, dict[str, int]]:
@@ -460,8 +470,25 @@ def run_table(plan: Plan, epochs: dict[str, float]) -> Table:
         table.add_row(name, f"{each:,}", f"{each * plan.max_steps:,}")
     flops = plan.cost.total_flops * plan.num_micro_batches
     table.add_row("FLOP", f"{flops:.3g}", f"{flops * plan.max_steps:.3g}")
-    days = flops * plan.max_steps / 1e14 / 86400
-    table.add_row("GPU-days at 100 TFLOP/s", "", f"{days:,.2f}")
     for task, passes in epochs.items():
         table.add_row(f"passes over the {task} records", "", f"{passes:.2f}")
+    return table
+
+
+def hours_table(plan: Plan, tflops: float) -> Table:
+    """How long the run computes on 1, 2, 4, ... GPUs, as far as the batch divides over them."""
+    table = _table(f"Hours at {tflops:g} TFLOP/s per GPU", "GPUs", "per 1,000 steps", "the run")
+    total = plan.cost.total_flops * plan.num_micro_batches
+    sizes = {2**k for k in range(plan.num_micro_batches.bit_length())} | {plan.zero.world_size}
+    for num_gpus in sorted(n for n in sizes if plan.num_micro_batches % n == 0):
+        seconds = total / (tflops * 1e12 * num_gpus)
+        cells = (f"{seconds * steps / 3600:,.1f}" for steps in (1000, plan.max_steps))
+        planned = " (planned)" if num_gpus == plan.zero.world_size else ""
+        table.add_row(f"{num_gpus}{planned}", *cells)
+    # The samples that the log of a run counts: masks and questions.
+    per_sample = plan.cost.total_flops / max(plan.num_sequences, plan.num_masks, 1) / 1e12
+    table.caption = (
+        "without waiting for data and for other GPUs; a measured rate is samples_per_second of "
+        f"metrics.jsonl x {per_sample:.3g} TFLOP per sample / GPUs"
+    )
     return table

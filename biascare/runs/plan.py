@@ -7,6 +7,8 @@ print_plan(planned, PlanOptions(...))
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +18,17 @@ from rich.console import Console
 from biascare.config import Config, load_config, resolve_deepspeed
 from biascare.models.language.pathway import open_mllm
 from biascare.planning.blank import BatchShape, blank_batch, mllm_config, weightless
-from biascare.planning.plan import fits, make_plan, read_zero_settings, tables
+from biascare.planning.plan import (
+    GIB,
+    Plan,
+    Remedy,
+    ZeroSettings,
+    fits,
+    make_plan,
+    read_zero_settings,
+    tables,
+    verdict,
+)
 from biascare.records import Records
 from biascare.runs.build import build_network, build_step, optimizer_settings
 from biascare.settings.schema import UNSET
@@ -69,13 +81,14 @@ class PlanOptions(NamedTuple):
 
     world_size: int | None  # GPUs; None: 4, where the batch allows
     gpu_memory: float  # GiB of one
+    tflops: float  # of one, in a second
     prompt_tokens: int  # text of a question
     answer_tokens: int
 
 
 def print_plan(planned: Planned, options: PlanOptions) -> bool:
-    """Print what the run needs; whether it fits."""
-    config, train = planned.config, planned.config.train
+    """Print what the run needs, the verdict first; whether it fits."""
+    train = planned.config.train
     most = max(1, train.global_batch // train.micro_batch)
     zero = read_zero_settings(
         resolve_deepspeed(train.deepspeed),
@@ -84,6 +97,18 @@ def print_plan(planned: Planned, options: PlanOptions) -> bool:
         micro_batch=train.micro_batch,
         precision=train.precision,
     )
+    made = plan_run(planned, zero, options)
+    fitting = fits(made, options.gpu_memory)
+    remedies = [] if fitting else find_remedies(planned, zero, options, made)
+    console = Console(soft_wrap=True)
+    console.print(verdict(made, options.gpu_memory, remedies), highlight=False)
+    for table in tables(made, tflops=options.tflops, epochs=passes(planned)):
+        console.print(table, highlight=False)
+    return fitting
+
+
+def plan_run(planned: Planned, zero: ZeroSettings, options: PlanOptions) -> Plan:
+    config, train = planned.config, planned.config.train
     mllm = planned.mllm if train.stage == "joint" else None
     opener = open_mllm if mllm is None else weightless(mllm_config(mllm))
     with torch.device("meta"):
@@ -98,7 +123,7 @@ def print_plan(planned: Planned, options: PlanOptions) -> bool:
         answer_tokens=options.answer_tokens,
         num_points=3 if prompts.point_and_box else 2 if prompts.box else 1,
     )
-    made = make_plan(
+    return make_plan(
         step,
         parameter_groups(network.pathway_parameters(), optimizer_settings(config)),
         blank_batch(network, shape),
@@ -106,10 +131,53 @@ def print_plan(planned: Planned, options: PlanOptions) -> bool:
         max_steps=train.max_steps,
         checkpointing=config.model.activation_checkpointing,
     )
-    console = Console(soft_wrap=True)
-    for table in tables(made, gpu_memory_gib=options.gpu_memory, epochs=passes(planned)):
-        console.print(table, highlight=False)
-    return fits(made, options.gpu_memory)
+
+
+def find_remedies(
+    planned: Planned, zero: ZeroSettings, options: PlanOptions, made: Plan
+) -> list[Remedy]:
+    """Changes that let the run need less, each planned with those before it, until it fits.
+
+    Cheap ones first: what is trained beyond the recipe, then time for memory, then more steps of
+    communication, then smaller micro-batches with the same batch.
+    """
+    remedies: list[Remedy] = []
+    peak = made.peak
+    for change, config, changed_zero in _changes(planned.config, zero):
+        if remedies and peak / GIB <= options.gpu_memory:
+            break
+        # What changes stand before stays changed, whether or not it was worth naming.
+        planned = planned._replace(config=config)
+        plan = plan_run(planned, changed_zero, options)
+        if plan.peak < WORTH_NAMING * peak:
+            remedies.append(Remedy(change=change, peak=plan.peak))
+            peak = plan.peak
+    return remedies
+
+
+WORTH_NAMING = 0.99
+"""A remedy leaves at most this share of what was needed before it."""
+
+
+def _changes(config: Config, zero: ZeroSettings) -> Iterator[tuple[str, Config, ZeroSettings]]:
+    """(what to write, configuration, ZeRO settings), each on top of those before."""
+    if config.train.stage == "joint" and config.train.trainable.embeddings:
+        trainable = replace(config.train.trainable, embeddings=False)
+        config = replace(config, train=replace(config.train, trainable=trainable))
+        yield "train.trainable.embeddings=false", config, zero
+    if not config.model.activation_checkpointing:
+        config = replace(config, model=replace(config.model, activation_checkpointing=True))
+        yield "model.activation_checkpointing=true", config, zero
+    while zero.stage < 3 and zero.world_size > 1:
+        stage = zero.stage + 1
+        zero = zero._replace(stage=stage, num_buckets=1 if stage == 3 else zero.num_buckets)
+        yield f'"stage": {stage} in {config.train.deepspeed}', config, zero
+    least, rows = sum(config.data.ratio), config.train.global_batch // zero.world_size
+    for micro in range(config.train.micro_batch - least, 0, -least):
+        if rows % micro == 0:
+            config = replace(config, train=replace(config.train, micro_batch=micro))
+            zero = zero._replace(accumulation=rows // micro)
+            yield f"train.micro_batch={micro}", config, zero
 
 
 def passes(planned: Planned) -> dict[str, float]:

@@ -11,6 +11,7 @@ import gc
 import itertools
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -43,11 +44,13 @@ from biascare.planning.plan import (
     DEVICE_ALLOWANCE,
     GIB,
     Plan,
+    Remedy,
     ZeroSettings,
     count_parameters,
     engine_bytes,
     fits,
     flops_by_part,
+    hours_table,
     memory_rows,
     part_of,
     read_zero_settings,
@@ -575,10 +578,17 @@ def test_a_run_that_does_not_fit_is_told_what_to_change() -> None:
     plan = small_plan()
     assert verdict(plan, 80).startswith("fits: 2.0 of 80 GiB per GPU, 78.0 GiB to spare")
     full = small_plan(engine=plan.engine._replace(weights=100 * GIB, step_workspace=0))
-    told = verdict(full, 80)
-    assert told.startswith("does not fit: 102.0 of 80 GiB")
-    assert "model.activation_checkpointing=true" in told and '"stage": 3' in told
-    assert told.endswith("GPUs with more memory or a smaller model")
+    remedies = [
+        Remedy("model.activation_checkpointing=true", 90 * GIB),
+        Remedy('"stage": 3 in ds_config.json', 70 * GIB),
+    ]
+    assert verdict(full, 80, remedies).splitlines() == [
+        "does not fit: 102.0 of 80 GiB per GPU",
+        "  model.activation_checkpointing=true: 90.0 GiB",
+        '  and "stage": 3 in ds_config.json: 70.0 GiB, fits',
+    ]
+    told = verdict(full, 80, remedies[:1])
+    assert told.endswith("no key makes it fit: it takes GPUs of 90 GiB or a smaller model")
     assert fits(plan, 80) and not fits(full, 80)
 
 
@@ -673,6 +683,34 @@ def test_every_other_mistake_in_the_configuration_still_stops_the_plan(config: P
         load_planned(str(config), ["train.micro_batch=3"])
 
 
+def test_hours_fall_with_the_gpus_and_follow_the_stated_rate() -> None:
+    plan = small_plan()  # 4 ranks x 2 micro-batches
+    plan = plan._replace(cost=plan.cost._replace(flops={("lm_head", "forward"): 10**15}))
+    table = hours_table(plan, 50)
+    names, _, hours = (list(column.cells) for column in table.columns)
+    assert names == ["1", "2", "4 (planned)", "8"]
+    # 50 steps of 8 x 1e15 at 5e13 a second on one GPU
+    assert [float(text) for text in hours] == pytest.approx([2.2, 1.1, 0.6, 0.3])
+    assert "250 TFLOP per sample" in str(table.caption)  # 1e15 in a micro-batch of 4
+
+
+def test_what_does_not_fit_is_told_the_keys_that_make_it_fit(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Embeddings, trained beyond the recipe, are named first; then time for memory."""
+    sizes = ("model.mllm=Qwen2.5-VL-3B", "model.vision=tiny", "train.trainable.embeddings=true")
+    text = planned_text(
+        capsys,
+        str(ROOT / "configs" / "stage2.yaml"),
+        *(*sizes, "model.activation_checkpointing=false"),
+        *("--world-size", "4", "--gpu-memory", "12"),
+    )
+    first, *told = text.splitlines()[:3]
+    assert re.fullmatch(r"does not fit: 1\d\.\d of 12 GiB per GPU", first)
+    assert re.fullmatch(r"  train\.trainable\.embeddings=false: 1\d\.\d GiB", told[0])
+    assert re.fullmatch(r"  and model\.activation_checkpointing=true: 1\d\.\d GiB, fits", told[1])
+
+
 def test_the_vision_stage_is_planned_too(capsys: pytest.CaptureFixture[str]) -> None:
     text = planned_text(capsys, str(ROOT / "configs" / "stage1.yaml"), "--world-size", "1")
     assert "LoRA" not in text and "vision encoder" in text and "1 ranks" in text
@@ -681,7 +719,7 @@ def test_the_vision_stage_is_planned_too(capsys: pytest.CaptureFixture[str]) -> 
 def test_every_table_fits_in_100_columns(capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 
-    for table in tables(small_plan(), gpu_memory_gib=80, epochs={"language": 1.5}):
+    for table in tables(small_plan(), tflops=100, epochs={"language": 1.5}):
         Console(width=100).print(table)
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
 
