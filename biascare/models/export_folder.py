@@ -153,10 +153,16 @@ def read_export_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON ({error}); export the model again") from error
     found = config if isinstance(config, dict) else {}
     kind, version = found.get("model_type"), found.get("format_version")
-    if (kind, version) != (MODEL_TYPE, FORMAT_VERSION):
+    if kind != MODEL_TYPE:
         raise ValueError(
-            f"{path} is not a biascare export of format {FORMAT_VERSION}: model_type {kind!r}, "
-            f"format_version {version!r}; name a folder that training or scripts/export.py wrote"
+            f"{path} is not of a biascare export: got model_type {kind!r}, expected "
+            f"{MODEL_TYPE!r}; name a folder that training or scripts/export.py wrote"
+        )
+    if version != FORMAT_VERSION:
+        # Format 1 lacks what evaluation needs of training; the run's checkpoint still has it.
+        raise ValueError(
+            f"{path} is an export of format {version!r}, expected {FORMAT_VERSION}; write it again "
+            "from its run: python scripts/export.py RUN --output FOLDER"
         )
     return found
 

@@ -476,10 +476,13 @@ def test_an_export_whose_base_model_moved_says_how_to_name_it(
     "content, message",
     [
         (None, "is not an exported model: it has no config.json"),
-        ('{"model_type": "llama"}', "not a biascare export of format 2: model_type 'llama'"),
-        ('{"model_type": "biascare_vl", "format_version": 99}', "format_version 99"),
+        ('{"model_type": "llama"}', "not of a biascare export: got model_type 'llama'"),
+        (
+            '{"model_type": "biascare_vl", "format_version": 99}',
+            "an export of format 99, expected 2; write it again",
+        ),
         ("{", "is not valid JSON"),
-        ("[]", "not a biascare export"),
+        ("[]", "not of a biascare export"),
     ],
 )
 def test_a_folder_that_is_no_export_is_refused(
