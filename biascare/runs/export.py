@@ -9,6 +9,7 @@ whole. It holds what inference needs of training (`TrainingFacts`): no data is r
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -175,7 +176,8 @@ def disc_baseline(folder: Path, config: Config, data: list[str]) -> DiscBaseline
         print(f"WARNING the export has no disc baseline: it needs the training masks ({error})")
         return None
     saved = {"data": data, "discs": None if discs is None else discs._asdict()}
-    replace_text(path, json.dumps(saved, indent=2) + "\n")
+    with contextlib.suppress(OSError):  # of a run that may only be read, it is measured again
+        replace_text(path, json.dumps(saved, indent=2) + "\n")
     return discs
 
 

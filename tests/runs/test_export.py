@@ -15,11 +15,20 @@ import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from safetensors import safe_open
 
+from biascare.config import load_config, to_dict
 from biascare.data.loader import collate
+from biascare.data.prevalence import prevalence_groups
+from biascare.evaluation.metrics.segmentation import fit_disc
 from biascare.interfaces import Batch
-from biascare.models.export_folder import open_network, save_network
+from biascare.models.export_folder import TrainingFacts, open_network, save_network
 from biascare.models.network import DualPathNetwork
-from biascare.runs.origin import read_run
+from biascare.records import Records
+from biascare.reports.model_card import RunFacts
+from biascare.runs.build import prevalence
+from biascare.runs.evaluate import training_masks
+from biascare.runs.export import training_facts
+from biascare.runs.origin import read_run, save_run_files
+from biascare.settings.keys import Config
 from biascare.training.checkpoint import TAG, trained_weights
 from scripts import export
 from tests.tiny import (
@@ -29,6 +38,7 @@ from tests.tiny import (
     segmentation_sample,
     tiny_chat,
     tiny_model,
+    tiny_record_folder,
 )
 from tests.training.training_runs import ROOT, Job, Run, World, environment, equal
 
@@ -330,6 +340,72 @@ def test_the_data_need_not_be_there(copied: Path, tmp_path: Path, tiny_records: 
     config = copied / "config.yaml"
     config.write_text(config.read_text().replace(str(tiny_records), "/nowhere/records"))
     exported(copied, tmp_path)
+    assert facts_in(tmp_path / "export") == facts_in(copied / "export")
+
+
+# ---------------------------------------------------------------- what inference needs
+
+
+def facts_in(export: Path) -> TrainingFacts:
+    return TrainingFacts(**json.loads((export / "config.json").read_text())["training"])
+
+
+def test_an_export_carries_what_inference_and_evaluation_need_of_training(
+    runs: dict[str, Run], tiny_records: Path
+) -> None:
+    facts, records = facts_in(runs["zero2"].folder / "export"), Records(tiny_records)
+    assert (facts.beta_vl, facts.mask_prompt) == (0.5, True)
+    assert facts.trained_on == [records.manifest["content_hash"]]
+    assert facts.prevalence == prevalence_groups(records.target_counts, 0.5, 0.1)
+    discs = fit_disc(training_masks([records]))
+    assert discs is not None and facts.disc_share == discs.share
+    assert facts.disc_share_by_target == discs.by_target
+
+
+def vision_run(folder: Path, records: Path) -> tuple[Config, RunFacts]:
+    """Configuration and origin of a run of the vision stage that was never exported."""
+    path = folder / "run.yaml"
+    path.write_text(
+        f"data: {{segmentation: [{{path: {records}}}], ratio: [1, 0]}}\n"
+        "model: {vision: tiny, image_size: 64}\n"
+        "objective: {beta_vl: 0.25}\n"
+        "optim: {warmup_steps: 0}\n"
+        f"train: {{stage: vision, max_steps: 1, output_dir: {folder}}}\n"
+    )
+    config, sources = load_config(path), [Records(records)]
+    save_run_files(config, prevalence(config, sources), sources, [])
+    return config, read_run(folder, 1, to_dict(config))
+
+
+def test_the_vision_stage_carries_them_too(tmp_path: Path, tiny_records: Path) -> None:
+    config, origin = vision_run(tmp_path, tiny_records)
+    facts = training_facts(tmp_path, config, origin)
+    assert facts.beta_vl == 0.25 and facts.disc_share is not None and facts.prevalence
+    save_network(tiny_model(None), tmp_path / "export", facts=facts)
+    assert open_network(tmp_path / "export")[1] == facts
+
+
+def test_without_the_training_masks_a_first_export_says_what_it_lacks(
+    tmp_path: Path, tiny_records: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = Path(shutil.copytree(tiny_records, tmp_path / "records"))
+    config, origin = vision_run(tmp_path, records)
+    records.rename(tmp_path / "moved")
+    facts = training_facts(tmp_path, config, origin)
+    assert facts.disc_share is None and facts.disc_share_by_target == {}
+    assert "WARNING the export has no disc baseline" in capsys.readouterr().out
+    tiny_record_folder(records, split="train", num_images=3)
+    assert training_facts(tmp_path, config, origin).disc_share is None
+    assert "holds other records than were trained on" in capsys.readouterr().out
+
+
+def test_damaged_disc_sizes_are_an_error_and_not_measured_anew(
+    tmp_path: Path, tiny_records: Path
+) -> None:
+    config, origin = vision_run(tmp_path, tiny_records)
+    (tmp_path / "disc_baseline.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"disc_baseline\.json is damaged .* remove it"):
+        training_facts(tmp_path, config, origin)
 
 
 def test_a_damaged_checkpoint_is_refused_and_of_a_run_an_older_one_is_taken_loudly(
