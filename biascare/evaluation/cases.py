@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
+from biascare.durable import flush
 from biascare.interfaces import Facts
 
 FORMAT = "biascare-cases"
@@ -191,7 +191,7 @@ class CaseWriter:
         self._file.flush()
         # Minutes of a large model's work stand behind a few kilobytes: they must survive the
         # machine, not only the process.
-        os.fsync(self._file.fileno())
+        flush(self.path)
 
     def __enter__(self) -> CaseWriter:
         return self

@@ -9,7 +9,6 @@ killed evaluation goes on where it was: cases that are on disk are not computed 
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -34,6 +33,7 @@ from biascare.data.heldout import (
 )
 from biascare.data.loader import to_device
 from biascare.data.transforms import Geometry, invert_points, restore_mask
+from biascare.durable import put_in_place
 from biascare.evaluation.cases import (
     AnswerCase,
     Cases,
@@ -353,7 +353,7 @@ def _join(path: Path, header: Header, order: dict[str, int]) -> None:
     partial.unlink(missing_ok=True)
     with CaseWriter(partial, header) as writer:
         writer.append([cases[key] for key in sorted(cases, key=lambda key: order[key])])
-    os.replace(partial, path)
+    put_in_place(partial, path)
     for file in files:
         if file != path:
             file.unlink()

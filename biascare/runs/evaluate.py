@@ -7,7 +7,6 @@ evaluator = Evaluator(config, engine, chat, groups, commit, log)     # inside tr
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from biascare.data.heldout import (
 )
 from biascare.data.prevalence import groups_of, total_counts
 from biascare.data.prompts import first_point
+from biascare.durable import write_json
 from biascare.evaluation.cases import Header
 from biascare.evaluation.evaluate import EvaluationSettings, evaluate, summarise
 from biascare.evaluation.metrics.segmentation import DiscBaseline, fit_disc
@@ -126,7 +126,7 @@ def evaluate_model(request: EvaluationRequest) -> dict[str, Any]:
     )
     summary = {"model": request.model} | summarise(cases)
     if rank() == 0:
-        (request.output / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_json(request.output / "metrics.json", summary)
         if cases.masks:
             panels = mask_panels(representative_cases(cases.masks), segmentation)
             title = f"{request.model}, held-out records"
