@@ -11,7 +11,6 @@ from stage 1's export. The same command continues an interrupted run. What a run
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 
 from biascare.config import describe_config, load_config
@@ -48,12 +47,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main() -> None:
     options = parse(sys.argv[1:])
-    raise_interrupts()
-    folder = None
+    interrupts = raise_interrupts()
+    folder: str | None = None
+    explained: tuple[type[Exception], ...] = (ValueError,)
     try:
         if not options.plan:  # a mistake in the configuration is told before torch is imported
             config = load_config(options.config, options.overrides)
-            folder = config.train.output_dir
         prepare_process()
         if options.plan:
             from biascare.runs.plan import PlanOptions, load_planned, print_plan
@@ -62,19 +61,16 @@ def main() -> None:
             planned = load_planned(options.config, options.overrides)
             sys.exit(0 if print_plan(planned, wanted) else 1)
         from biascare.runs.train import RUN_ERRORS, run
-    except KeyboardInterrupt as interrupt:
-        stop(interrupt, folder)
-    except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":  # every rank reads the same file
-            fail(error)
-        sys.exit(1)
-    try:
+
+        folder, explained = config.train.output_dir, RUN_ERRORS
         run(config)
-    except KeyboardInterrupt as interrupt:
-        stop(interrupt, folder)
-    except RUN_ERRORS as error:
+    except BaseException as error:
+        if interrupts:  # whatever else failed since: processes end in any order
+            stop(interrupts[0], folder)
+        if not isinstance(error, explained):
+            raise
         fail(error, folder)
-    forget_failures(config.train.output_dir)
+    forget_failures(folder)
 
 
 if __name__ == "__main__":

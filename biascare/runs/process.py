@@ -18,6 +18,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from pathlib import Path
@@ -62,7 +63,10 @@ def keep_freed_memory() -> None:
 
 
 def fail(error: Exception, folder: str | None = None) -> NoReturn:
-    """End with the message of an error that explains itself; its traceback goes to a file."""
+    """End with the message of an error that explains itself; its traceback goes to a file.
+
+    Without a run's folder it is a mistake that every rank finds in the same file: rank 0 speaks.
+    """
     number = os.environ.get("RANK", "0")
     message = str(error) if number == "0" else f"[rank {number}] {error}"
     if folder is not None and Path(folder).is_dir():
@@ -70,7 +74,8 @@ def fail(error: Exception, folder: str | None = None) -> NoReturn:
         with contextlib.suppress(OSError):
             path.write_text(traceback.format_exc(), encoding="utf-8")
             message += f"\n(traceback in {path})"
-    print(message, file=sys.stderr, flush=True)
+    if folder is not None or number == "0":
+        print(message, file=sys.stderr, flush=True)
     raise SystemExit(1)
 
 
@@ -79,8 +84,9 @@ def forget_failures(folder: str) -> None:
     Path(folder, f"traceback.rank{os.environ.get('RANK', '0')}.txt").unlink(missing_ok=True)
 
 
-def raise_interrupts() -> None:
-    """Let Ctrl-C and a launcher's SIGTERM raise KeyboardInterrupt(signal number) here, once.
+def raise_interrupts() -> list[int]:
+    """Let Ctrl-C and a launcher's SIGTERM raise KeyboardInterrupt here, once; the signals that came
+    are in the list that is returned.
 
     Ctrl-C reaches every process of the terminal: reading processes, which inherit this, leave the
     end to the process that started them. A launcher sends SIGTERM just after it, which must not cut
@@ -89,6 +95,9 @@ def raise_interrupts() -> None:
     owner, received = os.getpid(), list[int]()
 
     def handle(number: int, frame: Any) -> None:
+        # Threads that hand tensors over fail when the process at the other end is gone first.
+        sys.excepthook = lambda *details: None
+        threading.excepthook = lambda details: None
         if os.getpid() != owner:
             if number == signal.SIGTERM:
                 os._exit(128 + number)
@@ -97,18 +106,19 @@ def raise_interrupts() -> None:
         if received.count(signal.SIGINT) > 1:
             os._exit(128 + number)
         if len(received) == 1:
-            raise KeyboardInterrupt(number)
+            raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, handle)
     signal.signal(signal.SIGTERM, handle)
+    return received
 
 
-def stop(interrupt: KeyboardInterrupt, folder: str | None) -> NoReturn:
-    """End an interrupted run: rank 0 says in one line how it goes on."""
+def stop(number: int, folder: str | None) -> NoReturn:
+    """End a run that signal `number` interrupted: rank 0 says in one line how it goes on."""
     if os.environ.get("RANK", "0") == "0":
         saved = sorted(Path(folder).glob("checkpoints/step_????????")) if folder else []
         found = f"continues from {saved[-1]}" if saved else "starts again, nothing was saved yet"
         print(f"interrupted; the same command {found}", file=sys.stderr, flush=True)
     # Without the farewells of libraries: they would wait for ranks that are gone, or complain.
     sys.stdout.flush()
-    os._exit(128 + int(interrupt.args[0] if interrupt.args else signal.SIGINT))
+    os._exit(128 + number)

@@ -305,6 +305,7 @@ def test_the_export_predicts_what_the_trained_model_predicted(
         assert (got - expected).abs().max() < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's own
 def test_the_exported_adapter_opens_with_plain_peft(runs: dict[str, Run], tiny_mllm: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText
