@@ -92,6 +92,7 @@ def released_to_ours(state: Mapping[str, Tensor]) -> ReleasedParts:
     strangers = []
     for name, tensor in state.items():
         plain = PEFT_ADDITIONS.sub("", name)
+        # Looked at first, because an `original_module` would find its part as well.
         left_out = [(label, why) for mark, label, why in DROPPED if re.match(mark, plain)]
         place = _place(plain)
         if left_out:
@@ -99,7 +100,12 @@ def released_to_ours(state: Mapping[str, Tensor]) -> ReleasedParts:
         elif place is None:
             strangers.append(name)
         else:
-            _put(getattr(parts, place[0]), place[1], tensor, name)
+            part, new = getattr(parts, place[0]), place[1]
+            if new in part:
+                raise ValueError(
+                    f"the checkpoint holds {new!r} twice, once as {name!r}; copy it again"
+                )
+            part[new] = tensor
     if strangers:
         raise ValueError(
             f"not a released DualPathNetwork checkpoint: {len(strangers)} tensors are unknown "
@@ -107,12 +113,6 @@ def released_to_ours(state: Mapping[str, Tensor]) -> ReleasedParts:
         )
     parts.dropped.update({label: Dropped(n, why) for (label, why), n in dropped.items()})
     return parts
-
-
-def _put(part: dict[str, Tensor], new: str, tensor: Tensor, name: str) -> None:
-    if new in part:
-        raise ValueError(f"the checkpoint holds {new!r} twice, once as {name!r}; copy it again")
-    part[new] = tensor
 
 
 def merge_adapter(
@@ -127,6 +127,7 @@ def merge_adapter(
         weight, up = merged.get(f"{module}.weight"), adapter.get(f"{module}.lora_B")
         if weight is None or up is None:
             raise ValueError(f"the adapter of {module} lacks its lora_B or its base weight")
+        # In fp32 and rounded once: a small change beside a large weight is lost in bf16.
         change = (lora_alpha / down.shape[0]) * up.float() @ down.float()
         merged[f"{module}.weight"] = (weight.float() + change).to(weight.dtype)
     return merged
@@ -185,6 +186,7 @@ def load_released(
     weights = dict(parts.mllm)
     if parts.adapter and not isinstance(mllm.model, PeftModel):
         weights = merge_adapter(weights, parts.adapter, lora_alpha)
+    # A tied head is the embedding itself, and saved files may leave its second name out.
     if "lm_head.weight" not in weights and mllm.base.config.tie_word_embeddings:
         base.pop("lm_head.weight")
     _check("MLLM", weights, base)
@@ -193,12 +195,12 @@ def load_released(
         _check("adapter", parts.adapter, adapter)
     query = dict(query_attention.state_dict())
     _check("query attention", parts.query_attention, query)
+    # The last check, which copies where it passes; the rest was checked above.
     vision = load_vision_checkpoint(model.vision, parts.seg)
-    _copy(weights, base)
+    converted = vision.converted | _copy(weights, base)
     _copy(parts.query_attention, query)
     if keep_adapter:
         _copy(parts.adapter, adapter)
-    converted = vision.converted | _conversions(weights, base)
     if parts.adapter and not keep_adapter:
         merged = [n.removesuffix("lora_A") + "weight" for n in parts.adapter if n.endswith("_A")]
         converted |= dict.fromkeys(merged, f"adapter folded in, alpha {lora_alpha:g}")
@@ -213,13 +215,10 @@ def load_released(
 
 
 @torch.no_grad()
-def _copy(found: Mapping[str, Tensor], places: Mapping[str, Tensor]) -> None:
+def _copy(found: Mapping[str, Tensor], places: Mapping[str, Tensor]) -> dict[str, str]:
+    """Fill our tensors in place; the changes of precision, by name."""
     for name, tensor in found.items():
         places[name].copy_(tensor)
-
-
-def _conversions(found: Mapping[str, Tensor], places: Mapping[str, Tensor]) -> dict[str, str]:
-    """Changes of precision, by name."""
     return {
         name: f"{str(tensor.dtype)[6:]} -> {str(places[name].dtype)[6:]}"
         for name, tensor in found.items()
