@@ -29,10 +29,11 @@ def fold_adapter(pathway: MLLMPathway) -> None:
     if not isinstance(pathway.model, PeftModel):
         return
     for layer in pathway.model.modules():
+        # Layer by layer, because 8.3 billion weights in fp32 would need 33 GB at once.
         if isinstance(layer, BaseTunerLayer):
             dtype = next(layer.get_base_layer().parameters()).dtype
             layer.to(torch.float32)
-            layer.merge(safe_merge=True)
+            layer.merge(safe_merge=True)  # refuses weights that are not finite, before it writes
             layer.to(dtype)
     pathway.model = pathway.model.unload()
     pathway.path = FOLDED
