@@ -61,6 +61,7 @@ class Tree:
 
     def where(self, location: Location) -> str:
         """File and line of the key, else of its nearest written parent, else the file."""
+        # A key that is missing has no line; that of its section is where it should be written.
         for end in range(len(location), 0, -1):
             if location[:end] in self.origins:
                 return self.origins[location[:end]]
@@ -141,6 +142,7 @@ def _read_file(path: Path, children: tuple[Path, ...]) -> Tree:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError([Problem(str(path), "", f"cannot be read: {reason}")]) from error
     values = _parse(text, tree, ())
+    # Raised at once: without sections, every key would be reported as missing.
     if not isinstance(values, dict):
         got = "an empty file" if values is None else show(values)
         message = f"got {got}, expected a mapping of sections such as 'train:'"
@@ -158,7 +160,7 @@ def _extend(tree: Tree, path: Path, children: tuple[Path, ...]) -> Tree:
     base_path = Path(os.path.normpath(path.parent / parent)) if isinstance(parent, str) else None
     if base_path is None:
         problem = f"got {show(parent)}, expected one path relative to this file"
-    elif base_path.resolve() in chain:
+    elif base_path.resolve() in chain:  # resolved, so that a link cannot hide a circle
         names = [step.name for step in (*chain, base_path)]
         problem = f"a circle: {' extends '.join(names)}; remove one of them"
     elif not base_path.is_file():
@@ -167,7 +169,7 @@ def _extend(tree: Tree, path: Path, children: tuple[Path, ...]) -> Tree:
     else:
         base = _read_file(base_path, chain)
         _merge(base, tree)
-        base.source = tree.source
+        base.source = tree.source  # the file that was named is the one to look at for a missing key
         return base
     tree.problems.append(Problem(where, EXTENDS, problem))
     return tree
@@ -188,6 +190,7 @@ def _read_override(text: str) -> Tree:
         message = error.problems[0].message
         tree.problems.append(Problem(COMMAND_LINE, key, f"{message} in {value!r}"))
         return tree
+    # Parents too come from the command line now, as far as they hold nothing but this key.
     for depth in range(len(location), 0, -1):
         tree.origins[location[:depth]] = COMMAND_LINE
         parsed = {location[depth - 1]: parsed}
@@ -197,18 +200,19 @@ def _read_override(text: str) -> Tree:
 
 def _merge(base: Tree, layer: Tree) -> None:
     """Mappings are merged key by key; everything else, lists too, is replaced."""
-
-    def into(old: dict[str, Any], new: dict[str, Any], location: Location) -> None:
+    # Lists as well, because a person who writes two folders does not expect three.
+    mappings: list[tuple[dict[str, Any], dict[str, Any], Location]]
+    mappings = [(base.values, layer.values, ())]
+    for old, new, location in mappings:
         for key, value in new.items():
             here = (*location, key)
             if isinstance(value, dict) and isinstance(old.get(key), dict):
-                into(old[key], value, here)
+                mappings.append((old[key], value, here))
                 continue
             old[key] = value
+            # The lines of what was replaced would point at text that counts no more.
             for stale in [known for known in base.origins if known[: len(here)] == here]:
                 del base.origins[stale]
-
-    into(base.values, layer.values, ())
     base.origins.update(layer.origins)
     base.problems.extend(layer.problems)
 
@@ -216,7 +220,7 @@ def _merge(base: Tree, layer: Tree) -> None:
 def _parse(text: str, tree: Tree, location: Location) -> Any:
     try:
         node = yaml.compose(text, Loader=_Loader)
-    except RecursionError as error:
+    except RecursionError as error:  # brackets alone can do it, and PyYAML does not count them
         raise ConfigError([Problem(tree.source, "", "nested too deeply")]) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -233,6 +237,7 @@ def _line(source: str, mark: Any) -> str:
 def _plain(node: yaml.Node, tree: Tree, location: Location) -> Any:
     """A node's plain value; remembers the line of every key and list item below it."""
     kind = node.tag.removeprefix(_TAG)
+    # Dates, sets and Python objects are refused with their tag; to guess would hide a typing error.
     if kind not in ("map", "seq", "str", *_READ_AS):
         _refuse(node, tree, location)
         return None
@@ -246,10 +251,14 @@ def _plain(node: yaml.Node, tree: Tree, location: Location) -> Any:
             items.append(_plain(item, tree, here))
         return items
     text = str(node.value)
+    # Half of a surrogate pair can be written as an escape, and then nothing can encode it as UTF-8.
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         _refuse(node, tree, location)
         return None
-    return text if kind == "str" else _READ_AS[kind](text)
+    try:
+        return text if kind == "str" else _READ_AS[kind](text)
+    except ValueError:  # an integer of thousands of digits, or `!!int x`: reported as text
+        return text
 
 
 def _refuse(node: yaml.Node, tree: Tree, location: Location) -> None:
@@ -257,18 +266,12 @@ def _refuse(node: yaml.Node, tree: Tree, location: Location) -> None:
     tree.problems.append(Problem(_line(tree.source, node.start_mark), dotted(location), message))
 
 
-def _number(text: str, kind: Callable[[str], int | float]) -> int | float | str:
-    try:
-        return kind(re.sub(r"\.(?=inf|nan)", "", text))
-    except ValueError:  # an integer of thousands of digits, or `!!int x`: reported as text
-        return text
-
-
 _READ_AS: dict[str, Callable[[str], Any]] = {
     "null": lambda text: None,
     "bool": lambda text: text.lower() == "true",
-    "int": lambda text: _number(text, int),
-    "float": lambda text: _number(text, float),
+    "int": int,
+    # YAML writes .inf and .nan, Python inf and nan.
+    "float": lambda text: float(re.sub(r"\.(?=inf|nan)", "", text)),
 }
 
 
@@ -281,6 +284,7 @@ def _plain_mapping(node: yaml.MappingNode, tree: Tree, location: Location) -> di
             message = f"got the key {key!r}, expected a name in plain text"
             tree.problems.append(Problem(where, dotted(location), message))
             continue
+        # YAML lets the later one win, and a run would quietly take half of what was written.
         if key in mapping:
             message = f"written twice, first at {tree.origins[here]}; keep one"
             tree.problems.append(Problem(where, dotted(here), message))
@@ -295,5 +299,5 @@ def show(value: Any) -> str:
     kinds = {str: "text", bool: "true/false", int: "integer", float: "float", list: "list"}
     text = json.dumps(value, ensure_ascii=False)
     text = text if len(text) <= 60 else text[:57] + "..."
-    kind = kinds.get(type(value))
+    kind = kinds.get(type(value))  # by exact type, because a bool is an int as well
     return f"{text} ({kind})" if kind else text
