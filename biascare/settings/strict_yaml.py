@@ -129,6 +129,7 @@ def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> Tree:
     mapping); everything else is collected in `Tree.problems`.
     """
     tree = _read_file(Path(path), ())
+    # In order and all of them: a later override may take back an earlier one.
     for text in overrides:
         _merge(tree, _read_override(text))
     return tree
@@ -180,6 +181,7 @@ def _read_override(text: str) -> Tree:
     tree = Tree(source=COMMAND_LINE)
     key, equals, value = text.partition("=")
     location = tuple(part.strip() for part in key.split("."))
+    # `key=` is refused and not taken for null: a shell variable that is not set looks like it.
     if not (equals and value.strip() and all(location)):
         fix = "expected section.key=value; an unset value is null, an empty text is '\"\"'"
         tree.problems.append(Problem(COMMAND_LINE, "", f"got {text!r}, {fix}"))
@@ -223,6 +225,7 @@ def _parse(text: str, tree: Tree, location: Location) -> Any:
     except RecursionError as error:  # brackets alone can do it, and PyYAML does not count them
         raise ConfigError([Problem(tree.source, "", "nested too deeply")]) from error
     except yaml.YAMLError as error:
+        # Characters that YAML forbids are an error of another class, without a mark or a problem.
         mark = getattr(error, "problem_mark", None)
         where = _line(tree.source, mark) if mark else tree.source
         reason = getattr(error, "problem", None) or getattr(error, "reason", str(error))
@@ -238,12 +241,10 @@ def _plain(node: yaml.Node, tree: Tree, location: Location) -> Any:
     """A node's plain value; remembers the line of every key and list item below it."""
     kind = node.tag.removeprefix(_TAG)
     # Dates, sets and Python objects are refused with their tag; to guess would hide a typing error.
-    if kind not in ("map", "seq", "str", *_READ_AS):
-        _refuse(node, tree, location)
-        return None
-    if isinstance(node, yaml.MappingNode):
+    known = kind in ("map", "seq", *_READ_AS)
+    if known and isinstance(node, yaml.MappingNode):
         return _plain_mapping(node, tree, location)
-    if isinstance(node, yaml.SequenceNode):
+    if known and isinstance(node, yaml.SequenceNode):
         items = []
         for index, item in enumerate(node.value):
             here = (*location, index)
@@ -252,21 +253,18 @@ def _plain(node: yaml.Node, tree: Tree, location: Location) -> Any:
         return items
     text = str(node.value)
     # Half of a surrogate pair can be written as an escape, and then nothing can encode it as UTF-8.
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        _refuse(node, tree, location)
-        return None
-    try:
-        return text if kind == "str" else _READ_AS[kind](text)
-    except ValueError:  # an integer of thousands of digits, or `!!int x`: reported as text
-        return text
-
-
-def _refuse(node: yaml.Node, tree: Tree, location: Location) -> None:
+    if kind in _READ_AS and not any("\ud800" <= letter <= "\udfff" for letter in text):
+        try:
+            return _READ_AS[kind](text)
+        except ValueError:  # an integer of thousands of digits, or `!!int x`: reported as text
+            return text
     message = f"only plain values and Unicode text are read, got {node.tag} {node.value!r:.60}"
     tree.problems.append(Problem(_line(tree.source, node.start_mark), dotted(location), message))
+    return None
 
 
 _READ_AS: dict[str, Callable[[str], Any]] = {
+    "str": str,
     "null": lambda text: None,
     "bool": lambda text: text.lower() == "true",
     "int": int,
