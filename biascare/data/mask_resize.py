@@ -62,7 +62,7 @@ def _axis(start: float, stop: float, size: int, filled: slice) -> _Axis:
     Pixels are numbered from the start of `filled`; those outside it weigh nothing.
     """
     step = (stop - start) / size
-    # At least one cell, also for a target that lies in the image but not in the crop.
+    # At least one cell, also for a target of which the crop shows nothing.
     first = min(max(math.floor((filled.start - start) / step), 0), size - 1)
     last = min(max(math.ceil((filled.stop - start) / step), first + 1), size)
     edges = start - filled.start + step * np.arange(first, last + 1)
@@ -146,7 +146,7 @@ def _around(width: int) -> NDArray[np.int64]:
 
 def _num_cells(area: Any) -> Any:
     """Cells that components of these areas, in cells, get: the nearest number, at least one."""
-    # Halves round up on purpose, and one that rounding errors left just below is still a half.
+    # Halves round up, also one that rounding errors left just below.
     return np.maximum(np.floor(area + 0.5 + _NEGLIGIBLE), 1)
 
 

@@ -212,6 +212,7 @@ def _task_pattern(ratio: tuple[int, int], sources: tuple[Sequence[Any], ...]) ->
             f"0 or more and not both 0"
         )
     for task, count, given in zip(TASKS, ratio, sources, strict=True):
+        # A folder that the ratio never reads is as much a mistake as a ratio that nothing serves.
         if bool(count) != bool(given):
             found = f"{len(given)} folders in data.{task}"
             remedy = (

@@ -49,6 +49,7 @@ def prevalence_groups(
     # Without the most frequent size: it is head, also where two sizes are all there is.
     for count, num_targets in reversed(sizes[1:]):
         held += count * num_targets
+        # The rarest are tail however many masks they hold, or few targets would have no tail.
         if held > tail_share * total and count != sizes[-1][0]:
             break
         groups[count] = "tail"

@@ -49,7 +49,7 @@ def draw_prompts(
     for row, mask in enumerate(masks):
         # Drawn for an empty mask too, so that it does not change the kinds of the rows after it.
         kind = PROMPT_KINDS[generator.choice(len(PROMPT_KINDS), p=shares)]
-        if not np.any(mask):
+        if not np.any(mask):  # a row without a target still has its text
             continue
         if kind in ("point", "point_and_box"):
             point_coords[row, 0] = _draw_point(mask, generator)

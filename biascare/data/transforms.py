@@ -148,7 +148,7 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
         low, high = (grey[finite].min(), grey[finite].max()) if finite.any() else (0.0, 0.0)
         scaled = np.where(finite, grey - low, 0.0) * (255.0 / (high - low) if high > low else 0.0)
         return Image.fromarray(np.rint(scaled).astype(np.uint8))
-    if image.has_transparency_data:
+    if image.has_transparency_data:  # what lies behind transparent pixels was never seen
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
         image = Image.alpha_composite(black, image.convert("RGBA"))
     if image.mode in ("L", "RGB"):
@@ -179,6 +179,7 @@ def _resize(image: Image.Image, geometry: Geometry, reduction: int = 1) -> NDArr
     _check_inside(image.height * reduction, image.width * reduction, geometry)
     box = [edge / reduction for edge in geometry[:4]]
     size = (geometry.size, geometry.size)
+    # A reduced JPEG can cut the crop's edges between pixels, and only Pillow resizes from there.
     if not all(edge.is_integer() for edge in box):
         image = image.resize(size, Image.Resampling.BILINEAR, box=(box[0], box[1], box[2], box[3]))
         box = [0, 0, *size]
@@ -321,6 +322,7 @@ def draw_intensity(image: NDArray[np.uint8], key: int) -> NDArray[np.uint8]:
     contrast = generator.uniform(0.85, 1.15)
     brightness = generator.uniform(-0.08, 0.08)
     sigma = generator.uniform(0.0, 0.02)
+    # A table of 256 entries: all of it is a function of one grey value.
     curve = (np.linspace(0, 1, 256) ** gamma - 0.5) * contrast + 0.5 + brightness
     height, width = image.shape[:2]
     if height * width > _NUM_NOISE // 2:  # a stretch could hardly begin anywhere else
@@ -379,6 +381,7 @@ def names_side(text: str) -> bool:
     Whole words ("left", "right-sided", "lateral", also inside "kidney_left") and the signs of
     readers ("RUL", "OD", "L"). Generous on purpose: a needless hit costs one mirrored sample.
     """
+    # Signs in capitals only: "l" and "r" stand in too many words and units.
     return bool(_SIDE_WORDS.search(text) or _SIDE_SIGNS.search(text))
 
 

@@ -94,6 +94,7 @@ def select_hardest(
     k = num_hardest(int(num_valid), ratio) if k is None else k
     if k < 1:
         raise ValueError(f"select_hardest got k={k}, expected at least 1")
+    # Detached: which rows are refined is a choice and no path for gradients.
     score = uncertainty.detach().float()
     # After all finite ones and still before the invalid: a row that has diverged says nothing about
     # how hard it is, but it has a mask.
@@ -201,8 +202,7 @@ def refine_once(
         prediction: what `prompts` gave.
         masks: `[R, H, W]`, the truth the simulated expert sees.
         policy, num_clicks, generator: see `sample_clicks`.
-        mask_prompt: feed `prediction.low_res_logits` back, detached, so that a round trains its
-            own decoding and not the one before.
+        mask_prompt: feed `prediction.low_res_logits` back, detached.
 
     Returns:
         The prompts of the next round and its prediction.
@@ -213,6 +213,7 @@ def refine_once(
     )
     # Appended, because an expert's click corrects what was said before and does not replace it.
     prompts = append_prompts(prompts, coords, labels)
+    # Detached, so that a round trains its own decoding and not the one before.
     previous_logits = prediction.low_res_logits.detach() if mask_prompt else None
     return prompts, decode(prompts, previous_logits)
 

@@ -175,6 +175,7 @@ class ShapesOnly(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         output = self._run(func, args, kwargs)
+        # By packet: an operation costs the same in all of its overloads.
         count = COUNTS.get(func._overloadpacket)
         if count is not None:
             self.flops[self.clock.place] += count(*args, **kwargs, out_val=output)
@@ -265,15 +266,27 @@ def _positions(indices: list[Tensor | None]) -> list[Tensor | None]:
 
 @contextmanager
 def replaced_functions(attention_of: str) -> Iterator[None]:
-    """On the meta device, torch's attention is the kernel of a device, and `take_along_dim` does
-    not compare the devices of its arguments."""
+    """On the meta device, torch's attention is the kernel of a device, `take_along_dim` does not
+    compare the devices of its arguments, and `autocast` does nothing."""
+    original = torch.autocast
+
+    def autocast(device_type: str, *arguments: Any, **keywords: Any) -> Any:
+        # The meta device has no dtype to cast to, and torch refuses to be asked.
+        if device_type == "meta":
+            return nullcontext()
+        return original(device_type, *arguments, **keywords)
+
     library = Library("aten", "IMPL")
     attention = {"cuda": _gpu_attention, "cpu": _cpu_attention}[attention_of]
+    # Before autograd, so that the backward pass is that of the kernel and not of its parts.
     library.impl("scaled_dot_product_attention", attention, "AutogradMeta")
     library.impl("take_along_dim", _take_along_dim, "AutogradMeta")
+    # Modules look the class up in torch when they run, so it is exchanged there, and put back.
+    vars(torch)["autocast"] = autocast
     try:
         yield
     finally:
+        vars(torch)["autocast"] = original
         library._destroy()
 
 
@@ -332,6 +345,7 @@ def _cpu_attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """The CPU's flash attention, or plain products where the bias wants a gradient."""
+    # The CPU's kernel has no gradient for its mask, and torch then takes the plain products.
     if attn_mask is not None and attn_mask.requires_grad:
         return aten._scaled_dot_product_attention_math(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -343,25 +357,6 @@ def _cpu_attention(
     return aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
     )[0]
-
-
-@contextmanager
-def autocast_of_shapes() -> Iterator[None]:
-    """`torch.autocast` for the meta device, which has no dtype to cast to: nothing happens.
-
-    Modules look the class up in torch when they run, so it is exchanged there, and put back."""
-    original = torch.autocast
-
-    def autocast(device_type: str, *arguments: Any, **keywords: Any) -> Any:
-        if device_type == "meta":
-            return nullcontext()
-        return original(device_type, *arguments, **keywords)
-
-    vars(torch)["autocast"] = autocast
-    try:
-        yield
-    finally:
-        vars(torch)["autocast"] = original
 
 
 def dry_run(
@@ -400,7 +395,6 @@ def dry_run(
         for parameter in (p for p in step.parameters() if p.requires_grad):
             handle = parameter.register_post_accumulate_grad_hook(let_go)
             stack.callback(handle.remove)
-        stack.enter_context(autocast_of_shapes())
         stack.enter_context(replaced_functions(attention_of))
         stack.enter_context(followed(step, part_of, clock))
         shapes = stack.enter_context(ShapesOnly(clock, ledger))

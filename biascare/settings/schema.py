@@ -84,6 +84,7 @@ def build(cls: type[T], tree: Tree) -> Build[T]:
     """
     from pydantic import TypeAdapter  # only here: nothing below the boundary needs it
 
+    # Repairs are made in a copy, because messages show what was written.
     adapter, values = TypeAdapter(cls), copy.deepcopy(tree.values)
     found: dict[Location, Problem] = {}
     for _ in range(10):  # repairs of one kind uncover the next; a few rounds always settle it
@@ -99,6 +100,7 @@ def build(cls: type[T], tree: Tree) -> Build[T]:
             location = raw[:depth] if item else raw
             # Once: what a repair brings up below a bad key is the repair's fault, not the person's.
             if not any(location[:end] in found for end in range(1, len(location) + 1)):
+                # Of a tuple that is too short, pydantic says that an element is missing.
                 kind = kind if location == raw or kind != "missing" else "value"
                 message = _explain(cls, location, kind, tree.values)
                 found[location] = Problem(tree.where(location), dotted(location), message)
@@ -165,7 +167,7 @@ def _out_of_bounds(cls: Any, values: dict[str, Any], prefix: Location = ()) -> l
         here, value = (*prefix, item.name), values.get(item.name)
         if is_dataclass(hint):
             found += _out_of_bounds(hint, values[item.name], here)
-        elif _element(hint):
+        elif _element(hint):  # a list of sections, such as data.segmentation
             for index, child in enumerate(value or ()):
                 found += _out_of_bounds(_element(hint), child, (*here, index))
         elif not _within(value, item.metadata["bounds"]):
@@ -196,7 +198,7 @@ def _lookup(cls: Any, location: Location) -> tuple[int, dataclasses.Field[Any] |
     """How much of the location leads to a known field, that field and its type."""
     depth, item, hint, inside = 0, None, cls, cls
     for end, part in enumerate(location, start=1):
-        if isinstance(part, int):
+        if isinstance(part, int):  # an index belongs to the field before it
             continue
         known = (
             {found.name: (found, kind) for found, kind in _typed_fields(inside)} if inside else {}
@@ -217,6 +219,7 @@ def _explain(cls: Any, location: Location, kind: str, values: Any) -> str:
         return f"required, and not set: {item.metadata['help']}; {allowed}"
     for part in location:
         values = values[part]
+    # Only of a choice of words there is a nearest one; "did you mean 5?" would help nobody.
     choices = [str(choice) for choice in get_args(hint)] if get_origin(hint) is Literal else []
     return f"got {show(values)}, {allowed}{did_you_mean(str(values), choices)}"
 
@@ -229,7 +232,7 @@ def _explain_unknown(cls: Any, location: Location) -> str:
     known = [key.key for key in describe(cls)]
     sibling = nearest(str(name), siblings)
     near = [] if sibling is None else [dotted((*parent, sibling))]
-    # A key in the wrong section is as common as a misspelt one.
+    # The key may be right and its section wrong.
     near += [key for key in known if key.rpartition(".")[2] == name]
     if not near:
         meant = nearest(str(name), [key.rpartition(".")[2] for key in known])

@@ -80,6 +80,8 @@ def _open_tower(path: str | Path) -> tuple[Any, Any]:
 
 
 def _small_tower(sizes: SmallTower, image_size: int) -> tuple[Any, Any]:
+    # CLIP would cut off what does not fill a patch, and its positions would be those of a smaller
+    # image than the processor makes.
     if image_size < 1 or image_size % sizes.patch_size:
         nearest = max(1, round(image_size / sizes.patch_size)) * sizes.patch_size
         raise ValueError(

@@ -139,6 +139,7 @@ def _build_llava(
 
 
 def _processor(family: str, tokenizer: Any, image_size: int) -> Any:
+    # One template for both families, so that a difference between them is not one of prompts.
     template = CHAT_TEMPLATE.replace("IMAGE", IMAGE_TEMPLATES[family])
     if family == "qwen2_5_vl":
         return Qwen2_5_VLProcessor(
@@ -177,7 +178,7 @@ def build_tiny_mllm(
 
     `texts` train the tokenizer; `image_size` (pixels) is fixed for llava, free for qwen.
     """
-    if family not in IMAGE_TOKENS:
+    if family not in IMAGE_TOKENS:  # before anything is written to the folder
         raise ValueError(f"unknown family {family!r}; known: {sorted(IMAGE_TOKENS)}")
     tokenizer = _train_tokenizer(texts, vocab_size)
     # Tests and the demo count on equal weights for equal seeds, and on their own random state.
@@ -188,6 +189,7 @@ def build_tiny_mllm(
         else:
             model = _build_llava(tokenizer, hidden_size, num_layers, vision_size, image_size)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
+    # Stated, because transformers would warn of a guess at every generation.
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     _processor(family, tokenizer, image_size).save_pretrained(folder)

@@ -51,7 +51,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         return _read_folder(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file or folder; name the weights that were downloaded")
-    if path.stat().st_size == 0:
+    if path.stat().st_size == 0:  # what an interrupted download leaves; no parser would say so
         raise ValueError(f"{path} is empty (0 bytes); download or copy it again")
     if path.suffix != ".safetensors":
         return _tensors(_unpickle(path), path)
@@ -156,6 +156,7 @@ def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
             break
         content = inner[0]
     found = content if isinstance(content, dict) else {}
+    # Epochs, settings and optimizer states lie beside tensors in many files and harm nothing.
     state = {str(key): value for key, value in found.items() if isinstance(value, Tensor)}
     if not state:
         holds = f"entries {listed([str(k) for k in found])}" if found else type(content).__name__

@@ -103,6 +103,7 @@ def _check_supported(path: str, config: Mapping[str, Any]) -> None:
                 f"{path}/config.json says {key}: {got!r}, expected {' or '.join(values)}: only "
                 "checkpoints built like LLaVA-1.5 open here; choose another model.mllm"
             )
+    # It was trained on several tiles of an image, and would be shown one.
     if config.get("image_aspect_ratio") == "anyres":
         raise ValueError(
             f"{path}/config.json says image_aspect_ratio: 'anyres', the tiling of LLaVA-NeXT, "
@@ -187,6 +188,7 @@ def grown_rows(weight: Tensor, num_rows: int) -> Tensor:
 
 def num_vocabulary_rows(num_rows: int, num_tokens: int) -> int:
     """Rows of the embedding for `num_tokens`: never fewer than there are."""
+    # Qwen's has more rows than tokens, for fast products; `resize_token_embeddings` drops them.
     return num_rows if num_tokens <= num_rows else -(-num_tokens // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
@@ -197,6 +199,7 @@ def _local_folder(path: str) -> Path:
     """The checkpoint's folder, fetched from the Hub where `path` is an id."""
     if Path(path).is_dir():
         return Path(path)
+    # Imported here, because whoever has a folder needs no Hub.
     from huggingface_hub import snapshot_download
 
     try:
@@ -218,6 +221,7 @@ def _tokenizer(folder: Path) -> Any:
             f"cannot open the tokenizer in {folder} ({first_line(error)}); expected "
             "tokenizer.json, or tokenizer.model and the package sentencepiece"
         ) from error
+    # LLaVA's code marks an image by the id -200, which is in no vocabulary.
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     return tokenizer

@@ -124,6 +124,7 @@ def merge_adapter(
         if not name.endswith(".lora_A"):
             continue
         module = name.removesuffix(".lora_A")
+        # An adapter that lacks one half would change nothing, without a word.
         weight, up = merged.get(f"{module}.weight"), adapter.get(f"{module}.lora_B")
         if weight is None or up is None:
             raise ValueError(f"the adapter of {module} lacks its lora_B or its base weight")
@@ -136,6 +137,7 @@ def merge_adapter(
 def _pathway_tensors(mllm: MLLMPathway) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(base, adapter) tensors of our pathway, named as `ReleasedParts` names them."""
     named = {
+        # PEFT puts the weights it adapts one level deeper and names each adapter.
         LORA.sub(r".\1", name.replace(".base_layer.", ".")): tensor
         for name, tensor in mllm.base.state_dict().items()
     }
@@ -148,6 +150,7 @@ def _check(part: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor])
     problems = [
         f"{kind} {listed(sorted(names))}"
         for kind, names in (
+            # Both ways, because a model of fewer layers would take every tensor it asks for.
             ("lacks", wanted.keys() - found.keys()),
             ("has besides", found.keys() - wanted.keys()),
         )
@@ -179,10 +182,12 @@ def load_released(
     Raises ValueError, before anything is copied, for unknown, missing or unfitting tensors.
     """
     mllm, query_attention = model.mllm, model.query_attention
+    # Half of it could be loaded, and would look like a whole one.
     if mllm is None or query_attention is None:
         raise ValueError("a released checkpoint holds both pathways; build the model with an MLLM")
     parts = released_to_ours(read_state_dict(path))
     base, adapter = _pathway_tensors(mllm)
+    # A model without an adapter has no place for one, so it is folded in, as in a merged file.
     weights = dict(parts.mllm)
     if parts.adapter and not isinstance(mllm.model, PeftModel):
         weights = merge_adapter(weights, parts.adapter, lora_alpha)
@@ -191,7 +196,7 @@ def load_released(
         base.pop("lm_head.weight")
     _check("MLLM", weights, base)
     keep_adapter = bool(parts.adapter and adapter)
-    if keep_adapter:
+    if keep_adapter:  # another rank shows in the shapes; another alpha nobody can see
         _check("adapter", parts.adapter, adapter)
     query = dict(query_attention.state_dict())
     _check("query attention", parts.query_attention, query)

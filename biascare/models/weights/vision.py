@@ -126,6 +126,7 @@ def detect_layout(state: Mapping[str, Tensor]) -> str:
     Raises:
         ValueError: none of them; names the first keys and the known layouts.
     """
+    # Most marks are the beginnings of keys, where wrappers put their names.
     keys = list(_without_shared_prefix(state))
     for name, layout in LAYOUTS.items():
         if any(re.search(layout.mark, key) for key in keys):
@@ -161,11 +162,13 @@ def load_vision_checkpoint(
     _refuse(source, layout, {"lacks": absent, "has unexpected": surplus})
     global_blocks = VISION_ARCHITECTURES[pathway.architecture].global_attn_indexes
     converted: dict[str, str] = {}
+    # What a layout may lack keeps its own values, so that loading can stay strict.
     fitted = {key: wanted[key] for key in missing}
     for key, value in named.items():
         fitted[key], done = fit(key, value, wanted[key], global_blocks)
         if done:
             converted[key] = done
+    # After the resampling: positions of another image size are not wrong.
     wrong = [
         f"{key} {tuple(value.shape)}, expected {tuple(wanted[key].shape)}"
         for key, value in fitted.items()
