@@ -32,17 +32,13 @@ class _Axis(NamedTuple):
     weights: NDArray[np.float64]  # [n, w] share of the cell that each of them covers
 
     @property
-    def cells(self) -> slice:
-        """Where these cells are in the result."""
-        return slice(self.first, self.first + len(self.pixels))
-
-    @property
     def densest(self) -> NDArray[np.intp]:
         """[n] the pixel that covers most of each cell."""
         return self.pixels[np.arange(len(self.pixels)), self.weights.argmax(axis=1)]
 
     def average(self, values: Array) -> NDArray[np.float64]:
         """[pixels, m] -> [n, m] mean of the values over each cell: the matrix product."""
+        # Band by band: a dense matrix of 256 cells and thousands of pixels is almost all zeros.
         averaged = self.weights[:, :1] * values[self.pixels[:, 0]]
         for band in range(1, self.pixels.shape[1]):
             averaged += self.weights[:, band, None] * values[self.pixels[:, band]]
@@ -66,28 +62,28 @@ def _axis(start: float, stop: float, size: int, filled: slice) -> _Axis:
     Pixels are numbered from the start of `filled`; those outside it weigh nothing.
     """
     step = (stop - start) / size
+    # At least one cell, also for a target of which the crop shows nothing.
     first = min(max(math.floor((filled.start - start) / step), 0), size - 1)
     last = min(max(math.ceil((filled.stop - start) / step), first + 1), size)
     edges = start - filled.start + step * np.arange(first, last + 1)
     num_pixels = filled.stop - filled.start
     lowest = np.floor(edges[:-1])
     window = min(int((np.ceil(edges[1:]) - lowest).max()), num_pixels)
+    # Windows of one width make a rectangle of numbers; where a window is pushed inside, the pixels
+    # that it gains do not overlap the cell and weigh nothing.
     lowest = np.minimum(np.maximum(lowest, 0), num_pixels - window)
     pixels = lowest[:, None] + np.arange(window)
     overlap = np.minimum(pixels + 1, edges[1:, None]) - np.maximum(pixels, edges[:-1, None])
     return _Axis(first, pixels.astype(np.intp), np.maximum(overlap, 0) / step)
 
 
-def _extent(filled: Array) -> slice:
-    """From the first to the last True of bool [n], or one place if there is none."""
-    places = np.flatnonzero(filled)
-    return slice(int(places[0]), int(places[-1]) + 1) if len(places) else slice(0, 1)
-
-
 def filled_box(mask: Array) -> tuple[slice, slice]:
     """Rows and columns from the first to the last filled one: most targets fill a small part of
     their image, and only that part needs work. One pixel if the mask is empty."""
-    return _extent(np.any(mask, axis=1)), _extent(np.any(mask, axis=0))
+    rows, columns = (np.flatnonzero(np.any(mask, axis=axis)) for axis in (1, 0))
+    if not len(rows):
+        return slice(0, 1), slice(0, 1)
+    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
 
 
 def resize_components(
@@ -108,12 +104,14 @@ def resize_components(
     labels, num_components = ndimage.label(turned, EIGHT_CONNECTED)
     covered = rows.average(columns.average(turned).T)
     origin = rows.first, columns.first
+    # Most targets are one piece, and then the share of a cell is the component's own.
     if num_components <= 1:
         resized_part = _densest(covered, origin)
     else:
         resized_part = _densest_of_each(covered, labels.T, rows, columns)
     resized = np.zeros((size, size), np.uint8)
-    resized[rows.cells, columns.cells] = resized_part
+    bottom, right = origin[0] + resized_part.shape[0], origin[1] + resized_part.shape[1]
+    resized[origin[0] : bottom, origin[1] : right] = resized_part
     return resized
 
 
@@ -124,9 +122,12 @@ def _densest(covered: NDArray[np.float64], origin: tuple[int, int]) -> NDArray[n
     which are that. `origin` is the row and column of the first cell in the result.
     """
     chosen = covered > 1 - _NEGLIGIBLE
+    # Chosen by number and not by a threshold of one half, which erases a lesion of less than half
+    # a cell and every line thinner than that.
     missing = int(_num_cells(covered.sum())) - np.count_nonzero(chosen)
     row, column = np.nonzero((covered > _NEGLIGIBLE) & ~chosen)
     if missing > 0 and len(row):
+        # A margin of zeros, so that a cell at the edge has eight neighbours like any other.
         width = covered.shape[1] + 2
         padded = np.zeros((covered.shape[0] + 2, width))
         padded[1:-1, 1:-1] = covered
@@ -145,6 +146,7 @@ def _around(width: int) -> NDArray[np.int64]:
 
 def _num_cells(area: Any) -> Any:
     """Cells that components of these areas, in cells, get: the nearest number, at least one."""
+    # Halves round up, also one that rounding errors left just below.
     return np.maximum(np.floor(area + 0.5 + _NEGLIGIBLE), 1)
 
 
@@ -169,6 +171,7 @@ def _order(
     row, column = cell[0] // run, cell[1] // run
     # Steps of the plastic number: the two-dimensional counterpart of the golden ratio.
     spread = (0.7548776662 * (row + 1) + 0.5698402910 * (column + 1)) % 1
+    # Row and column at the end, so that the order is complete and equal on every machine.
     keys = cell[1], cell[0], spread, -level
     return np.lexsort(keys if component is None else (*keys, component))
 
@@ -208,6 +211,7 @@ def _rim_cells(
         key, inverse = np.unique((cell * num_labels + found)[used], return_inverse=True)
         keys.append(key)
         covered.append(np.bincount(inverse, weight[used], len(key)))
+    # The empty one stands for no rim at all: components of full cells alone.
     key = np.concatenate([*keys, np.empty(0, np.int64)])
     return _RimCells(
         cells=key // num_labels,
@@ -220,6 +224,7 @@ def _densest_cells(
     rim: _RimCells, full_component: NDArray[np.int32], origin: tuple[int, int]
 ) -> NDArray[np.int64]:
     """The rim cells each component gets besides its full ones; `origin` as in `_densest`."""
+    # Full and partial cells are counted apart: a component may have only one of the two kinds.
     num_full = np.bincount(full_component.ravel())[1:]
     num_components = max(int(rim.components.max(initial=0)), len(num_full))
     num_full = np.pad(num_full, (1, num_components - len(num_full)))
@@ -229,6 +234,7 @@ def _densest_cells(
     cell = row - 1 + origin[0], column - 1 + origin[1]
     order = _order(rim.covered, _neighbourhood_max(rim, full_component), cell, rim.components)
     component = rim.components[order]
+    # Sorted by component first, so a rank inside it is the distance from its first entry.
     rank = np.arange(len(order)) - np.searchsorted(component, component)
     return rim.cells[order[rank < missing[component]]]
 
@@ -240,8 +246,10 @@ def _neighbourhood_max(rim: _RimCells, full_component: NDArray[np.int32]) -> NDA
     largest = rim.covered.copy()
     for offset in _around(width):
         wanted = key + offset * num_labels
+        # Searched in the sorted pairs, because a grid per component would grow with their number.
         place = np.minimum(np.searchsorted(key, wanted), len(key) - 1)
         there = np.where(key[place] == wanted, rim.covered[place], 0.0)
+        # Full cells are in no pair, and a neighbour counts only where it is of the same component.
         is_full = full_component.ravel()[rim.cells + offset] == rim.components
         largest = np.maximum(largest, np.where(is_full, 1.0, there))
     return largest

@@ -50,9 +50,10 @@ def sample_key(seed: int, *parts: int | str) -> int:
 
     `torch.Generator.manual_seed` and `numpy.random.PCG64` take it as it is.
     """
+    # `ascii` of a tuple keeps 1 and "1" apart; `hash` would differ between processes.
     words = (part if isinstance(part, str) else operator.index(part) for part in (seed, *parts))
     digest = hashlib.blake2b(ascii(tuple(words)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return int.from_bytes(digest, "little") >> 1  # 63 bits fit a signed integer
 
 
 def permute(index: int, num_items: int, key: int) -> int:
@@ -61,10 +62,13 @@ def permute(index: int, num_items: int, key: int) -> int:
     A Feistel network over the grid rows x columns just larger than num_items, walked until it
     lands inside the range (Black and Rogaway 2002): a bijection for every size, no memory.
     """
+    # Just larger than the range and as square as it goes: the walk is short, and both halves of an
+    # index are mixed alike.
     rows = math.isqrt(num_items - 1) + 1
     columns = -(-num_items // rows)
     while True:
         row, column = divmod(index, columns)
+        # Of two rounds, 8 of the 24 orders of four units never come; of four they come unevenly.
         for step in range(_FEISTEL_ROUNDS):
             if step % 2:
                 column = (column + _mix64(key + (row << 8) + step)) % columns
@@ -139,13 +143,16 @@ class Mixture:
         turn = period * self._per_period[task] + self._pattern[:slot].count(task)
         schedule = self._schedules[task]
         assert schedule is not None  # the pattern holds tasks with sources only
+        # Counted from the start and not from a state: any worker can be asked for any position.
         source, counter = schedule.locate(turn)
         num_units = self._sources[task][source][0]
         epoch, index = divmod(counter, num_units)
         return StreamItem(
             task=TASKS[task],
             source=source,
+            # Another order in every epoch, and one of its own for every source.
             unit=permute(index, num_units, sample_key(self.seed, TASKS[task], source, epoch)),
+            # Of the position and not of the unit: an image that returns is augmented anew.
             key=sample_key(self.seed, "sample", position),
         )
 
@@ -167,8 +174,19 @@ class _Schedule:
 
     def __init__(self, sources: Sequence[Source], task: Task) -> None:
         shares = _shares(sources, task)
-        self.counts = apportion(shares, _block_length(shares, task))
+        rarest = min(range(len(shares)), key=lambda source: shares[source])
+        # A source without a slot would never be read, and nobody would notice.
+        if shares[rarest] * MAX_BLOCK < 1:
+            raise ValueError(
+                f"data.{task}[{rarest}]: got a share of {float(shares[rarest]):.2e}, expected at "
+                f"least {1 / MAX_BLOCK:.2e} (one item in {MAX_BLOCK}); raise its weight, or lower "
+                "the others"
+            )
+        # The shortest block in which all shares are exact, as long as it fits into memory.
+        length = min(math.lcm(*(share.denominator for share in shares)), MAX_BLOCK)
+        self.counts = apportion(shares, length)
         self._source = _spread(self.counts)
+        # Stored, because counting a slot's predecessors would take as long as the block is.
         self._rank = np.empty(len(self._source), np.int32)
         for source, count in enumerate(self.counts):
             self._rank[self._source == source] = np.arange(count, dtype=np.int32)
@@ -194,6 +212,7 @@ def _task_pattern(ratio: tuple[int, int], sources: tuple[Sequence[Any], ...]) ->
             f"0 or more and not both 0"
         )
     for task, count, given in zip(TASKS, ratio, sources, strict=True):
+        # A folder that the ratio never reads is as much a mistake as a ratio that nothing serves.
         if bool(count) != bool(given):
             found = f"{len(given)} folders in data.{task}"
             remedy = (
@@ -204,6 +223,7 @@ def _task_pattern(ratio: tuple[int, int], sources: tuple[Sequence[Any], ...]) ->
                 f"data.ratio: got {count} {task} items per period and {found}, expected both or "
                 f"neither; {remedy}, or set the ratio of {task} to {number}"
             )
+    # In lowest terms: the shorter the period, the more sizes of a micro-batch keep it.
     first, second = (count // math.gcd(*ratio) for count in ratio)
     pattern = _interleave(np.zeros(first, np.uint16), np.ones(second, np.uint16))
     return tuple(pattern.tolist())
@@ -231,19 +251,9 @@ def _shares(sources: Sequence[Source], task: Task) -> list[Fraction]:
             f"data.{task}: got a weight for some sources and none for {unset}, expected all or "
             f"none; a number of units and a weight are not on one scale: set every weight"
         )
+    # By `repr`: the float 0.3 is not 3/10, and its own fraction has the denominator 2^54.
     exact = [Fraction(repr(float(w))) if w is not None else Fraction(n) for n, w in sources]
     return [weight / sum(exact) for weight in exact]
-
-
-def _block_length(shares: Sequence[Fraction], task: Task) -> int:
-    """Slots of a block: the shortest in which all shares are exact, or `MAX_BLOCK`."""
-    rarest = min(range(len(shares)), key=lambda source: shares[source])
-    if shares[rarest] * MAX_BLOCK < 1:
-        raise ValueError(
-            f"data.{task}[{rarest}]: got a share of {float(shares[rarest]):.2e}, expected at least "
-            f"{1 / MAX_BLOCK:.2e} (one item in {MAX_BLOCK}); raise its weight, or lower the others"
-        )
-    return min(math.lcm(*(share.denominator for share in shares)), MAX_BLOCK)
 
 
 def apportion(shares: Sequence[Fraction], total: int) -> list[int]:
@@ -272,6 +282,7 @@ def _spread(counts: Sequence[int]) -> NDArray[np.uint16]:
     ]
     heapq.heapify(heap)
     while len(heap) > 1:
+        # The order breaks ties, so that the schedule is the same on every machine.
         shorter, order, rare = heapq.heappop(heap)
         longer, other, common = heapq.heappop(heap)
         merged = _interleave(common, rare)
@@ -282,6 +293,7 @@ def _spread(counts: Sequence[int]) -> NDArray[np.uint16]:
 def _interleave(first: NDArray[np.uint16], second: NDArray[np.uint16]) -> NDArray[np.uint16]:
     """Both runs in their own order, evenly mixed; integer arithmetic, so equal everywhere."""
     total = len(first) + len(second)
+    # How many of the first run are due after each slot, rounded to the nearest.
     taken = np.arange(total + 1, dtype=np.int64)
     taken *= 2 * len(first)  # in place: what a schedule needs while it is made counts as memory
     taken += total
@@ -335,6 +347,7 @@ class GlobalBatchSampler:
                 f"train.global_batch: got {global_batch}, expected a multiple of train.micro_batch "
                 f"x ranks = {micro_batch} x {world_size} = {forward}; the nearest is {nearest}"
             )
+        # Refused above and not rounded, because the recipe's learning rate belongs to its batch.
         self.accumulation = global_batch // forward
         self._global_batch, self._micro_batch = global_batch, micro_batch
         self._rank, self._world_size = rank, world_size
@@ -346,6 +359,7 @@ class GlobalBatchSampler:
     def __iter__(self) -> Iterator[list[int]]:
         for step in self._steps:
             for turn in range(self.accumulation):
+                # Ranks inside turns: with other numbers of ranks a step reads the same positions.
                 offset = (turn * self._world_size + self._rank) * self._micro_batch
                 start = step * self._global_batch + offset
                 yield list(range(start, start + self._micro_batch))

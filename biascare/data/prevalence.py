@@ -35,16 +35,21 @@ def prevalence_groups(
     rarest targets that together hold at most `tail_share`, and always the rarest unless all are
     equally frequent. Medium: the rest.
     """
+    # By size and not by name: two targets of equal count must not fall into different groups by
+    # the order in which they were read.
     sizes = sorted(Counter(counts.values()).items(), reverse=True)  # (count, targets that have it)
     total = sum(counts.values())
     groups = {}
     held = 0
     for count, num_targets in sizes:
+        # Asked before it is added, so the target that crosses the share is still head.
         groups[count] = "head" if held < head_share * total else "medium"
         held += count * num_targets
     held = 0
+    # Without the most frequent size: it is head, also where two sizes are all there is.
     for count, num_targets in reversed(sizes[1:]):
         held += count * num_targets
+        # The rarest are tail however many masks they hold, or few targets would have no tail.
         if held > tail_share * total and count != sizes[-1][0]:
             break
         groups[count] = "tail"
@@ -70,6 +75,7 @@ def save_prevalence(
 ) -> dict[str, str]:
     """Write the groups with what they follow from: counts, shares and the training folders."""
     groups = prevalence_groups(counts, head_share, tail_share)
+    # With what they follow from, so that a reader can decide them again and notice an edit.
     about = {
         "head_share": head_share,
         "tail_share": tail_share,
@@ -97,6 +103,7 @@ def load_prevalence(path: str | Path) -> dict[str, str]:
             f"{path} does not hold prevalence groups ({type(error).__name__}: {error}); "
             "write it with scripts/data_bias.py"
         ) from error
+    # Of two statements that contradict each other neither is believed.
     wrong = [name for name in stated if stated[name] != groups[name]]
     if wrong:
         name = wrong[0]

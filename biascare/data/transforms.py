@@ -22,7 +22,7 @@ import io
 import math
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,9 +32,6 @@ from PIL import Image
 
 from biascare.choices import unknown
 from biascare.data.mask_resize import resize_components
-
-if TYPE_CHECKING:
-    pass
 
 Array = NDArray[Any]
 
@@ -106,9 +103,13 @@ def read_image(
     """
     image, reduction = _decode(data, geometry)
     pixels = _resize(image, geometry, reduction)
+    # After the resizing, which leaves fewer pixels to change and noise that no filter has smoothed.
     if intensity_key is not None:
         pixels = draw_intensity(pixels, intensity_key)
-    return _three_channels(pixels)
+    if pixels.shape[2] == 3:
+        return pixels
+    # Repeated last, so that grey costs a third until here; channels apart in memory.
+    return np.moveaxis(np.repeat(np.moveaxis(pixels, 2, 0), 3, axis=0), 0, 2)
 
 
 def _decode(data: bytes, geometry: Geometry | None = None) -> tuple[Image.Image, int]:
@@ -116,49 +117,43 @@ def _decode(data: bytes, geometry: Geometry | None = None) -> tuple[Image.Image,
     or more in a JPEG of which `geometry` needs less. See `decode_image` for rules and errors."""
     try:
         image = Image.open(io.BytesIO(data))
-        if image.width * image.height <= MAX_PIXELS:
-            reduction = 1 if geometry is None else _reduce(image, geometry)
-            image.load()
-            return _to_8_bit(image), reduction
+        native_width, native_height = image.size  # of the header; nothing is decoded yet
+        if native_width * native_height <= MAX_PIXELS:
+            drafted = None
+            if geometry is not None:
+                # Asked for by the crop and not by the image: a small crop needs its pixels.
+                needed = REDUCED_MARGIN * geometry.size
+                width = needed * native_width / max(geometry.x1 - geometry.x0, 1)
+                height = needed * native_height / max(geometry.y1 - geometry.y0, 1)
+                drafted = image.draft(None, (math.ceil(width), math.ceil(height)))
+            image.load()  # here, so that a truncated file is refused here
+            return _to_8_bit(image), 1 if drafted is None else round(native_width / drafted[1][2])
     except Exception as error:  # the parsers of PIL raise whatever damaged bytes make them meet
         raise ValueError(
             f"image: got {len(data)} bytes that do not decode ({type(error).__name__}: {error}), "
             f"expected a complete PNG, JPEG, TIFF or similar file; prepare the record again"
         ) from error
     raise ValueError(
-        f"image: got {image.width} x {image.height} pixels, expected at most {MAX_PIXELS}; "
+        f"image: got {native_width} x {native_height} pixels, expected at most {MAX_PIXELS}; "
         f"tile or shrink it when preparing the records"
     )
-
-
-def _reduce(image: Image.Image, geometry: Geometry) -> int:
-    """Tell a JPEG that is not loaded yet to come at 1/1, 1/2, 1/4 or 1/8 of its size."""
-    needed = REDUCED_MARGIN * geometry.size
-    width = needed * image.width / max(geometry.x1 - geometry.x0, 1)
-    height = needed * image.height / max(geometry.y1 - geometry.y0, 1)
-    native_width = image.width
-    drafted = image.draft(None, (math.ceil(width), math.ceil(height)))
-    return 1 if drafted is None else round(native_width / drafted[1][2])
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
     """PIL image of any mode -> mode L or RGB; see `decode_image` for the rules."""
     if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_stretch(np.asarray(image, np.float64)))
-    if image.has_transparency_data:
+        grey = np.asarray(image, np.float64)
+        # One pixel that is not a number must not set the range of all others.
+        finite = np.isfinite(grey)
+        low, high = (grey[finite].min(), grey[finite].max()) if finite.any() else (0.0, 0.0)
+        scaled = np.where(finite, grey - low, 0.0) * (255.0 / (high - low) if high > low else 0.0)
+        return Image.fromarray(np.rint(scaled).astype(np.uint8))
+    if image.has_transparency_data:  # what lies behind transparent pixels was never seen
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
         image = Image.alpha_composite(black, image.convert("RGBA"))
     if image.mode in ("L", "RGB"):
         return image  # `convert` would copy it
     return image.convert("L" if image.mode == "1" else "RGB")
-
-
-def _stretch(grey: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """[H, W] of any range -> uint8 from its own minimum to its own maximum; non-finite is 0."""
-    finite = np.isfinite(grey)
-    low, high = (grey[finite].min(), grey[finite].max()) if finite.any() else (0.0, 0.0)
-    scaled = np.where(finite, grey - low, 0.0) * (255.0 / (high - low) if high > low else 0.0)
-    return np.rint(scaled).astype(np.uint8)
 
 
 def apply_image(image: NDArray[np.uint8], geometry: Geometry) -> NDArray[np.uint8]:
@@ -184,6 +179,7 @@ def _resize(image: Image.Image, geometry: Geometry, reduction: int = 1) -> NDArr
     _check_inside(image.height * reduction, image.width * reduction, geometry)
     box = [edge / reduction for edge in geometry[:4]]
     size = (geometry.size, geometry.size)
+    # A reduced JPEG can cut the crop's edges between pixels, and only Pillow resizes from there.
     if not all(edge.is_integer() for edge in box):
         image = image.resize(size, Image.Resampling.BILINEAR, box=(box[0], box[1], box[2], box[3]))
         box = [0, 0, *size]
@@ -191,13 +187,6 @@ def _resize(image: Image.Image, geometry: Geometry, reduction: int = 1) -> NDArr
     crop = torch.tensor(np.atleast_3d(np.asarray(image)[y0:y1, x0:x1])).permute(2, 0, 1)
     planes = torch.nn.functional.interpolate(crop[None], size, mode="bilinear", antialias=True)[0]
     return (planes.flip(2) if geometry.flip else planes).permute(1, 2, 0).numpy()
-
-
-def _three_channels(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """[S, S, C] -> [S, S, 3], channels apart in memory."""
-    if pixels.shape[2] == 3:
-        return pixels
-    return np.moveaxis(np.repeat(np.moveaxis(pixels, 2, 0), 3, axis=0), 0, 2)
 
 
 def apply_mask(mask: Array, geometry: Geometry) -> NDArray[np.uint8]:
@@ -215,6 +204,7 @@ def apply_mask(mask: Array, geometry: Geometry) -> NDArray[np.uint8]:
     mask = _filled(mask)
     _check_inside(mask.shape[0], mask.shape[1], geometry)
     side = geometry.size
+    # The general way gives the same here, and would label components for nothing.
     if mask.shape == (side, side) and geometry[:4] == Geometry.full(side, side, side)[:4]:
         resized = mask.astype(np.uint8)
     else:
@@ -298,10 +288,13 @@ def draw_geometry(
     crop_width = width * min(1.0, math.sqrt(scale * aspect))
     crop_height = height * min(1.0, math.sqrt(scale / aspect))
     left, top = generator.random(2) * (width - crop_width, height - crop_height)
-    flip = bool(generator.random() < 0.5) and allow_flip
+    flip = bool(generator.random() < 0.5) and allow_flip  # drawn in both cases, as everything here
+    # Drawn before the masks are looked at: what a key draws does not depend on the targets.
     targets = [_filled(mask) for mask in masks]
+    # Widened and not drawn again: a target in two far corners could refuse every draw.
     for widen in (0.0, 0.25, 0.5, 0.75):
         crop = Geometry(
+            # Whole pixels, outwards: torch resizes those, at twice Pillow's speed.
             x0=math.floor((1 - widen) * left),
             y0=math.floor((1 - widen) * top),
             x1=math.ceil((1 - widen) * (left + crop_width) + widen * width),
@@ -309,15 +302,14 @@ def draw_geometry(
             flip=flip,
             size=size,
         )
-        if all(_keeps(target, crop) for target in targets):
+        rows, columns = slice(int(crop.y0), int(crop.y1)), slice(int(crop.x0), int(crop.x1))
+        # `>=`, because an empty mask has nothing to lose and must not refuse the crop.
+        if all(
+            np.count_nonzero(target[rows, columns]) >= MIN_TARGET_SHARE * np.count_nonzero(target)
+            for target in targets
+        ):
             return crop
     return full._replace(flip=flip)
-
-
-def _keeps(mask: NDArray[np.bool_], crop: Geometry) -> bool:
-    """Whether enough of a native mask lies inside a crop; an empty mask loses nothing."""
-    inside = mask[int(crop.y0) : int(crop.y1), int(crop.x0) : int(crop.x1)]
-    return bool(np.count_nonzero(inside) >= MIN_TARGET_SHARE * np.count_nonzero(mask))
 
 
 def draw_intensity(image: NDArray[np.uint8], key: int) -> NDArray[np.uint8]:
@@ -330,8 +322,15 @@ def draw_intensity(image: NDArray[np.uint8], key: int) -> NDArray[np.uint8]:
     contrast = generator.uniform(0.85, 1.15)
     brightness = generator.uniform(-0.08, 0.08)
     sigma = generator.uniform(0.0, 0.02)
+    # A table of 256 entries: all of it is a function of one grey value.
     curve = (np.linspace(0, 1, 256) ** gamma - 0.5) * contrast + 0.5 + brightness
-    noise = _noise(image.shape[:2], generator) * np.float32(sigma * 255)
+    height, width = image.shape[:2]
+    if height * width > _NUM_NOISE // 2:  # a stretch could hardly begin anywhere else
+        deviates = generator.standard_normal((height, width), np.float32)
+    else:
+        start = int(generator.integers(_NUM_NOISE - height * width))
+        deviates = _stored_noise()[start : start + height * width].reshape(height, width)
+    noise = deviates * np.float32(sigma * 255)
     # Half a grey value more, because the conversion to integers rounds down. Channels first, and in
     # place from here: the array is large and this runs for every sample.
     shifted = np.take((curve * 255 + 0.5).astype(np.float32), np.moveaxis(image, 2, 0))
@@ -340,18 +339,9 @@ def draw_intensity(image: NDArray[np.uint8], key: int) -> NDArray[np.uint8]:
     return np.moveaxis(shifted.astype(np.uint8), 0, 2)
 
 
-def _noise(shape: tuple[int, ...], generator: Generator) -> NDArray[np.float32]:
-    """[H, W] normal deviates: a random stretch of stored ones, which takes no time to draw."""
-    number = math.prod(shape)
-    if number > _NUM_NOISE // 2:
-        return generator.standard_normal(shape, np.float32)
-    start = int(generator.integers(_NUM_NOISE - number))
-    return _stored_noise()[start : start + number].reshape(shape)
-
-
 @functools.cache
 def _stored_noise() -> NDArray[np.float32]:
-    """[_NUM_NOISE] normal deviates, the same in every process."""
+    """[_NUM_NOISE] normal deviates, the same in every process: to cut a stretch takes no time."""
     return Generator(PCG64(0)).standard_normal(_NUM_NOISE, np.float32)
 
 
@@ -391,6 +381,7 @@ def names_side(text: str) -> bool:
     Whole words ("left", "right-sided", "lateral", also inside "kidney_left") and the signs of
     readers ("RUL", "OD", "L"). Generous on purpose: a needless hit costs one mirrored sample.
     """
+    # Signs in capitals only: "l" and "r" stand in too many words and units.
     return bool(_SIDE_WORDS.search(text) or _SIDE_SIGNS.search(text))
 
 

@@ -55,6 +55,7 @@ def error_region(mask_logits: Tensor, masks: Tensor) -> Tensor:
         ValueError: the shapes differ.
     """
     _check_same_shape("mask_logits", mask_logits, masks)
+    # On logits: in bf16 the sigmoid of a small positive one rounds to exactly one half.
     return (mask_logits > 0) ^ (masks > 0.5)
 
 
@@ -89,13 +90,18 @@ def select_hardest(
     if len(uncertainty) == 0:
         raise ValueError("select_hardest got no row, expected at least one; skip the refinement")
     num_valid = valid.sum()
+    # Collectives have to match: training gives the same k to every rank.
     k = num_hardest(int(num_valid), ratio) if k is None else k
     if k < 1:
         raise ValueError(f"select_hardest got k={k}, expected at least 1")
+    # Detached: which rows are refined is a choice and no path for gradients.
     score = uncertainty.detach().float()
+    # After all finite ones and still before the invalid: a row that has diverged says nothing about
+    # how hard it is, but it has a mask.
     score = torch.where(score.isfinite(), score, torch.finfo(score.dtype).min)
     score = torch.where(valid, score, float("-inf"))
     ranking = score.argsort(descending=True, stable=True)
+    # Around again instead of fewer: ranks must agree on k, and `selection_valid` drops the rest.
     return ranking[torch.arange(k, device=ranking.device) % num_valid.clamp(min=1)]
 
 
@@ -146,7 +152,13 @@ def sample_clicks(
         pixel = _center_pixels(error, target, num_clicks)
     else:
         raise ValueError(unknown("policy", policy, CLICK_POLICIES))
-    return _clicks_at(pixel, target)
+    is_click = pixel >= 0
+    pixel = pixel.clamp(min=0)  # padding reads some pixel, and what it reads is replaced below
+    inside = target.flatten(1).gather(1, pixel)
+    labels = torch.where(inside, POINT_POSITIVE, POINT_NEGATIVE)
+    width = target.shape[-1]
+    coords = torch.stack([pixel % width, pixel // width], dim=-1).float()
+    return coords, torch.where(is_click, labels, POINT_PADDING)
 
 
 def append_prompts(prompts: Prompts, coords: Tensor, labels: Tensor) -> Prompts:
@@ -190,8 +202,7 @@ def refine_once(
         prediction: what `prompts` gave.
         masks: `[R, H, W]`, the truth the simulated expert sees.
         policy, num_clicks, generator: see `sample_clicks`.
-        mask_prompt: feed `prediction.low_res_logits` back, detached, so that a round trains its
-            own decoding and not the one before.
+        mask_prompt: feed `prediction.low_res_logits` back, detached.
 
     Returns:
         The prompts of the next round and its prediction.
@@ -200,7 +211,9 @@ def refine_once(
     coords, labels = sample_clicks(
         error, masks, num_clicks=num_clicks, policy=policy, generator=generator
     )
+    # Appended, because an expert's click corrects what was said before and does not replace it.
     prompts = append_prompts(prompts, coords, labels)
+    # Detached, so that a round trains its own decoding and not the one before.
     previous_logits = prediction.low_res_logits.detach() if mask_prompt else None
     return prompts, decode(prompts, previous_logits)
 
@@ -216,6 +229,7 @@ def _uniform_pixels(
     # The top-k of random keys is a draw without replacement; float64 so that keys never tie.
     keys = torch.rand(error.shape, generator=generator, device=device, dtype=torch.float64)
     keys = torch.where(allowed, keys.to(error.device), -1.0)
+    # `nonzero` would tell the pixels too, but its size is known only once the device has finished.
     best = keys.topk(num_clicks, dim=1)
     is_first = torch.arange(num_clicks, device=error.device) == 0
     is_click = (best.values >= 0) & (has_error | is_first)
@@ -230,6 +244,7 @@ def _center_pixels(error: Tensor, target: Tensor, num_clicks: int) -> Tensor:
         # Missed and spilled pixels touch along the true outline; together, the middle of their
         # component could be a click on that outline, whose sign says nothing about the region.
         found = _component_centers([wrong & inside, wrong & ~inside], num_clicks)
+        # One click confirms a mask without errors; more would say the same.
         found = found or _component_centers([inside], 1)
         pixel[row, : len(found)] = found
     return torch.from_numpy(pixel).to(error.device)
@@ -239,29 +254,19 @@ def _component_centers(regions: list[np.ndarray], limit: int) -> list[int]:
     """Flat pixels inside the `limit` largest components of `[H, W]` bool regions."""
     labelled = [ndimage.label(region)[0] for region in regions]
     sizes = [np.bincount(labels.ravel())[1:] for labels in labelled]
+    # Ties are decided, missed pixels first and then reading order, so that an evaluation repeats.
     ranked = sorted(
         (-int(size), which, number)
         for which, counts in enumerate(sizes)
         for number, size in enumerate(counts, start=1)
     )
-    return [_deepest_pixel(labelled[which] == number) for _, which, number in ranked[:limit]]
-
-
-def _deepest_pixel(component: np.ndarray) -> int:
-    """Flat pixel of an `[H, W]` bool component farthest from its border; image edges are border."""
-    depth = ndimage.distance_transform_edt(np.pad(component, 1))[1:-1, 1:-1]
-    return int(depth.argmax())
-
-
-def _clicks_at(pixel: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Coordinates and labels of flat pixels `[R, K]`, where -1 is padding."""
-    is_click = pixel >= 0
-    pixel = pixel.clamp(min=0)
-    inside = target.flatten(1).gather(1, pixel)
-    labels = torch.where(inside, POINT_POSITIVE, POINT_NEGATIVE)
-    width = target.shape[-1]
-    coords = torch.stack([pixel % width, pixel // width], dim=-1).float()
-    return coords, torch.where(is_click, labels, POINT_PADDING)
+    centers = []
+    for _, which, number in ranked[:limit]:
+        # The margin makes image edges border too: a click there would be on the component's rim.
+        component = np.pad(labelled[which] == number, 1)
+        depth = ndimage.distance_transform_edt(component)[1:-1, 1:-1]
+        centers.append(int(depth.argmax()))
+    return centers
 
 
 def _check_same_shape(name: str, got: Tensor, masks: Tensor) -> None:

@@ -41,11 +41,14 @@ class CrossModalQueryAttention(nn.Module):
             )
         self.num_queries = num_queries
         self.num_heads = num_heads
+        # Of length about 1 whatever d is, so that every prompt token is read at first.
         self.queries = nn.Parameter(torch.randn(1, num_queries, hidden_size) * hidden_size**-0.5)
         self.attention = MaskedMultiheadAttention(hidden_size, num_heads, batch_first=True)
         self.projection = nn.Linear(hidden_size, prompt_dim)
 
     def forward(self, hidden_states: Tensor, prompt_mask: Tensor) -> Tensor:
         """`hidden_states` [R, L, d]; `prompt_mask` [R, L] bool, True on prompts -> [R, Q, C]."""
+        # Prompts only: the answer is teacher-forced in training, and a query that sees it would
+        # learn from what is missing at inference.
         queries = self.queries.expand(hidden_states.shape[0], -1, -1)
         return self.projection(self.attention(queries, hidden_states, prompt_mask))

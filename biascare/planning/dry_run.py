@@ -21,6 +21,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -77,31 +78,24 @@ class Clock:
 
     @property
     def place(self) -> Place:
+        # A forward hook that fires in the backward pass is a checkpointed block going over its way
+        # again; outside every module the gradient itself says where it is.
         if self.inside:
             return self.inside[-1], RECOMPUTE if self.in_backward else FORWARD
         return (self.backward_part, BACKWARD) if self.in_backward else (OTHER, FORWARD)
 
-    def enter(self, part: str) -> Callable[..., None]:
-        def hook(module: nn.Module, arguments: Any) -> None:
-            self.inside.append(part)
-
-        return hook
-
-    def leave(self, part: str) -> Callable[..., None]:
-        """Also notes, in the backward pass, that the gradient has reached this part."""
+    def leave(self, part: str, module: nn.Module, arguments: Any, output: Any) -> None:
+        """A forward hook, the part given; later notes that the gradient has reached the part."""
 
         def arrive(grad: Tensor) -> None:
             self.backward_part = part
 
-        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
-            self.inside.pop()
-            if self.in_backward:
-                return
-            for tensor in _tensors(output):
-                if tensor.requires_grad:
-                    tensor.register_hook(arrive)
-
-        return hook
+        self.inside.pop()
+        if self.in_backward:  # no gradient comes to the outputs of a recomputation
+            return
+        for tensor in _tensors(output):
+            if tensor.requires_grad:
+                tensor.register_hook(arrive)
 
 
 @contextmanager
@@ -113,9 +107,11 @@ def followed(
         for name, child in module.named_modules():
             part = part_of(name)
             if part is not None:
+                enter = child.register_forward_pre_hook(
+                    lambda module, arguments, part=part: clock.inside.append(part)
+                )
                 # A checkpointed block leaves by an exception once it has recomputed enough.
-                enter = child.register_forward_pre_hook(clock.enter(part))
-                leave = child.register_forward_hook(clock.leave(part), always_call=True)
+                leave = child.register_forward_hook(partial(clock.leave, part), always_call=True)
                 stack.callback(enter.remove)
                 stack.callback(leave.remove)
         yield
@@ -130,50 +126,38 @@ class Ledger:
         self.fullest: dict[Place, int] = {}
         self.known: dict[int, tuple[Any, Place | None]] = {}
 
-    def ignore(self, tensor: Tensor) -> None:
-        """Never count this storage."""
-        self._note(tensor, None)
-
-    def add(self, tensor: Tensor, place: Place) -> None:
-        if id(tensor.untyped_storage()) not in self.known:
-            self._note(tensor, place)
-
-    def place_of(self, tensor: Tensor) -> Place | None:
-        """Where the storage was made; None for an ignored one and for the batch's own."""
-        entry = self.known.get(id(tensor.untyped_storage()))
-        return entry[1] if entry else None
-
-    def _note(self, tensor: Tensor, place: Place | None) -> None:
+    def add(self, tensor: Tensor, place: Place | None) -> None:
+        """Count a storage until it is freed, the first time it is met; without a place, never."""
         storage = tensor.untyped_storage()
         key, size = id(storage), storage.nbytes()
+        if key in self.known:  # a view, or what an operation has written in place
+            return
+        # By weak reference: a ledger that holds what it counts would never see it freed.
         self.known[key] = (weakref.ref(storage, lambda _: self._drop(key, size)), place)
         if place is not None:
             self.alive[place] += size
             self.total += size
+            # A copy, because by the end of the step nearly nothing is alive.
             if self.total > self.highest:
                 self.highest, self.fullest = self.total, dict(self.alive)
 
     def _drop(self, key: int, size: int) -> None:
-        place = self.known.pop(key)[1]
+        place = self.known.pop(key)[1]  # the same id may belong to another storage from now on
         if place is not None:
             self.alive[place] -= size
             self.total -= size
 
 
-def _counts() -> dict[Any, Callable[..., int]]:
-    """torch's own counts, and those of the fused attention of the CPU, which it lacks."""
-
-    def forward(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
-        return sdpa_flop_count(q.shape, k.shape, v.shape)
-
-    def backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
-        return sdpa_backward_flop_count(g.shape, q.shape, k.shape, v.shape)
-
-    return {
-        **flop_registry,
-        aten._scaled_dot_product_flash_attention_for_cpu: forward,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }
+COUNTS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+        q.shape, k.shape, v.shape
+    ),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: (
+        sdpa_backward_flop_count(g.shape, q.shape, k.shape, v.shape)
+    ),
+}
+"""torch's own counts, and those of the fused attention of the CPU, which it lacks."""
 
 
 class ShapesOnly(TorchDispatchMode):
@@ -183,16 +167,16 @@ class ShapesOnly(TorchDispatchMode):
         super().__init__()
         self.clock = clock
         self.ledger = ledger
-        self.counts = _counts()
         self.flops: Counter[Place] = Counter()
-        self.met: dict[Hashable, _Shape] = {}
+        self.met: dict[Hashable, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         output = self._run(func, args, kwargs)
-        count = self.counts.get(func._overloadpacket)
+        # By packet: an operation costs the same in all of its overloads.
+        count = COUNTS.get(func._overloadpacket)
         if count is not None:
             self.flops[self.clock.place] += count(*args, **kwargs, out_val=output)
         for tensor in _tensors(output):
@@ -204,45 +188,39 @@ class ShapesOnly(TorchDispatchMode):
         tensors = list(_tensors((args, kwargs)))
         shapes = [x for x in tensors if x.is_meta]
         if not shapes:
-            return _run_real(func, args, kwargs)
+            output = func(*args, **kwargs)
+            # Integers bound for the meta device (positions, counts) stay real: they steer the code.
+            if torch.device(kwargs.get("device") or "cpu").type != "meta":
+                return output
+            if any(x.is_floating_point() for x in _tensors(output)):
+                return output
+            return func(*args, **kwargs | {"device": "cpu"})
         if func is aten._local_scalar_dense.default:
             return 0  # of a value that exists in a run alone; nothing's size may depend on it
         if len(shapes) < len(tensors):
-            if func in INDEXING:
+            if func in INDEXING:  # before a mask loses its values with its storage
                 args = (args[0], _positions(args[1]), *args[2:])
             args, kwargs = _as_shapes(args), _as_shapes(kwargs)
-        return self._run_again(func, args, kwargs)
-
-    def _run_again(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Layers repeat, so most operations were met before: their result has a known shape."""
-        key = (func, _key(args), _key(kwargs)) if _makes_new(func) else None
-        if key is not None and key in self.met:
-            return self.met[key].new()
+        # Layers repeat, so most operations were met before and the shape of their result is known.
+        # Not where the result shares storage with an argument: a new one would be counted as more.
+        arguments, returns = func._schema.arguments, func._schema.returns
+        shared = any(x.alias_info is not None for x in (*arguments, *returns))
+        if shared or len(returns) != 1 or func in SECRET_VIEWS:
+            return func(*args, **kwargs)
+        key = func, _key(args), _key(kwargs)
+        if key in self.met:
+            size, stride, dtype = self.met[key]
+            return torch.empty_strided(size, stride, dtype=dtype, device="meta")
         output = func(*args, **kwargs)
-        if key is not None and isinstance(output, Tensor):
-            self.met[key] = _Shape(output.shape, output.stride(), output.dtype)
+        if isinstance(output, Tensor):
+            self.met[key] = output.shape, output.stride(), output.dtype
         return output
-
-
-class _Shape(NamedTuple):
-    size: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-    def new(self) -> Tensor:
-        return torch.empty_strided(self.size, self.stride, dtype=self.dtype, device="meta")
 
 
 INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
 
 SECRET_VIEWS = (aten._unsafe_view.default, aten.lift_fresh.default)
 """Operations whose result shares storage without saying so in their schema."""
-
-
-def _makes_new(func: Any) -> bool:
-    schema = func._schema
-    shared = [x for x in (*schema.arguments, *schema.returns) if x.alias_info is not None]
-    return not shared and len(schema.returns) == 1 and func not in SECRET_VIEWS
 
 
 def _key(value: Any) -> Hashable:
@@ -277,17 +255,6 @@ def _as_shapes(value: Any) -> Any:
     return value
 
 
-def _run_real(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An operation on real tensors or on none; integers bound for the meta device stay real."""
-    output = func(*args, **kwargs)
-    device = kwargs.get("device")
-    if device is None or torch.device(device).type != "meta":
-        return output
-    if any(x.is_floating_point() for x in _tensors(output)):
-        return output
-    return func(*args, **kwargs | {"device": "cpu"})
-
-
 def _positions(indices: list[Tensor | None]) -> list[Tensor | None]:
     """Boolean masks as integers: how many are set is known only of a real mask."""
     found: list[Tensor | None] = []
@@ -299,28 +266,38 @@ def _positions(indices: list[Tensor | None]) -> list[Tensor | None]:
 
 @contextmanager
 def replaced_functions(attention_of: str) -> Iterator[None]:
-    """On the meta device, torch's attention is the kernel of a device, and `take_along_dim` does
-    not compare the devices of its arguments."""
+    """On the meta device, torch's attention is the kernel of a device, `take_along_dim` does not
+    compare the devices of its arguments, and `autocast` does nothing."""
+    original = torch.autocast
+
+    def autocast(device_type: str, *arguments: Any, **keywords: Any) -> Any:
+        # The meta device has no dtype to cast to, and torch refuses to be asked.
+        if device_type == "meta":
+            return nullcontext()
+        return original(device_type, *arguments, **keywords)
+
     library = Library("aten", "IMPL")
     attention = {"cuda": _gpu_attention, "cpu": _cpu_attention}[attention_of]
+    # Before autograd, so that the backward pass is that of the kernel and not of its parts.
     library.impl("scaled_dot_product_attention", attention, "AutogradMeta")
     library.impl("take_along_dim", _take_along_dim, "AutogradMeta")
+    # Modules look the class up in torch when they run, so it is exchanged there, and put back.
+    vars(torch)["autocast"] = autocast
     try:
         yield
     finally:
+        vars(torch)["autocast"] = original
         library._destroy()
 
 
 def _take_along_dim(x: Tensor, indices: Tensor, dim: int | None = None) -> Tensor:
     if dim is None:
         return x.flatten().gather(0, indices.flatten())
-    shape = list(torch.broadcast_shapes(*(_without(t.shape, dim) for t in (x, indices))))
+    # Everything but `dim` is broadcast, as torch's own function does it.
+    others = ([*t.shape[:dim], *t.shape[dim:][1:]] for t in (x, indices))
+    shape = torch.broadcast_shapes(*others)
     whole = [[*shape[:dim], t.shape[dim], *shape[dim:]] for t in (x, indices)]
     return x.expand(whole[0]).gather(dim, indices.expand(whole[1]))
-
-
-def _without(shape: torch.Size, dim: int) -> list[int]:
-    return [*shape[:dim], *shape[dim:][1:]]
 
 
 def _gpu_attention(
@@ -336,25 +313,24 @@ def _gpu_attention(
 ) -> Tensor:
     """Flash attention where it applies (half precision, no bias), else the memory-efficient one."""
     if attn_mask is None and query.dtype in (torch.bfloat16, torch.float16):
+        # Flash kernels want heads of a multiple of 8 channels, and torch pads others to it.
         width = query.shape[-1]
         q, k, v = (pad(x, (0, -width % 8)) if width % 8 else x for x in (query, key, value))
         out = aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)
         return out[0][..., :width]
-    if enable_gqa:
+    if enable_gqa:  # the memory-efficient kernel knows no groups: keys are copied, and that counts
         repeats = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(repeats, 1) for x in (key, value))
-    bias = None if attn_mask is None else _aligned_bias(attn_mask, query, key)
+    bias = attn_mask
+    if bias is not None:
+        # As PyTorch prepares it for its kernel: in the query's dtype, rows padded, then cut again.
+        if bias.dtype == torch.bool:
+            bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill(~bias, float("-inf"))
+        bias = pad(bias, (0, -bias.shape[-1] % BIAS_ALIGNMENT))[..., : bias.shape[-1]]
+        bias = bias.expand(*query.shape[:-1], key.shape[-2])
     return aten._scaled_dot_product_efficient_attention(
         query, key, value, bias, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale
     )[0]
-
-
-def _aligned_bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """`[B, heads, Lq, Lk]` bias in the query's dtype, as PyTorch prepares it for its kernel."""
-    if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, float("-inf"))
-    mask = pad(mask, (0, -mask.shape[-1] % BIAS_ALIGNMENT))[..., : mask.shape[-1]]
-    return mask.expand(*query.shape[:-1], key.shape[-2])
 
 
 def _cpu_attention(
@@ -369,6 +345,7 @@ def _cpu_attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """The CPU's flash attention, or plain products where the bias wants a gradient."""
+    # The CPU's kernel has no gradient for its mask, and torch then takes the plain products.
     if attn_mask is not None and attn_mask.requires_grad:
         return aten._scaled_dot_product_attention_math(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -380,25 +357,6 @@ def _cpu_attention(
     return aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
     )[0]
-
-
-@contextmanager
-def autocast_of_shapes() -> Iterator[None]:
-    """`torch.autocast` for the meta device, which has no dtype to cast to: nothing happens.
-
-    Modules look the class up in torch when they run, so it is exchanged there, and put back."""
-    original = torch.autocast
-
-    def autocast(device_type: str, *arguments: Any, **keywords: Any) -> Any:
-        if device_type == "meta":
-            return nullcontext()
-        return original(device_type, *arguments, **keywords)
-
-    vars(torch)["autocast"] = autocast
-    try:
-        yield
-    finally:
-        vars(torch)["autocast"] = original
 
 
 def dry_run(
@@ -418,7 +376,10 @@ def dry_run(
     kept: dict[int, tuple[Any, str]] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        storage, place = tensor.untyped_storage(), ledger.place_of(tensor)
+        # Once per storage, however many operations keep a view of it. Weights stay anyway; what has
+        # no place is the batch's own.
+        storage = tensor.untyped_storage()
+        _, place = ledger.known.get(id(storage), (None, None))
         if id(storage) not in weights:
             kept[id(storage)] = (storage, place[0] if place else OTHER)
         return tensor
@@ -430,11 +391,10 @@ def dry_run(
         owned = [*step.parameters(), *step.buffers()]
         weights = {id(x.untyped_storage()): x.untyped_storage() for x in owned}
         for tensor in owned:
-            ledger.ignore(tensor)
+            ledger.add(tensor, None)
         for parameter in (p for p in step.parameters() if p.requires_grad):
             handle = parameter.register_post_accumulate_grad_hook(let_go)
             stack.callback(handle.remove)
-        stack.enter_context(autocast_of_shapes())
         stack.enter_context(replaced_functions(attention_of))
         stack.enter_context(followed(step, part_of, clock))
         shapes = stack.enter_context(ShapesOnly(clock, ledger))
@@ -443,6 +403,7 @@ def dry_run(
         kept_bytes: Counter[str] = Counter()
         for storage, part in kept.values():
             kept_bytes[part] += storage.nbytes()
+        # Let go before the backward pass, which has to free activations as it uses them.
         kept.clear()
         clock.in_backward = True
         loss.backward()

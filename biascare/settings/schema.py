@@ -72,7 +72,7 @@ def describe(cls: type, prefix: Location = ()) -> Iterator[KeyHelp]:
             yield from describe(hint, here)  # type: ignore[arg-type]
         else:
             default = "required" if _required(item) else json.dumps(item.default)
-            text = type_text(hint, _bounds(item))
+            text = type_text(hint, item.metadata["bounds"])
             yield KeyHelp(dotted(here), text, default, item.metadata["help"])
 
 
@@ -84,21 +84,33 @@ def build(cls: type[T], tree: Tree) -> Build[T]:
     """
     from pydantic import TypeAdapter  # only here: nothing below the boundary needs it
 
+    # Repairs are made in a copy, because messages show what was written.
     adapter, values = TypeAdapter(cls), copy.deepcopy(tree.values)
     found: dict[Location, Problem] = {}
     for _ in range(10):  # repairs of one kind uncover the next; a few rounds always settle it
         _add_sections(cls, values)
+        # In turns: bounds can only be asked of values of the right type, and ??? has no type.
         findings = _unset(values) or _type_errors(adapter, values) or _out_of_bounds(cls, values)
         if not findings:
             value = adapter.validate_json(json.dumps(values))
             return Build(value, list(found.values()), frozenset(map(dotted, found)))
         for raw, kind in findings:
-            location = _up_to_field(cls, raw)
+            # `data.ratio[1]` -> `data.ratio`: a tuple is judged as a whole.
+            depth, item, hint = _lookup(cls, raw)
+            location = raw[:depth] if item else raw
+            # Once: what a repair brings up below a bad key is the repair's fault, not the person's.
             if not any(location[:end] in found for end in range(1, len(location) + 1)):
+                # Of a tuple that is too short, pydantic says that an element is missing.
                 kind = kind if location == raw or kind != "missing" else "value"
                 message = _explain(cls, location, kind, tree.values)
                 found[location] = Problem(tree.where(location), dotted(location), message)
-            _repair(cls, values, location)
+            # The default stands in, or any value for a required key: the rest can then be judged.
+            parent: Any = values
+            for part in location[:-1]:
+                parent = parent[part]
+            parent.pop(location[-1], None)
+            if item and _required(item) and not is_dataclass(hint):
+                parent[location[-1]] = {int: 1, float: 1.0, bool: False}.get(hint, "unset")
     return Build(None, list(found.values()), frozenset(map(dotted, found)))
 
 
@@ -142,6 +154,7 @@ def _type_errors(adapter: TypeAdapter[Any], values: dict[str, Any]) -> list[_Fin
 
     kinds = {"missing": "missing", "unexpected_keyword_argument": "unknown"}
     try:
+        # As JSON: in strict mode, Python's own lists would not be taken for tuples.
         adapter.validate_json(json.dumps(values))
     except ValidationError as error:
         return [(item["loc"], kinds.get(item["type"], "value")) for item in error.errors()]
@@ -154,10 +167,10 @@ def _out_of_bounds(cls: Any, values: dict[str, Any], prefix: Location = ()) -> l
         here, value = (*prefix, item.name), values.get(item.name)
         if is_dataclass(hint):
             found += _out_of_bounds(hint, values[item.name], here)
-        elif _element(hint):
+        elif _element(hint):  # a list of sections, such as data.segmentation
             for index, child in enumerate(value or ()):
                 found += _out_of_bounds(_element(hint), child, (*here, index))
-        elif not _within(value, _bounds(item)):
+        elif not _within(value, item.metadata["bounds"]):
             found.append((here, "value"))
     return found
 
@@ -170,14 +183,9 @@ _COMPARISONS = {
 }
 
 
-def _bounds(item: dataclasses.Field[Any]) -> Mapping[str, float]:
-    bounds: Mapping[str, float] = item.metadata["bounds"]
-    return bounds
-
-
 def _within(value: Any, bounds: Mapping[str, float]) -> bool:
     """Whether a number, or every number of a list, keeps the bounds."""
-    numbers = value if isinstance(value, list) else [value]
+    numbers = value if isinstance(value, list) else [value]  # null keeps every bound, where allowed
     comparisons = [(_COMPARISONS[name][1], bound) for name, bound in bounds.items()]
     return all(
         number is None or compare(number, bound)
@@ -190,7 +198,7 @@ def _lookup(cls: Any, location: Location) -> tuple[int, dataclasses.Field[Any] |
     """How much of the location leads to a known field, that field and its type."""
     depth, item, hint, inside = 0, None, cls, cls
     for end, part in enumerate(location, start=1):
-        if isinstance(part, int):
+        if isinstance(part, int):  # an index belongs to the field before it
             continue
         known = (
             {found.name: (found, kind) for found, kind in _typed_fields(inside)} if inside else {}
@@ -202,31 +210,16 @@ def _lookup(cls: Any, location: Location) -> tuple[int, dataclasses.Field[Any] |
     return depth, item, hint
 
 
-def _up_to_field(cls: Any, location: Location) -> Location:
-    """`data.ratio[1]` -> `data.ratio`: a tuple is judged as a whole."""
-    depth, item, _ = _lookup(cls, location)
-    return location[:depth] if item else location
-
-
-def _repair(cls: Any, values: Any, location: Location) -> None:
-    """Let the default, or for a required key any value, stand in for a bad one."""
-    for part in location[:-1]:
-        values = values[part]
-    values.pop(location[-1], None)
-    _, item, hint = _lookup(cls, location)
-    if item and _required(item) and not is_dataclass(hint):
-        values[location[-1]] = {int: 1, float: 1.0, bool: False}.get(hint, "unset")
-
-
 def _explain(cls: Any, location: Location, kind: str, values: Any) -> str:
     _, item, hint = _lookup(cls, location)
     if kind == "unknown" or item is None:
         return _explain_unknown(cls, location)
-    allowed = f"allowed: {type_text(hint, _bounds(item))}"
+    allowed = f"allowed: {type_text(hint, item.metadata['bounds'])}"
     if kind in ("missing", "unset"):
         return f"required, and not set: {item.metadata['help']}; {allowed}"
     for part in location:
         values = values[part]
+    # Only of a choice of words there is a nearest one; "did you mean 5?" would help nobody.
     choices = [str(choice) for choice in get_args(hint)] if get_origin(hint) is Literal else []
     return f"got {show(values)}, {allowed}{did_you_mean(str(values), choices)}"
 
@@ -239,6 +232,7 @@ def _explain_unknown(cls: Any, location: Location) -> str:
     known = [key.key for key in describe(cls)]
     sibling = nearest(str(name), siblings)
     near = [] if sibling is None else [dotted((*parent, sibling))]
+    # The key may be right and its section wrong.
     near += [key for key in known if key.rpartition(".")[2] == name]
     if not near:
         meant = nearest(str(name), [key.rpartition(".")[2] for key in known])

@@ -61,6 +61,7 @@ class Tree:
 
     def where(self, location: Location) -> str:
         """File and line of the key, else of its nearest written parent, else the file."""
+        # A key that is missing has no line; that of its section is where it should be written.
         for end in range(len(location), 0, -1):
             if location[:end] in self.origins:
                 return self.origins[location[:end]]
@@ -128,6 +129,7 @@ def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> Tree:
     mapping); everything else is collected in `Tree.problems`.
     """
     tree = _read_file(Path(path), ())
+    # In order and all of them: a later override may take back an earlier one.
     for text in overrides:
         _merge(tree, _read_override(text))
     return tree
@@ -141,6 +143,7 @@ def _read_file(path: Path, children: tuple[Path, ...]) -> Tree:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError([Problem(str(path), "", f"cannot be read: {reason}")]) from error
     values = _parse(text, tree, ())
+    # Raised at once: without sections, every key would be reported as missing.
     if not isinstance(values, dict):
         got = "an empty file" if values is None else show(values)
         message = f"got {got}, expected a mapping of sections such as 'train:'"
@@ -158,7 +161,7 @@ def _extend(tree: Tree, path: Path, children: tuple[Path, ...]) -> Tree:
     base_path = Path(os.path.normpath(path.parent / parent)) if isinstance(parent, str) else None
     if base_path is None:
         problem = f"got {show(parent)}, expected one path relative to this file"
-    elif base_path.resolve() in chain:
+    elif base_path.resolve() in chain:  # resolved, so that a link cannot hide a circle
         names = [step.name for step in (*chain, base_path)]
         problem = f"a circle: {' extends '.join(names)}; remove one of them"
     elif not base_path.is_file():
@@ -167,7 +170,7 @@ def _extend(tree: Tree, path: Path, children: tuple[Path, ...]) -> Tree:
     else:
         base = _read_file(base_path, chain)
         _merge(base, tree)
-        base.source = tree.source
+        base.source = tree.source  # the file that was named is the one to look at for a missing key
         return base
     tree.problems.append(Problem(where, EXTENDS, problem))
     return tree
@@ -178,6 +181,7 @@ def _read_override(text: str) -> Tree:
     tree = Tree(source=COMMAND_LINE)
     key, equals, value = text.partition("=")
     location = tuple(part.strip() for part in key.split("."))
+    # `key=` is refused and not taken for null: a shell variable that is not set looks like it.
     if not (equals and value.strip() and all(location)):
         fix = "expected section.key=value; an unset value is null, an empty text is '\"\"'"
         tree.problems.append(Problem(COMMAND_LINE, "", f"got {text!r}, {fix}"))
@@ -188,6 +192,7 @@ def _read_override(text: str) -> Tree:
         message = error.problems[0].message
         tree.problems.append(Problem(COMMAND_LINE, key, f"{message} in {value!r}"))
         return tree
+    # Parents too come from the command line now, as far as they hold nothing but this key.
     for depth in range(len(location), 0, -1):
         tree.origins[location[:depth]] = COMMAND_LINE
         parsed = {location[depth - 1]: parsed}
@@ -197,18 +202,19 @@ def _read_override(text: str) -> Tree:
 
 def _merge(base: Tree, layer: Tree) -> None:
     """Mappings are merged key by key; everything else, lists too, is replaced."""
-
-    def into(old: dict[str, Any], new: dict[str, Any], location: Location) -> None:
+    # Lists as well, because a person who writes two folders does not expect three.
+    mappings: list[tuple[dict[str, Any], dict[str, Any], Location]]
+    mappings = [(base.values, layer.values, ())]
+    for old, new, location in mappings:
         for key, value in new.items():
             here = (*location, key)
             if isinstance(value, dict) and isinstance(old.get(key), dict):
-                into(old[key], value, here)
+                mappings.append((old[key], value, here))
                 continue
             old[key] = value
+            # The lines of what was replaced would point at text that counts no more.
             for stale in [known for known in base.origins if known[: len(here)] == here]:
                 del base.origins[stale]
-
-    into(base.values, layer.values, ())
     base.origins.update(layer.origins)
     base.problems.extend(layer.problems)
 
@@ -216,9 +222,10 @@ def _merge(base: Tree, layer: Tree) -> None:
 def _parse(text: str, tree: Tree, location: Location) -> Any:
     try:
         node = yaml.compose(text, Loader=_Loader)
-    except RecursionError as error:
+    except RecursionError as error:  # brackets alone can do it, and PyYAML does not count them
         raise ConfigError([Problem(tree.source, "", "nested too deeply")]) from error
     except yaml.YAMLError as error:
+        # Characters that YAML forbids are an error of another class, without a mark or a problem.
         mark = getattr(error, "problem_mark", None)
         where = _line(tree.source, mark) if mark else tree.source
         reason = getattr(error, "problem", None) or getattr(error, "reason", str(error))
@@ -233,12 +240,11 @@ def _line(source: str, mark: Any) -> str:
 def _plain(node: yaml.Node, tree: Tree, location: Location) -> Any:
     """A node's plain value; remembers the line of every key and list item below it."""
     kind = node.tag.removeprefix(_TAG)
-    if kind not in ("map", "seq", "str", *_READ_AS):
-        _refuse(node, tree, location)
-        return None
-    if isinstance(node, yaml.MappingNode):
+    # Dates, sets and Python objects are refused with their tag; to guess would hide a typing error.
+    known = kind in ("map", "seq", *_READ_AS)
+    if known and isinstance(node, yaml.MappingNode):
         return _plain_mapping(node, tree, location)
-    if isinstance(node, yaml.SequenceNode):
+    if known and isinstance(node, yaml.SequenceNode):
         items = []
         for index, item in enumerate(node.value):
             here = (*location, index)
@@ -246,29 +252,24 @@ def _plain(node: yaml.Node, tree: Tree, location: Location) -> Any:
             items.append(_plain(item, tree, here))
         return items
     text = str(node.value)
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        _refuse(node, tree, location)
-        return None
-    return text if kind == "str" else _READ_AS[kind](text)
-
-
-def _refuse(node: yaml.Node, tree: Tree, location: Location) -> None:
+    # Half of a surrogate pair can be written as an escape, and then nothing can encode it as UTF-8.
+    if kind in _READ_AS and not any("\ud800" <= letter <= "\udfff" for letter in text):
+        try:
+            return _READ_AS[kind](text)
+        except ValueError:  # an integer of thousands of digits, or `!!int x`: reported as text
+            return text
     message = f"only plain values and Unicode text are read, got {node.tag} {node.value!r:.60}"
     tree.problems.append(Problem(_line(tree.source, node.start_mark), dotted(location), message))
-
-
-def _number(text: str, kind: Callable[[str], int | float]) -> int | float | str:
-    try:
-        return kind(re.sub(r"\.(?=inf|nan)", "", text))
-    except ValueError:  # an integer of thousands of digits, or `!!int x`: reported as text
-        return text
+    return None
 
 
 _READ_AS: dict[str, Callable[[str], Any]] = {
+    "str": str,
     "null": lambda text: None,
     "bool": lambda text: text.lower() == "true",
-    "int": lambda text: _number(text, int),
-    "float": lambda text: _number(text, float),
+    "int": int,
+    # YAML writes .inf and .nan, Python inf and nan.
+    "float": lambda text: float(re.sub(r"\.(?=inf|nan)", "", text)),
 }
 
 
@@ -281,6 +282,7 @@ def _plain_mapping(node: yaml.MappingNode, tree: Tree, location: Location) -> di
             message = f"got the key {key!r}, expected a name in plain text"
             tree.problems.append(Problem(where, dotted(location), message))
             continue
+        # YAML lets the later one win, and a run would quietly take half of what was written.
         if key in mapping:
             message = f"written twice, first at {tree.origins[here]}; keep one"
             tree.problems.append(Problem(where, dotted(here), message))
@@ -295,5 +297,5 @@ def show(value: Any) -> str:
     kinds = {str: "text", bool: "true/false", int: "integer", float: "float", list: "list"}
     text = json.dumps(value, ensure_ascii=False)
     text = text if len(text) <= 60 else text[:57] + "..."
-    kind = kinds.get(type(value))
+    kind = kinds.get(type(value))  # by exact type, because a bool is an int as well
     return f"{text} ({kind})" if kind else text

@@ -233,6 +233,7 @@ def test_a_check_across_keys_is_left_out_where_one_of_its_keys_is_already_wrong(
         ("train: &x {seed: 1}\nhitl: *x\n", "run.yaml:2: bad YAML: aliases"),
         ("train: !!python/object:os.system {}\n", "run.yaml:1: train: only plain values"),
         ("train: {seed: !!python/name:os.system 1}\n", "train.seed: only plain values"),
+        ("train: {seed: !!map 1}\n", "train.seed: only plain values"),
         ("train: {seed: 1}\n---\ntrain: {seed: 2}\n", "bad YAML: but found another document"),
         ('train: {output_dir: "\\ud800"}\n', "only plain values and Unicode text"),
         ("train: {seed: " + "9" * 5000 + "}\n", "train.seed: got"),

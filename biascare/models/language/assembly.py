@@ -44,12 +44,14 @@ def open_language_model(path: str | Path) -> tuple[Any, Any]:
 
     Raises ValueError when it cannot be opened or has no chat template.
     """
+    # A .gguf file is named inside its folder, which is where its tokenizer is looked for as well.
     place = Path(path)
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(place)}
     if place.suffix == ".gguf":
         where = {"pretrained_model_name_or_path": str(place.parent), "gguf_file": place.name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(**where)
+        # fp32 whatever the file holds: a quantised one is unpacked, and the result gets trained.
         model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
@@ -57,6 +59,7 @@ def open_language_model(path: str | Path) -> tuple[Any, Any]:
             f"cannot open the language model {str(path)!r} ({reason}); name a folder in Hugging "
             "Face format or a .gguf file (which needs the package gguf)"
         ) from error
+    # A base model has none, and an invented one would be a prompt that it never saw.
     if tokenizer.chat_template is None:
         raise ValueError(
             f"the tokenizer of {str(path)!r} has no chat template; take an instruction-tuned model"
@@ -77,6 +80,8 @@ def _open_tower(path: str | Path) -> tuple[Any, Any]:
 
 
 def _small_tower(sizes: SmallTower, image_size: int) -> tuple[Any, Any]:
+    # CLIP would cut off what does not fill a patch, and its positions would be those of a smaller
+    # image than the processor makes.
     if image_size < 1 or image_size % sizes.patch_size:
         nearest = max(1, round(image_size / sizes.patch_size)) * sizes.patch_size
         raise ValueError(
@@ -103,16 +108,17 @@ def _join(language_model: Any, tower: Any, image_token_id: int) -> Any:
             text_config=text,
             vision_config=tower.config,
             image_token_index=image_token_id,
-            vision_feature_layer=-2,
+            vision_feature_layer=-2,  # as in LLaVA-1.5
             vision_feature_select_strategy="default",
             tie_word_embeddings=tied,
         )
     )
+    # Part by part and strictly: `from_pretrained` would start at random what it does not find.
     state = language_model.base_model.state_dict()
     state["embed_tokens.weight"] = grown_rows(state["embed_tokens.weight"], text["vocab_size"])
     model.model.language_model.load_state_dict(state)
     model.model.vision_tower.load_state_dict(tower.state_dict())
-    if not tied:
+    if not tied:  # a tied head is the embedding, which has grown already
         head = language_model.get_output_embeddings().weight.detach()
         model.lm_head.load_state_dict({"weight": grown_rows(head, text["vocab_size"])})
     return model
@@ -136,13 +142,14 @@ def build_llava(
     causal, tokenizer = open_language_model(language_model)
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng():  # the caller's own random numbers go on as if nothing happened
         torch.manual_seed(seed)
         if vision_tower is not None:
             tower, image_processor = _open_tower(vision_tower)
         else:
             tower, image_processor = _small_tower(small_tower or SmallTower(), image_size)
         model = _join(causal, tower, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+    # Padding is masked everywhere, so any token may stand for it; generation only wants one.
     pad = tokenizer.pad_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.eos_token_id if pad is None else pad

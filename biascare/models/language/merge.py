@@ -26,16 +26,17 @@ def fold_adapter(pathway: MLLMPathway) -> None:
 
     Every layer is folded in fp32 and rounded once to its own precision.
     """
-    if not isinstance(pathway.model, PeftModel):
+    if not isinstance(pathway.model, PeftModel):  # a model without LoRA is its own merged form
         return
     for layer in pathway.model.modules():
+        # Layer by layer, because 8.3 billion weights in fp32 would need 33 GB at once.
         if isinstance(layer, BaseTunerLayer):
             dtype = next(layer.get_base_layer().parameters()).dtype
             layer.to(torch.float32)
-            layer.merge(safe_merge=True)
+            layer.merge(safe_merge=True)  # refuses weights that are not finite, before it writes
             layer.to(dtype)
     pathway.model = pathway.model.unload()
-    pathway.path = FOLDED
+    pathway.path = FOLDED  # the old folder holds other weights, and an export must not name it
 
 
 def save_plain(pathway: MLLMPathway, folder: Path, *, max_shard_size: str) -> None:

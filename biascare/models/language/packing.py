@@ -41,6 +41,8 @@ def packed_sdpa(
     """
     if sequence_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **keywords)
+    # A loop over sequences, because one kernel with a block mask was slower than padding on even
+    # micro-batches (docs/EXPERIMENTS.md, packed against padded).
     parts = zip(*(x.split(sequence_lengths, dim=2) for x in (query, key, value)), strict=True)
     attended = [sdpa_attention_forward(module, q, k, v, None, **keywords)[0] for q, k, v in parts]
     return torch.cat(attended, dim=1), None
@@ -55,6 +57,7 @@ def enable_packing(language_model: Any) -> None:
 
     Other kernels need nothing: transformers derives their masks from the positions.
     """
+    # Of the language model alone: the vision tower has windows of its own to attend in.
     if language_model.config._attn_implementation == "sdpa":
         language_model.set_attn_implementation(PACKED_SDPA)
 
@@ -70,8 +73,20 @@ def pack(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         name: value[mask][None] if torch.is_tensor(value) and value.shape == mask.shape else value
         for name, value in inputs.items()
     }
-    packed["position_ids"] = _positions(model, inputs, mask)
-    return packed | _borders(model.config.get_text_config(), mask)
+    # Given and not left to the model, which would count on through the whole row. With M-RoPE
+    # transformers wants four of them, the plain ones first.
+    plain = (mask.cumsum(1) - 1)[mask][None]
+    rotary = rotary_positions(model, inputs)
+    packed["position_ids"] = (
+        plain if rotary is None else torch.cat([plain[None], rotary[:, mask][:, None]])
+    )
+    config, lengths = model.config.get_text_config(), mask.sum(1).tolist()
+    window = getattr(config, "sliding_window", None)
+    if config._attn_implementation != PACKED_SDPA or (window and max(lengths) > window):
+        # transformers builds the mask from the positions, and a sliding window with it.
+        return packed | {"attention_mask": None}
+    # Nothing masked: transformers then builds no [N, N] mask.
+    return packed | {"attention_mask": mask[mask][None].long(), "sequence_lengths": lengths}
 
 
 def unpack(hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
@@ -80,31 +95,15 @@ def unpack(hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
     return places.masked_scatter(attention_mask.bool()[..., None], hidden_states)
 
 
-def _positions(model: Any, inputs: dict[str, Any], mask: Tensor) -> Tensor:
-    """Position ids [1, N]; with M-RoPE [4, 1, N], the plain ones first, as transformers wants."""
-    plain = (mask.cumsum(1) - 1)[mask][None]
-    rotary = rotary_positions(model, inputs)
-    return plain if rotary is None else torch.cat([plain[None], rotary[:, mask][:, None]])
-
-
 def rotary_positions(model: Any, inputs: dict[str, Any]) -> Tensor | None:
     """M-RoPE's own positions [3, B, L] of time, row and column; None where a model has none."""
     if not hasattr(model, "get_rope_index"):
         return None
     positions: Tensor = model.get_rope_index(
         inputs["input_ids"],
+        # By subscript: without the types, positions silently become those of plain text.
         mm_token_type_ids=inputs["mm_token_type_ids"],
         image_grid_thw=inputs.get("image_grid_thw"),
         attention_mask=inputs["attention_mask"],
     )[0]
     return positions
-
-
-def _borders(config: Any, mask: Tensor) -> dict[str, Any]:
-    """What tells attention where sequences end."""
-    lengths = mask.sum(1).tolist()
-    window = getattr(config, "sliding_window", None)
-    if config._attn_implementation != PACKED_SDPA or (window and max(lengths) > window):
-        return {"attention_mask": None}  # transformers builds the mask, from the positions
-    # Nothing masked: transformers then builds no [N, N] mask.
-    return {"attention_mask": mask[mask][None].long(), "sequence_lengths": lengths}

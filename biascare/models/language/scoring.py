@@ -35,7 +35,7 @@ class Prefix(NamedTuple):
 def read_prefix(mllm: MLLMPathway, inputs: dict[str, Tensor], image_slots: list[int]) -> Prefix:
     """Run left-padded prompts through the model; see `MLLMPathway.hidden_states` for arguments."""
     mask = inputs["attention_mask"]
-    plain = (mask.cumsum(1) - 1).clamp(min=0)
+    plain = (mask.cumsum(1) - 1).clamp(min=0)  # padding on the left would be at -1
     rotary = rotary_positions(mllm.base.model, inputs)
     positions, following = plain, mask.sum(1)
     if rotary is not None:
@@ -72,6 +72,7 @@ def continuation_log_probs(
     first = torch.tensor([t[0] for t in continuations], dtype=torch.int64, device=device)
     index = torch.tensor(rows, dtype=torch.int64, device=device)
     scores = prefix.log_probs[index, first]
+    # The first token is there already, for all continuations of a prompt in one reading.
     longer = [n for n, tokens in enumerate(continuations) if len(tokens) > 1]
     for start in range(0, len(longer), MAX_CONTINUATIONS):
         chosen = longer[start : start + MAX_CONTINUATIONS]
@@ -93,23 +94,21 @@ def _rest_log_probs(
     for n, tokens in enumerate(continuations):
         read[n, : len(tokens) - 1] = torch.tensor(tokens[:-1], device=device)
         wanted[n, : len(tokens) - 1] = torch.tensor(tokens[1:], device=device)
+    # Shorter continuations end in padding that their own tokens, being causal, never see.
     real = (wanted >= 0).to(prefix.attention_mask)
     steps = torch.arange(length, device=device)
+    # Another cache of these rows: reading goes on in place, and others continue the same prompt.
+    cache = type(prefix.cache)()
+    for number, layer in enumerate(prefix.cache.layers):
+        cache.update(layer.keys[index], layer.values[index], number)
     output = mllm.base.model(
         input_ids=read,
         attention_mask=torch.cat([prefix.attention_mask[index], real], 1),
         position_ids=prefix.next_position[..., index, None] + steps,
-        past_key_values=_selected(prefix.cache, index),
+        past_key_values=cache,
         use_cache=True,
     )
     logits = mllm.base.lm_head(output.last_hidden_state).float()
     picked = logits.log_softmax(-1).gather(-1, wanted.clamp(min=0)[..., None])[..., 0]
+    # Not a mean: the likelihood of an option is that of all its tokens together.
     return torch.where(wanted >= 0, picked, 0.0).sum(1)
-
-
-def _selected(cache: Any, index: Tensor) -> Any:
-    """The rows `index` [N] of a cache, as another one: reading goes on in place."""
-    copy = type(cache)()
-    for number, layer in enumerate(cache.layers):
-        copy.update(layer.keys[index], layer.values[index], number)
-    return copy

@@ -63,9 +63,11 @@ def _train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokeniz
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=list(SPECIAL_TOKENS),
+        # Every byte, so that a question with a letter the corpus lacks has no unknown token.
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
+    # Trained on the spot: with a tokenizer of a large model, the embedding would be the model.
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -82,16 +84,17 @@ def _text_sizes(hidden_size: int, num_layers: int, tokenizer: Any) -> dict[str, 
         "intermediate_size": 2 * hidden_size,
         "num_hidden_layers": num_layers,
         "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_key_value_heads": 2,  # fewer than heads, so that grouped queries are tested too
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": None,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": False,  # as in the 7B models that this one stands for
     }
 
 
 def _build_qwen(tokenizer: Any, hidden_size: int, num_layers: int, vision_size: int) -> Any:
     head_dim = hidden_size // 4
+    # M-RoPE's halves of a head for time, row and column, in Qwen's proportion 2 : 3 : 3.
     sections = [head_dim // 8, head_dim // 16 * 3, head_dim // 16 * 3]
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections}
     config = Qwen2_5_VLConfig(
@@ -136,6 +139,7 @@ def _build_llava(
 
 
 def _processor(family: str, tokenizer: Any, image_size: int) -> Any:
+    # One template for both families, so that a difference between them is not one of prompts.
     template = CHAT_TEMPLATE.replace("IMAGE", IMAGE_TEMPLATES[family])
     if family == "qwen2_5_vl":
         return Qwen2_5_VLProcessor(
@@ -152,7 +156,7 @@ def _processor(family: str, tokenizer: Any, image_size: int) -> Any:
         tokenizer=tokenizer,
         patch_size=16,
         vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
+        num_additional_image_tokens=1,  # CLIP's class token, which the strategy takes off again
         chat_template=template,
         image_token="<image>",
     )
@@ -174,9 +178,10 @@ def build_tiny_mllm(
 
     `texts` train the tokenizer; `image_size` (pixels) is fixed for llava, free for qwen.
     """
-    if family not in IMAGE_TOKENS:
+    if family not in IMAGE_TOKENS:  # before anything is written to the folder
         raise ValueError(f"unknown family {family!r}; known: {sorted(IMAGE_TOKENS)}")
     tokenizer = _train_tokenizer(texts, vocab_size)
+    # Tests and the demo count on equal weights for equal seeds, and on their own random state.
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if family == "qwen2_5_vl":
@@ -184,6 +189,7 @@ def build_tiny_mllm(
         else:
             model = _build_llava(tokenizer, hidden_size, num_layers, vision_size, image_size)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
+    # Stated, because transformers would warn of a guess at every generation.
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     _processor(family, tokenizer, image_size).save_pretrained(folder)

@@ -129,7 +129,7 @@ class VisionPathway(nn.Module):
         self.image_size = image_size
         self.prompt_dim = sizes.prompt_dim
         self.pixels = sizes.pixels
-        self.reads_text = True  # the vision stage has no text and sets it to False
+        self.reads_text = True  # False in the vision stage, which has no text
         grid = image_size // sizes.patch_size
         self.image_encoder = build_encoder(sizes, image_size)
         self.image_encoder.activation_checkpointing = activation_checkpointing
@@ -137,8 +137,8 @@ class VisionPathway(nn.Module):
             sizes.prompt_dim, (grid, grid), (image_size, image_size), mask_in_chans=16
         )
         # A mask prompt first says what no mask prompt says. Only the hardest rows ever see one in
-        # training, and from random weights it lowered the Dice of good masks (docs/EXPERIMENTS.md,
-        # the demo). Pretrained weights replace this.
+        # training, and from random weights a correction lowered the Dice of good masks
+        # (docs/EXPERIMENTS.md, the demo). Pretrained weights replace this.
         with torch.no_grad():
             last = self.prompt_encoder.mask_downscaling[-1]
             nn.init.zeros_(last.weight)
@@ -192,18 +192,14 @@ class VisionPathway(nn.Module):
             dense,
             text,
         )
+        # fp32 before the interpolation: the sign near zero decides where a mask ends.
+        size = (self.image_size, self.image_size)
+        mask_logits = interpolate(low_res_logits[:, None].float(), size=size, mode="bilinear")
         return Prediction(
-            mask_logits=self.resize_logits(low_res_logits, self.image_size),
+            mask_logits=mask_logits[:, 0],
             low_res_logits=low_res_logits,
             predicted_dice=predicted_dice.float(),  # ranks cases; bf16 has 0.004 steps near 1
         )
-
-    @staticmethod
-    def resize_logits(logits: Tensor, size: int) -> Tensor:
-        """[R, h, w] -> [R, size, size] fp32, bilinear."""
-        # fp32 before the interpolation: the sign near zero decides where a mask ends.
-        resized = interpolate(logits[:, None].float(), size=(size, size), mode="bilinear")
-        return resized[:, 0]
 
     def unused_parameters(self) -> list[nn.Parameter]:
         """Heads of SAM's three alternative masks, kept for its checkpoints and never run here, and

@@ -41,6 +41,8 @@ def distance_table(height: Tensor, width: Tensor, scale: float) -> Tensor:
     `height` and `width` [2 * span - 1, d] run over query - key, as segment_anything keeps them.
     Divided by `scale`, because they meet queries that are multiplied with it.
     """
+    # Turned round so that a distance grows with the key: the logits of one query are then
+    # neighbours in memory, and views can read them (`position_views`).
     return torch.cat([height.flip(0), width.flip(0)]) / scale
 
 
@@ -61,6 +63,7 @@ def position_views(products: Tensor, window: Window, row: int) -> tuple[Tensor, 
 
 def padding_rectangles(window: Window) -> list[tuple[slice, slice]]:
     """(rows, cols) that are padding: below the real tokens, and beside them; no empty ones."""
+    # The corner belongs to `below` alone, because two that overlap would count it twice.
     below = (slice(window.rows, window.span), slice(0, window.span))
     beside = (slice(0, window.rows), slice(window.cols, window.span))
     sides = ((below, window.rows), (beside, window.cols))
@@ -86,6 +89,8 @@ def add_padding_gradients(
     grad: tuple[Tensor, Tensor], views: tuple[Tensor, Tensor], scale: Tensor, window: Window
 ) -> None:
     """Add to `grad` what `padding_logit(*views, window)` with gradient `scale` [..., 1] gives."""
+    # exp(logit - total) is a share of the padded mass; logsumexp keeps it finite where the single
+    # exponentials would overflow.
     total = padding_logit(*views, window)
     for rectangle in padding_rectangles(window):
         by_row, by_col = (x[..., part] for x, part in zip(views, rectangle, strict=True))
@@ -106,6 +111,7 @@ def position_logits(q: Tensor, table: Tensor, window: Window, row: int) -> Tenso
     logits = real_row.expand(*real_row.shape[:-1], window.cols).contiguous().add_(real_col)
     logits = logits.flatten(-2)
     if window.padded:
+        # In fp32: it is a sum over up to span^2 keys, of which bf16 would drop the small ones.
         padding = padding_logit(by_row.float(), by_col.float(), window)
         logits = torch.cat([logits, padding.to(logits.dtype)], -1)
     return logits.flatten(-3, -2)
@@ -119,6 +125,8 @@ def position_gradients(
     grad_row, grad_col = position_views(grad, window, row)
     grad_logits = grad_logits.unflatten(-2, grad_row.shape[-3:-1])
     real = grad_logits[..., : window.rows * window.cols].unflatten(-1, (window.rows, window.cols))
+    # Each product is read as the logit of one key row or one key column, so nothing written here
+    # is written twice; distances beyond the window's edge keep the zero.
     torch.sum(real, -1, out=grad_row[..., : window.rows])
     torch.sum(real, -2, out=grad_col[..., : window.cols])
     if window.padded:
@@ -130,6 +138,8 @@ def position_gradients(
 
 def query_chunks(window: Window) -> list[tuple[int, slice]]:
     """(first grid row, queries) of each chunk: whole rows, about `MAX_QUERIES` tokens."""
+    # Up to twice the size stays whole, because the weights of one chunk can be kept for the
+    # backward pass: the 16 x 16 grid of 256 px, and every window.
     if window.rows * window.cols <= 2 * MAX_QUERIES:
         return [(0, slice(None))]
     rows = max(1, MAX_QUERIES // window.cols)
@@ -151,6 +161,7 @@ def split_heads(qkv: Tensor, padding: Tensor, window: Window) -> tuple[Tensor, T
             torch.cat([x, extra[:, None].expand(len(x), -1, -1, -1)], 2)
             for x, extra in ((k, padding[0]), (v, padding[1]))
         )
+    # Queries are scaled, and not the logits, of which there are many more.
     return q * q.shape[-1] ** -0.5, k, v
 
 
@@ -161,6 +172,7 @@ def join(parts: list[Tensor]) -> Tensor:
 
 def relative_attention(qkv: Tensor, padding: Tensor, table: Tensor, window: Window) -> Tensor:
     """`attend` by the fastest exact way: fused, or with a gradient written out."""
+    # Without gradients the fused CPU kernel takes the bias as its mask; with them it cannot.
     by_hand = qkv.device.type == "cpu" and torch.is_grad_enabled()
     if by_hand and not torch.compiler.is_compiling():  # a compiler fuses the steps itself
         attended: Tensor = CpuAttention.apply(qkv, padding, table, window)
@@ -205,6 +217,7 @@ class CpuAttention(torch.autograd.Function):
         for row, some in chunks:
             weights = attention_weights(q[:, some], k, table, window, row)
             parts.append(weights @ v)
+            # Of several chunks none: together they are what chunks exist to avoid.
             kept = weights if len(chunks) == 1 else None
         attended = join(parts)
         ctx.save_for_backward(q, k, v, table, attended, kept)
@@ -217,6 +230,8 @@ class CpuAttention(torch.autograd.Function):
         q, k, v, table, attended, kept = ctx.saved_tensors
         window, num_tokens = ctx.window, q.shape[1]
         grad = grad.unflatten(2, (ctx.num_heads, -1)).transpose(1, 2).flatten(0, 1)
+        # The softmax wants the sum of grad_weights * weights over the keys. It equals the sum of
+        # grad * output over the channels, which are fewer and lie in memory already.
         inner = (grad * attended).sum(-1, keepdim=True).neg_()
         parts, grad_k, grad_v, grad_table = [], None, None, None
         for row, some in query_chunks(window):
@@ -233,6 +248,7 @@ class CpuAttention(torch.autograd.Function):
                 grad_table, products.flatten(0, 1).t()[None], query.flatten(0, 1)[None]
             )
         assert grad_k is not None and grad_v is not None and grad_table is not None
+        # The table met scaled queries too and was divided by the scale, so one factor serves both.
         by_head = [
             x.unflatten(0, (-1, ctx.num_heads))
             for x in (join(parts).mul_(q.shape[-1] ** -0.5), grad_k, grad_v)
@@ -240,6 +256,7 @@ class CpuAttention(torch.autograd.Function):
         grad_qkv = torch.stack([x[:, :, :num_tokens].transpose(1, 2) for x in by_head], 2)
         grad_padding = None
         if window.padded:
+            # One padded key and value serve every window, so the windows' gradients add up.
             grad_padding = torch.stack([x[:, :, num_tokens].sum(0) for x in by_head[1:]])
         return grad_qkv, grad_padding, grad_table[0], None
 

@@ -51,14 +51,10 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         return _read_folder(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file or folder; name the weights that were downloaded")
-    if path.stat().st_size == 0:
+    if path.stat().st_size == 0:  # what an interrupted download leaves; no parser would say so
         raise ValueError(f"{path} is empty (0 bytes); download or copy it again")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    return _tensors(_unpickle(path), path)
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    if path.suffix != ".safetensors":
+        return _tensors(_unpickle(path), path)
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
@@ -68,6 +64,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_folder(folder: Path) -> dict[str, Tensor]:
+    # An index stands before single files, because a shard alone looks like one.
     indexes = sorted(folder.glob("*.index.json"), key=lambda p: (".safetensors." not in p.name, p))
     if indexes:
         return _read_shards(folder, indexes[0])
@@ -94,6 +91,7 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
             f"{index} is not an index of shards ({type(error).__name__}: {error}); download it "
             "again"
         ) from error
+    # An index is somebody else's file: a name such as ../x must not reach beyond the folder.
     outside = [shard for shard in shards if Path(shard).name != shard]
     absent = [shard for shard in shards if not (folder / shard).is_file()]
     if outside or absent:
@@ -104,6 +102,7 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for shard in shards:
         state |= read_state_dict(folder / shard)
+    # A shard of an older download can be whole in itself and still lack what the index promises.
     lacking = sorted(set(table) - set(state))
     if lacking:
         raise ValueError(f"the shards of {index} lack {listed(lacking)}; download them again")
@@ -119,22 +118,22 @@ def _unpickle(path: Path) -> Any:
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except pickle.UnpicklingError as error:
-        foreign = _foreign_globals(path, archive, str(error))
+        # Archives can be asked; of the older format only the message names the first one.
+        if archive:
+            foreign = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        else:
+            foreign = sorted(
+                set(re.findall(r"GLOBAL ([\w.]+) was not an allowed global", str(error)))
+            )
         if foreign:
             raise ValueError(
                 f"{path} holds pickled objects besides tensors: {listed(foreign)}. Opening them "
                 "could run code, so the file is refused; save its plain state_dict and name that"
             ) from error
         raise _unreadable(path, error) from error
+    # Whatever truncated or foreign bytes make the parsers of zip and pickle raise.
     except (RuntimeError, EOFError, ValueError, OSError, KeyError, IndexError) as error:
         raise _unreadable(path, error) from error
-
-
-def _foreign_globals(path: Path, archive: bool, message: str) -> list[str]:
-    """Dotted names of the classes and functions a pickle asks for; empty if it asks for none."""
-    if archive:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    return sorted(set(re.findall(r"GLOBAL ([\w.]+) was not an allowed global", message)))
 
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
@@ -151,12 +150,13 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
 
 def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
     """The state dict in what a file holds, wrappers opened; numbers and texts beside it left."""
-    while isinstance(content, dict):
+    while isinstance(content, dict):  # trainers wrap what other programs had wrapped already
         inner = [content[name] for name in WRAPPERS if isinstance(content.get(name), dict)]
         if not inner:
             break
         content = inner[0]
     found = content if isinstance(content, dict) else {}
+    # Epochs, settings and optimizer states lie beside tensors in many files and harm nothing.
     state = {str(key): value for key, value in found.items() if isinstance(value, Tensor)}
     if not state:
         holds = f"entries {listed([str(k) for k in found])}" if found else type(content).__name__

@@ -14,7 +14,7 @@ tower is taken from the checkpoint where it is inside, else from where `mm_visio
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,12 +95,15 @@ def _check_supported(path: str, config: Mapping[str, Any]) -> None:
         "mm_patch_merge_type": ("flat",),
     }
     for key, values in expected.items():
+        # Older files lack keys. Where that means something else, such as a linear projector, the
+        # names of the tensors give it away.
         got = config.get(key, values[0])
         if got not in values:
             raise ValueError(
                 f"{path}/config.json says {key}: {got!r}, expected {' or '.join(values)}: only "
                 "checkpoints built like LLaVA-1.5 open here; choose another model.mllm"
             )
+    # It was trained on several tiles of an image, and would be shown one.
     if config.get("image_aspect_ratio") == "anyres":
         raise ValueError(
             f"{path}/config.json says image_aspect_ratio: 'anyres', the tiling of LLaVA-NeXT, "
@@ -117,6 +120,8 @@ def llava_config(
 ) -> LlavaConfig:
     """The configuration of transformers' class for an original one and its vision tower's."""
     language = CONFIG_MAPPING[ORIGINAL_FAMILIES[config["model_type"]].language_model]
+    # One config.json mixes the language model's keys with LLaVA's own; only the former may pass.
+    # The two of the rotary positions have other names in transformers 5, which still reads these.
     known = {*language().to_dict(), "rope_theta", "rope_scaling"}
     unread = ("model_type", "architectures", "dtype", "transformers_version", "_name_or_path")
     values = {k: v for k, v in config.items() if k in known and k not in unread}
@@ -156,7 +161,7 @@ def convert_names(state: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
         new = transformers_name(name)
         if new is None:
             strangers.append(name)
-        elif new in converted:
+        elif new in converted:  # which of the two was trained, nobody can tell
             raise ValueError(f"{path} holds {new!r} twice, once as {name!r}; copy it again")
         else:
             converted[new] = tensor
@@ -176,23 +181,15 @@ def grown_rows(weight: Tensor, num_rows: int) -> Tensor:
     missing = num_rows - weight.shape[0]
     if missing <= 0:
         return weight
+    # Of tens of thousands of rows, so in fp32.
     mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
     return torch.cat([weight, mean.expand(missing, -1)])
 
 
 def num_vocabulary_rows(num_rows: int, num_tokens: int) -> int:
     """Rows of the embedding for `num_tokens`: never fewer than there are."""
+    # Qwen's has more rows than tokens, for fast products; `resize_token_embeddings` drops them.
     return num_rows if num_tokens <= num_rows else -(-num_tokens // ROW_MULTIPLE) * ROW_MULTIPLE
-
-
-def _grow_vocabulary(state: dict[str, Tensor], before: int, after: int) -> dict[str, str]:
-    """Grow embedding and head in place; what was done, by name."""
-    done: dict[str, str] = {}
-    for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
-        if name in state and state[name].shape[0] == before:
-            state[name] = grown_rows(state[name], after)
-            done[name] = f"{before} -> {after} rows, for the image token"
-    return done
 
 
 # ---------------------------------------------------------------- loading
@@ -202,6 +199,7 @@ def _local_folder(path: str) -> Path:
     """The checkpoint's folder, fetched from the Hub where `path` is an id."""
     if Path(path).is_dir():
         return Path(path)
+    # Imported here, because whoever has a folder needs no Hub.
     from huggingface_hub import snapshot_download
 
     try:
@@ -211,12 +209,6 @@ def _local_folder(path: str) -> Path:
             f"cannot fetch {path!r} from the Hub ({first_line(error)}); download it elsewhere and "
             "give model.mllm the folder"
         ) from error
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """Tensors of the model itself; a projector or training state beside it is not read."""
-    whole = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
-    return read_state_dict(next((file for file in whole if file.is_file()), folder))
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -229,6 +221,7 @@ def _tokenizer(folder: Path) -> Any:
             f"cannot open the tokenizer in {folder} ({first_line(error)}); expected "
             "tokenizer.json, or tokenizer.model and the package sentencepiece"
         ) from error
+    # LLaVA's code marks an image by the id -200, which is in no vocabulary.
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     return tokenizer
@@ -238,11 +231,14 @@ def _whole_state(
     path: str, folder: Path, config: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], CLIPVisionConfig, LoadReport]:
     """Tensors under new names, the tower's configuration, and what was done to the file's."""
-    file = _read_weights(folder)
+    # By name where there is one whole file: a projector or a training state may lie beside it.
+    whole = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
+    file = read_state_dict(next((each for each in whole if each.is_file()), folder))
     state = convert_names(file, path)
-    derived = [name for name in file if name.endswith(DERIVED)]
+    derived = {ending: sum(name.endswith(ending) for name in file) for ending in DERIVED}
     place = tower_place(folder, config)
     converted = {}
+    # A tower inside may have been tuned with the rest, so it goes before the one that it came from.
     if not any(name.startswith(TOWER) for name in state):
         tower = {TOWER + name: t for name, t in tower_weights(path, place).items()}
         converted = dict.fromkeys(tower, f"read from the vision tower {place}")
@@ -253,15 +249,10 @@ def _whole_state(
         converted=converted,
         missing=[],
         unexpected=[],
-        dropped={k: Dropped(n, "computed anew") for k, n in _count_endings(derived).items()},
+        dropped={k: Dropped(n, "computed anew") for k, n in derived.items() if n},
     )
     inside = {n.removeprefix(TOWER): t for n, t in state.items() if n.startswith(TOWER)}
     return state, tower_config(path, place, inside), report
-
-
-def _count_endings(names: list[str]) -> dict[str, int]:
-    counts = {ending: sum(name.endswith(ending) for name in names) for ending in DERIVED}
-    return {ending: count for ending, count in counts.items() if count}
 
 
 def load_original_llava(path: str, *, dtype: torch.dtype, attention: str) -> tuple[Any, LoadReport]:
@@ -275,9 +266,14 @@ def load_original_llava(path: str, *, dtype: torch.dtype, attention: str) -> tup
     folder = _local_folder(path)
     state, vision, report = _whole_state(path, folder, config)
     tokenizer = _tokenizer(folder)
-    num_rows = num_vocabulary_rows(config["vocab_size"], len(tokenizer))
-    if num_rows > config["vocab_size"]:
-        report.converted.update(_grow_vocabulary(state, config["vocab_size"], num_rows))
+    before = config["vocab_size"]
+    num_rows = num_vocabulary_rows(before, len(tokenizer))
+    if num_rows > before:
+        for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
+            # One of another size is left as it is, for `_check_complete` to refuse by name.
+            if name in state and state[name].shape[0] == before:
+                state[name] = grown_rows(state[name], num_rows)
+                report.converted[name] = f"{before} -> {num_rows} rows, for the image token"
     opener: Any = LlavaForConditionalGeneration  # typed as if it never returned loading info
     model, found = opener.from_pretrained(
         None,
@@ -294,23 +290,26 @@ def load_original_llava(path: str, *, dtype: torch.dtype, attention: str) -> tup
         ignore_mismatched_sizes=True,  # they are reported, and refused below
     )
     _check_complete(path, found)
+    # Opened from memory, the model has read no generation_config.json, and an answer needs an end.
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     pad = tokenizer.pad_token_id
     model.generation_config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
     return model, report
 
 
-def _problems(report: Mapping[str, Any]) -> Iterator[str]:
-    for kind in ("missing", "unexpected"):
-        names = sorted(report[f"{kind}_keys"])
-        if names:
-            yield f"{len(names)} {kind} tensors, such as {names[:3]}"
-    for name, found, wanted in sorted(report["mismatched_keys"]):
-        yield f"{name} has shape {tuple(found)}, expected {tuple(wanted)}"
-
-
 def _check_complete(path: str, report: Mapping[str, Any]) -> None:
-    problems = list(_problems(report))
+    """ValueError unless every tensor of the model was in the files, and the reverse."""
+    named = {kind: sorted(report[f"{kind}_keys"]) for kind in ("missing", "unexpected")}
+    problems = [
+        f"{len(names)} {kind} tensors, such as {names[:3]}"
+        for kind, names in named.items()
+        if names
+    ]
+    problems += [
+        f"{name} has shape {tuple(found)}, expected {tuple(wanted)}"
+        for name, found, wanted in sorted(report["mismatched_keys"])
+    ]
+    # transformers only warns, and starts at random what a file lacks.
     if problems:
         raise ValueError(
             f"the weights in {path} do not fit its config.json: {'; '.join(problems[:4])} "

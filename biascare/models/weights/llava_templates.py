@@ -69,6 +69,7 @@ def with_image_parts(template: str, image_text: str = IMAGE_TOKEN) -> str:
 
     `image_text` stands in the text where the image part stood.
     """
+    # Put before the template instead of edited into it: any template can be read as it is.
     return FLATTEN_PARTS.replace("IMAGE", repr(image_text)) + template
 
 
@@ -77,9 +78,11 @@ def original_chat_template(config: Mapping[str, Any], own: Any) -> str:
 
     `config`: its config.json, which says what stands around an image.
     """
+    # Any other is one for plain text, which cannot show the parts of a message.
     if isinstance(own, str) and "image" in own:
         return own
     image = IMAGE_TOKEN
     if config.get("mm_use_im_start_end"):
         image = f"{IMAGE_START}{IMAGE_TOKEN}{IMAGE_END}"
+    # The line break is part of what LLaVA's code puts before a question.
     return with_image_parts(ORIGINAL_FAMILIES[config["model_type"]].chat_template, f"{image}\n")

@@ -22,6 +22,7 @@ def first_line(error: Exception) -> str:
 def tower_place(folder: Path, config: Mapping[str, Any]) -> str:
     """Where the vision tower lies: beside the checkpoint, where its config says, or on the Hub."""
     named = str(config["mm_vision_tower"])
+    # Copies beside the checkpoint first: with them a machine needs no network.
     beside = [folder / "mm_vision_tower", folder / named, folder / Path(named).name]
     for place in [*beside, Path(named)]:
         if (place / "config.json").is_file():
@@ -38,6 +39,7 @@ def _config_of_shapes(tower: Mapping[str, Tensor]) -> CLIPVisionConfig:
     """The configuration of an OpenAI CLIP tower, from its tensors."""
     patch_weight = tower["embeddings.patch_embedding.weight"]
     num_positions = tower["embeddings.position_embedding.weight"].shape[0]
+    # One position per patch and one for the class token, on a square grid.
     hidden_size, patch_size = patch_weight.shape[0], patch_weight.shape[-1]
     layers = {n.split(".")[2] for n in tower if n.startswith("encoder.layers.")}
     return CLIPVisionConfig(
@@ -62,6 +64,7 @@ def tower_config(path: str, place: str, tower: Mapping[str, Tensor]) -> CLIPVisi
     """Configuration of the tower; from its own shapes where only those are at hand."""
     needed = ("embeddings.patch_embedding.weight", "embeddings.position_embedding.weight")
     inside = all(name in tower for name in (*needed, "encoder.layers.0.mlp.fc1.weight"))
+    # A folder knows more than shapes do, and a name on the Hub would need a network.
     if inside and _is_openai_clip(place) and not Path(place).is_dir():
         return _config_of_shapes(tower)
     try:
@@ -77,6 +80,7 @@ def tower_weights(path: str, place: str) -> dict[str, Tensor]:
         tower, report = opener.from_pretrained(place, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise _unreachable_tower(path, place, error) from error
+    # Unexpected ones are welcome: a whole CLIP brings its text tower along.
     if report["missing_keys"]:
         lacking = sorted(report["missing_keys"])
         raise _unreachable_tower(path, place, ValueError(f"its weights lack {lacking[:3]}"))
@@ -93,6 +97,8 @@ def image_processor(folder: Path, place: str, vision: CLIPVisionConfig) -> CLIPI
             return CLIPImageProcessor.from_pretrained(place)
         except (OSError, ValueError) as error:
             raise _unreachable_tower(str(folder), place, error) from error
+    # Nothing is fetched for a CLIP of OpenAI: all of them were trained with the same statistics,
+    # which are this class's defaults.
     size: Any = vision.image_size
     return CLIPImageProcessor(
         size={"shortest_edge": size}, crop_size={"height": size, "width": size}

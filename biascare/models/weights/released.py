@@ -92,6 +92,7 @@ def released_to_ours(state: Mapping[str, Tensor]) -> ReleasedParts:
     strangers = []
     for name, tensor in state.items():
         plain = PEFT_ADDITIONS.sub("", name)
+        # Looked at first, because an `original_module` would find its part as well.
         left_out = [(label, why) for mark, label, why in DROPPED if re.match(mark, plain)]
         place = _place(plain)
         if left_out:
@@ -99,7 +100,12 @@ def released_to_ours(state: Mapping[str, Tensor]) -> ReleasedParts:
         elif place is None:
             strangers.append(name)
         else:
-            _put(getattr(parts, place[0]), place[1], tensor, name)
+            part, new = getattr(parts, place[0]), place[1]
+            if new in part:
+                raise ValueError(
+                    f"the checkpoint holds {new!r} twice, once as {name!r}; copy it again"
+                )
+            part[new] = tensor
     if strangers:
         raise ValueError(
             f"not a released DualPathNetwork checkpoint: {len(strangers)} tensors are unknown "
@@ -107,12 +113,6 @@ def released_to_ours(state: Mapping[str, Tensor]) -> ReleasedParts:
         )
     parts.dropped.update({label: Dropped(n, why) for (label, why), n in dropped.items()})
     return parts
-
-
-def _put(part: dict[str, Tensor], new: str, tensor: Tensor, name: str) -> None:
-    if new in part:
-        raise ValueError(f"the checkpoint holds {new!r} twice, once as {name!r}; copy it again")
-    part[new] = tensor
 
 
 def merge_adapter(
@@ -124,9 +124,11 @@ def merge_adapter(
         if not name.endswith(".lora_A"):
             continue
         module = name.removesuffix(".lora_A")
+        # An adapter that lacks one half would change nothing, without a word.
         weight, up = merged.get(f"{module}.weight"), adapter.get(f"{module}.lora_B")
         if weight is None or up is None:
             raise ValueError(f"the adapter of {module} lacks its lora_B or its base weight")
+        # In fp32 and rounded once: a small change beside a large weight is lost in bf16.
         change = (lora_alpha / down.shape[0]) * up.float() @ down.float()
         merged[f"{module}.weight"] = (weight.float() + change).to(weight.dtype)
     return merged
@@ -135,6 +137,7 @@ def merge_adapter(
 def _pathway_tensors(mllm: MLLMPathway) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(base, adapter) tensors of our pathway, named as `ReleasedParts` names them."""
     named = {
+        # PEFT puts the weights it adapts one level deeper and names each adapter.
         LORA.sub(r".\1", name.replace(".base_layer.", ".")): tensor
         for name, tensor in mllm.base.state_dict().items()
     }
@@ -147,6 +150,7 @@ def _check(part: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor])
     problems = [
         f"{kind} {listed(sorted(names))}"
         for kind, names in (
+            # Both ways, because a model of fewer layers would take every tensor it asks for.
             ("lacks", wanted.keys() - found.keys()),
             ("has besides", found.keys() - wanted.keys()),
         )
@@ -178,27 +182,30 @@ def load_released(
     Raises ValueError, before anything is copied, for unknown, missing or unfitting tensors.
     """
     mllm, query_attention = model.mllm, model.query_attention
+    # Half of it could be loaded, and would look like a whole one.
     if mllm is None or query_attention is None:
         raise ValueError("a released checkpoint holds both pathways; build the model with an MLLM")
     parts = released_to_ours(read_state_dict(path))
     base, adapter = _pathway_tensors(mllm)
+    # A model without an adapter has no place for one, so it is folded in, as in a merged file.
     weights = dict(parts.mllm)
     if parts.adapter and not isinstance(mllm.model, PeftModel):
         weights = merge_adapter(weights, parts.adapter, lora_alpha)
+    # A tied head is the embedding itself, and saved files may leave its second name out.
     if "lm_head.weight" not in weights and mllm.base.config.tie_word_embeddings:
         base.pop("lm_head.weight")
     _check("MLLM", weights, base)
     keep_adapter = bool(parts.adapter and adapter)
-    if keep_adapter:
+    if keep_adapter:  # another rank shows in the shapes; another alpha nobody can see
         _check("adapter", parts.adapter, adapter)
     query = dict(query_attention.state_dict())
     _check("query attention", parts.query_attention, query)
+    # The last check, which copies where it passes; the rest was checked above.
     vision = load_vision_checkpoint(model.vision, parts.seg)
-    _copy(weights, base)
+    converted = vision.converted | _copy(weights, base)
     _copy(parts.query_attention, query)
     if keep_adapter:
         _copy(parts.adapter, adapter)
-    converted = vision.converted | _conversions(weights, base)
     if parts.adapter and not keep_adapter:
         merged = [n.removesuffix("lora_A") + "weight" for n in parts.adapter if n.endswith("_A")]
         converted |= dict.fromkeys(merged, f"adapter folded in, alpha {lora_alpha:g}")
@@ -213,13 +220,10 @@ def load_released(
 
 
 @torch.no_grad()
-def _copy(found: Mapping[str, Tensor], places: Mapping[str, Tensor]) -> None:
+def _copy(found: Mapping[str, Tensor], places: Mapping[str, Tensor]) -> dict[str, str]:
+    """Fill our tensors in place; the changes of precision, by name."""
     for name, tensor in found.items():
         places[name].copy_(tensor)
-
-
-def _conversions(found: Mapping[str, Tensor], places: Mapping[str, Tensor]) -> dict[str, str]:
-    """Changes of precision, by name."""
     return {
         name: f"{str(tensor.dtype)[6:]} -> {str(places[name].dtype)[6:]}"
         for name, tensor in found.items()

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from biascare.models.weights.files import listed
-
-if TYPE_CHECKING:
-    pass
 
 
 class Dropped(NamedTuple):

@@ -17,11 +17,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from biascare.models.vision.pathway import VISION_ARCHITECTURES, VisionArchitecture
+from biascare.models.vision.pathway import VISION_ARCHITECTURES
 from biascare.models.weights.files import listed, read_state_dict
 from biascare.models.weights.report import Dropped, LoadReport
 
@@ -127,6 +126,7 @@ def detect_layout(state: Mapping[str, Tensor]) -> str:
     Raises:
         ValueError: none of them; names the first keys and the known layouts.
     """
+    # Most marks are the beginnings of keys, where wrappers put their names.
     keys = list(_without_shared_prefix(state))
     for name, layout in LAYOUTS.items():
         if any(re.search(layout.mark, key) for key in keys):
@@ -152,26 +152,30 @@ def load_vision_checkpoint(
         state, source = read_state_dict(weights), str(weights)
     layout = detect_layout(state)
     named, dropped = _rename(_without_shared_prefix(state), LAYOUTS[layout], source)
+    # Before the single keys: "set model.vision=..." says more than three hundred of them.
     _check_architecture(pathway.architecture, named, source)
     wanted = pathway.state_dict()
     lacking = [key for key in wanted if key not in named]
-    missing = [key for key in lacking if key.startswith(LAYOUTS[layout].may_lack or (" ",))]
+    missing = [key for key in lacking if key.startswith(LAYOUTS[layout].may_lack)]
     absent = [key for key in lacking if key not in missing]
     surplus = [key for key in named if key not in wanted]
     _refuse(source, layout, {"lacks": absent, "has unexpected": surplus})
     global_blocks = VISION_ARCHITECTURES[pathway.architecture].global_attn_indexes
     converted: dict[str, str] = {}
+    # What a layout may lack keeps its own values, so that loading can stay strict.
     fitted = {key: wanted[key] for key in missing}
     for key, value in named.items():
         fitted[key], done = fit(key, value, wanted[key], global_blocks)
         if done:
             converted[key] = done
+    # After the resampling: positions of another image size are not wrong.
     wrong = [
         f"{key} {tuple(value.shape)}, expected {tuple(wanted[key].shape)}"
         for key, value in fitted.items()
         if value.shape != wanted[key].shape
     ]
     _refuse(source, layout, {"has wrong shapes:": wrong})
+    # The only place that writes, and strict: a refused file has changed nothing so far.
     pathway.load_state_dict(fitted)
     return LoadReport(
         layout=layout,
@@ -196,7 +200,8 @@ def _refuse(source: str, layout: str, faults: dict[str, list[str]]) -> None:
 def _without_shared_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state without the prefixes that every key begins with."""
     keys = dict(zip(state, state, strict=True))
-    while keys:
+    while keys:  # wrappers stand inside each other: module._orig_mod.
+        # Only what every key begins with: a layer named `model.` in half of the keys is no wrapper.
         shared = [p for p in SHARED_PREFIXES if all(key.startswith(p) for key in keys)]
         if not shared:
             break
@@ -211,27 +216,24 @@ def _rename(
     named: dict[str, Tensor] = {}
     counts: Counter[str] = Counter()
     for key, value in state.items():
-        drop = _left_out(key, layout)
-        if drop is not None:
-            counts[drop] += 1
+        unwrapped = key  # what the prefixes in `drop` are compared with
+        if "" in layout.drop:
+            # PEFT keeps the untrained original beside its trained copy, which is what is wanted.
+            if not re.search(layout.mark, key) or ".original_module." in key:
+                counts[""] += 1
+                continue
+            unwrapped = re.sub(*layout.rename[0], key)
+        left_out = [prefix for prefix in layout.drop if prefix and unwrapped.startswith(prefix)]
+        if left_out:
+            counts[left_out[0]] += 1
             continue
         ours = key
         for pattern, replacement in layout.rename:
             ours = re.sub(pattern, replacement, ours)
-        if ours in named:
+        if ours in named:  # an alias that is not in `drop`: which of the two is right is unknown
             raise ValueError(f"{source} holds {ours} twice, the second time as {key}")
         named[ours] = value
     return named, {p or "other parts": Dropped(n, layout.drop[p]) for p, n in counts.items()}
-
-
-def _left_out(key: str, layout: Layout) -> str | None:
-    """The prefix under which a key is left out; the empty one stands for keys without the mark."""
-    if "" in layout.drop:
-        if not re.search(layout.mark, key) or ".original_module." in key:
-            return ""
-        key = re.sub(*layout.rename[0], key)
-    found = [prefix for prefix in layout.drop if prefix and key.startswith(prefix)]
-    return found[0] if found else None
 
 
 class _Sizes(NamedTuple):
@@ -256,22 +258,21 @@ def _sizes_of(named: Mapping[str, Tensor]) -> _Sizes | None:
     neck = named.get("image_encoder.neck.0.weight")
     if tokens is None or neck is None or tokens.ndim != 2 or neck.ndim != 4:
         return None
+    # TinyViT embeds patches by two convolutions (`seq`), so it has no single projection.
     encoder = "tiny_vit" if projection is None else "vit"
     blocks = {m[0] for key in named if (m := re.match(r"image_encoder\..*?blocks\.\d+\.", key))}
     return _Sizes(encoder, neck.shape[1], len(blocks), tokens.shape[1])
 
 
-def _sizes(architecture: VisionArchitecture) -> _Sizes:
-    return _Sizes(
-        architecture.encoder, architecture.embed_dim, architecture.depth, architecture.prompt_dim
-    )
-
-
 def _check_architecture(name: str, named: Mapping[str, Tensor], source: str) -> None:
-    found, wanted = _sizes_of(named), _sizes(VISION_ARCHITECTURES[name])
-    if found is None or found == wanted:
+    known = {
+        other: _Sizes(sizes.encoder, sizes.embed_dim, sizes.depth, sizes.prompt_dim)
+        for other, sizes in VISION_ARCHITECTURES.items()
+    }
+    found, wanted = _sizes_of(named), known[name]
+    if found is None or found == wanted:  # what cannot be told is named key by key afterwards
         return
-    fitting = [other for other, sizes in VISION_ARCHITECTURES.items() if _sizes(sizes) == found]
+    fitting = [other for other, sizes in known.items() if sizes == found]
     fix = f"set model.vision={fitting[0]}" if fitting else "no model.vision is of these sizes"
     raise ValueError(
         f"model.vision_weights {source} holds {found}, but model.vision={name} is {wanted}; {fix}"
@@ -291,30 +292,20 @@ def fit(
     done = []
     block = re.fullmatch(r"image_encoder\.blocks\.(\d+)\.attn\.rel_pos_[hw]", key)
     resampled = value
+    # Not where the sizes agree, so that the values are kept bit for bit.
     if key == "image_encoder.pos_embed" and value.shape[1:3] != wanted.shape[1:3]:
-        resampled = _resample_grid(value, (wanted.shape[1], wanted.shape[2]))
+        # Antialiased, because the 64 x 64 positions of SAM become 16 x 16 at 256 px.
+        size = (wanted.shape[1], wanted.shape[2])
+        grid = value.float().permute(0, 3, 1, 2)
+        grid = interpolate(grid, size, mode="bicubic", antialias=True, align_corners=False)
+        resampled = grid.permute(0, 2, 3, 1)
     elif block and int(block[1]) in global_blocks and len(value) != len(wanted):
-        resampled = _resample_line(value, len(wanted))
+        # Linear, as segment_anything itself does for a grid of another size.
+        line = value.float().T[None]
+        resampled = interpolate(line, len(wanted), mode="linear", align_corners=False)[0].T
     if resampled is not value:
         what = "position embedding" if block is None else "relative positions"
         done.append(f"{what} resampled {tuple(value.shape)} -> {tuple(resampled.shape)}")
     if value.dtype != wanted.dtype:
-        done.append(f"{_name(value.dtype)} -> {_name(wanted.dtype)}")
+        done.append(f"{value.dtype} -> {wanted.dtype}".replace("torch.", ""))
     return resampled.to(wanted.dtype), ", ".join(done)
-
-
-def _resample_grid(positions: Tensor, size: tuple[int, int]) -> Tensor:
-    """[1, h, w, C] -> [1, *size, C] float32."""
-    channels_first = positions.float().permute(0, 3, 1, 2)
-    resized = interpolate(channels_first, size, mode="bicubic", antialias=True, align_corners=False)
-    return resized.permute(0, 2, 3, 1)
-
-
-def _resample_line(positions: Tensor, length: int) -> Tensor:
-    """[n, C] -> [length, C] float32."""
-    line = interpolate(positions.float().T[None], length, mode="linear", align_corners=False)
-    return line[0].T
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -678,7 +678,9 @@ def test_a_file_with_foreign_objects_is_refused_with_their_names(
 ) -> None:
     content = WEIGHTS | {"args": Harmless()}
     torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match=r"pickled objects.*test_checkpoints\.Harmless.*refused"):
+    with pytest.raises(
+        ValueError, match=r"pickled objects.*test_vision_weights\.Harmless.*refused"
+    ):
         read_state_dict(tmp_path / "w.pth")
 
 
