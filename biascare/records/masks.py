@@ -24,6 +24,7 @@ _MAX_CHARACTERS = 6  # of one number: 30 bits, while MAX_IMAGE_PIXELS needs 27 a
 
 def encode_mask(mask: NDArray[np.bool_]) -> bytes:
     """COCO run-length code of a mask: bool [H, W] -> bytes. Exact; the size is not part of it."""
+    # pycocotools takes any uint8: of a label map it would count the changes of value as runs.
     if mask.ndim != 2 or mask.dtype != np.bool_:
         raise ValueError(
             f"a mask must be a bool array [H, W], got {mask.dtype} {list(mask.shape)}; "
@@ -56,6 +57,8 @@ def mask_runs(rle: bytes, height: int, width: int) -> NDArray[np.int64]:
     Raises ValueError when the code is damaged or does not describe a mask of this size.
     """
     try:
+        # Everything is checked before `np.repeat` allocates: a damaged length could ask for
+        # terabytes.
         runs = _differences(rle)
         # The first number stands alone, those of 1 and of 0 are summed along their own kind.
         runs[1::2] = np.cumsum(runs[1::2])

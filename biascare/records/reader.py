@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,11 @@ class Records:
         self.manifest = read_manifest(self.folder)
         _check_version(self.folder, self.manifest["format_version"])
         self._batches = _open(self.folder, self.manifest)
+        # Where each batch begins: a row is then found by bisection, without joining the batches.
         self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
-        self._segmentation_units, self._language_units = self._load_units()
+        # [U] int32: numbers of the rows that have at least one target, ascending; and [U, 2] int32:
+        # (row number, index of the user turn in its conversations), ascending.
+        self.segmentation_units, self.language_units = self._load_units()
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -40,9 +43,10 @@ class Records:
         """Row `index` as python values: image bytes, targets [{name, rle}], conversations
         [{role, text, kind, options, facts}], labels [str], extra dict, unknown attributes None.
 
-        Raises ValueError, naming folder and record, when a byte of image or masks was altered: the
-        checksum costs less than decoding what it guards.
+        Raises ValueError, naming folder and record, when a byte of image or masks was altered.
         """
+        # At each reading: the checksum costs less than decoding what it guards, and a disk may fail
+        # in the middle of a run.
         row = self.unchecked(index)
         check_row(row, str(self.folder))
         return row
@@ -64,6 +68,7 @@ class Records:
         """Id of row `index`, whatever has become of the rest of it."""
         batch, place = self._locate(index)
         stored = batch.column("id")[place].as_buffer()
+        # Arrow would refuse damaged UTF-8, and then the damaged row could not even be named.
         return str(stored.to_pybytes().decode("utf-8", errors="replace"))
 
     def _stored_row(self, index: int) -> dict[str, Any]:
@@ -74,6 +79,7 @@ class Records:
 
     def _locate(self, index: int) -> tuple[pa.RecordBatch, int]:
         """The batch that holds row `index`, and its place there."""
+        # `range` knows negative numbers and raises IndexError, which ends a `for` over the records.
         number = range(len(self))[index]
         batch = int(np.searchsorted(self._starts, number, side="right")) - 1
         return self._batches[batch], number - int(self._starts[batch])
@@ -84,20 +90,11 @@ class Records:
         return pa.Table.from_batches(self._batches, schema=_SCHEMA)
 
     def __reduce__(self) -> tuple[type[Records], tuple[str]]:
+        # A worker maps the files again; pickling the batches would copy all images to it.
         return (Records, (str(self.folder),))
 
     def __repr__(self) -> str:
         return f"Records({str(self.folder)!r}, num_rows={len(self)})"
-
-    @property
-    def segmentation_units(self) -> np.ndarray:
-        """[U] int32: numbers of the rows that have at least one target, ascending."""
-        return self._segmentation_units
-
-    @property
-    def language_units(self) -> np.ndarray:
-        """[U, 2] int32: (row number, index of the user turn in its conversations), ascending."""
-        return self._language_units
 
     def question_kinds(self) -> list[str]:
         """[U] kind of each language unit, in their order; image pages stay untouched."""
@@ -117,6 +114,7 @@ class Records:
         """Read every row and compare the content hash. Raises ValueError when a byte changed."""
         digest = hashlib.sha256()
         for index in range(len(self)):
+            # Of the stored row: the unpacked one is parsed JSON, which has more than one spelling.
             digest.update(row_digest(self._stored_row(index)))
         if digest.hexdigest() != self.manifest["content_hash"]:
             raise ValueError(
@@ -131,6 +129,7 @@ class Records:
         segmentation, language = (
             np.load(path, mmap_mode="r", allow_pickle=False) for path in paths
         )
+        # Units of another preparation would point at other rows, and no error would follow.
         expected = (self.manifest["num_segmentation_units"], self.manifest["num_language_units"])
         if (len(segmentation), len(language)) != expected:
             raise ValueError(
@@ -147,6 +146,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"record folder {folder} does not exist; prepare it with a data_prep program"
         )
     if not path.is_file():
+        # The commonest mistake is the folder above: prepared/btcv instead of prepared/btcv/train.
         inside = sorted(p.parent.name for p in folder.glob(f"*/{MANIFEST}"))
         hint = f"; did you mean one of its folders {inside}?" if inside else ""
         raise ValueError(f"{folder} has no {MANIFEST}: not a finished record folder{hint}")
@@ -176,17 +176,23 @@ _SCHEMA = FEATURES.arrow_schema
 
 
 def _open(folder: Path, manifest: Mapping[str, Any]) -> list[pa.RecordBatch]:
-    """Map the files. Raises ValueError when they are not what the manifest describes.
-
-    Read by Arrow itself: `datasets` spends a millisecond and 40 kB on every file, which is too much
-    for the thousands of files of millions of images.
-    """
+    """Map the files. Raises ValueError when they are not what the manifest describes."""
+    batches: list[pa.RecordBatch] = []
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        # The name alone: a path in a stranger's file must not lead out of the folder.
         names = [Path(entry["filename"]).name for entry in state["_data_files"]]
-        batches = [batch for name in names for batch in _read_file(folder / name)]
+        for name in names:
+            # By Arrow itself: `datasets` spends a millisecond and 40 kB on every file, which is too
+            # much for the thousands of files of millions of images.
+            messages = pa.ipc.MessageReader.open_stream(pa.memory_map(str(folder / name)))
+            if not pa.ipc.read_schema(messages.read_next_message()).equals(_SCHEMA):
+                raise ValueError(f"{name} does not have the columns of {FORMAT}")
+            # One schema for all: a file's own copy would cost as much memory as its arrays.
+            batches += [pa.ipc.read_record_batch(message, _SCHEMA) for message in messages]
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise ValueError(f"{folder} is damaged ({error}); prepare it again") from error
+    # A copy that was cut between two files still opens; only the count tells.
     num_rows = sum(batch.num_rows for batch in batches)
     if num_rows != manifest["num_rows"]:
         raise ValueError(
@@ -194,13 +200,3 @@ def _open(folder: Path, manifest: Mapping[str, Any]) -> list[pa.RecordBatch]:
             "a shard is missing or foreign, prepare it again"
         )
     return batches
-
-
-def _read_file(path: Path) -> Iterator[pa.RecordBatch]:
-    """Memory-mapped batches of an Arrow stream. All share one schema: a file's own copy of it would
-    cost as much memory as its arrays."""
-    messages = pa.ipc.MessageReader.open_stream(pa.memory_map(str(path)))
-    if not pa.ipc.read_schema(messages.read_next_message()).equals(_SCHEMA):
-        raise ValueError(f"{path.name} does not have the columns of {FORMAT}")
-    for message in messages:
-        yield pa.ipc.read_record_batch(message, _SCHEMA)

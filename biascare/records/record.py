@@ -52,6 +52,8 @@ FEATURES = datasets.Features(
                 "text": datasets.Value("string"),
                 "kind": datasets.Value("string"),
                 "options": [datasets.Value("string")],
+                # JSON text, not a struct: a struct's keys are columns, and a new fact would be a
+                # new format.
                 "facts": datasets.Value("string"),
             }
         ],
@@ -64,6 +66,7 @@ FEATURES = datasets.Features(
         "patient_id": datasets.Value("string"),
         "study_id": datasets.Value("string"),
         "sex": datasets.Value("string"),
+        # Not int32: releases state months and days of children as fractions of a year.
         "age": datasets.Value("float64"),
         "race": datasets.Value("string"),
         "extra": datasets.Value("string"),
@@ -127,6 +130,8 @@ def image_size(data: bytes) -> tuple[int, int]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # judged below
+            # Two formats only: Pillow's other decoders are many, and a record's bytes may be a
+            # stranger's.
             with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
                 width, height = image.size
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
@@ -143,10 +148,6 @@ def image_size(data: bytes) -> tuple[int, int]:
     return height, width
 
 
-def _age_decade(age: float | None) -> str:
-    return "missing" if age is None else f"{int(age // 10) * 10}s"
-
-
 HISTOGRAMS: dict[str, Any] = {
     "targets": lambda row: [target["name"] for target in row["targets"]],
     "labels": lambda row: row["labels"],
@@ -155,7 +156,9 @@ HISTOGRAMS: dict[str, Any] = {
     "modality": lambda row: [row["modality"]],
     "sex": lambda row: ["missing" if row["sex"] is None else row["sex"]],
     "race": lambda row: ["missing" if row["race"] is None else row["race"]],
-    "age_decade": lambda row: [_age_decade(row["age"])],
+    "age_decade": lambda row: [
+        "missing" if row["age"] is None else f"{int(row['age'] // 10) * 10}s"
+    ],
 }
 """Manifest key -> what a stored row adds to that histogram; unknown attributes count as missing."""
 
@@ -163,6 +166,8 @@ HISTOGRAMS: dict[str, Any] = {
 def row_of(record: Record) -> dict[str, Any]:
     """A validated record in the shape of FEATURES."""
     row = {name: getattr(record, name) for name in FEATURES if name != "checksum"}
+    # A converter may hold an int. Its digest would differ from that of the row read back, 61 not
+    # 61.0.
     row["age"] = None if record.age is None else float(record.age)
     row["targets"] = [{"name": name, "rle": encode_mask(mask)} for name, mask in record.targets]
     row["conversations"] = [
@@ -184,15 +189,17 @@ def unpacked(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _json(value: Mapping[str, Any]) -> str:
+    # Sorted, so that equal facts are equal bytes; NaN is no JSON, and other readers refuse it.
     return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
 
 
 def checksum_of(row: Mapping[str, Any]) -> str:
     """sha256, in hex, of the bytes no other check looks into: the image, and name and code of every
-    target. Lengths are hashed too, so that no byte can change sides."""
+    target."""
     digest = hashlib.sha256()
     codes = [data for t in row["targets"] for data in (t["name"].encode("utf-8"), t["rle"])]
     for data in (row["image"], *codes):
+        # Without its length, a byte could move from a code to the name after it and change nothing.
         digest.update(len(data).to_bytes(8, "big"))
         digest.update(data)
     return digest.hexdigest()
@@ -222,6 +229,8 @@ def check_record(record: Record, source: str, split: str) -> None:
     """Raises ValueError naming all problems of a record; `source` and `split` are its folder's."""
     problems = [*_identity_problems(record, source, split), *_attribute_problems(record)]
     problems += _conversation_problems(record.conversations)
+    # Last, because it alone opens the image; all are collected, or a converter is mended one by
+    # one.
     problems += _image_problems(record)
     if problems:
         raise ValueError(f"record {record.id!r}: " + "; ".join(problems))
@@ -232,6 +241,7 @@ def _identity_problems(record: Record, source: str, split: str) -> Iterable[str]
         value = getattr(record, name)
         if not isinstance(value, str) or not value.strip():
             yield f"{name} must be a non-empty string, got {value!r}"
+    # A test record in a training folder is a leak that no later check of folders would see.
     if (record.source, record.split) != (source, split):
         yield (
             f"belongs to {record.source!r}/{record.split!r}, "
@@ -244,6 +254,7 @@ def _attribute_problems(record: Record) -> Iterable[str]:
         yield f"sex must be one of {SEXES} or None, got {record.sex!r}"
     if record.age is not None and not (math.isfinite(record.age) and 0 <= record.age <= MAX_AGE):
         yield f"age must be between 0 and {MAX_AGE} years or None, got {record.age!r}"
+    # An empty patient id would make one patient of all people whose id is not known.
     for name in ("race", "patient_id", "study_id"):
         if getattr(record, name) == "":
             yield f"{name} is an empty string; write None when it is unknown"
@@ -261,6 +272,7 @@ def _conversation_problems(turns: list[Turn]) -> Iterable[str]:
             yield unknown(f"kind of turn {index}", turn.kind, KINDS)
         if not isinstance(turn.text, str) or not turn.text.strip():
             yield f"turn {index} has no text, got {turn.text!r}"
+        # The kind decides how an answer is scored, and readers look for it on either turn.
         if index % 2 and turn.kind != turns[index - 1].kind:
             yield f"turn {index} answers a {turns[index - 1].kind!r} question as {turn.kind!r}"
     yield from question_problems(turns)
@@ -280,6 +292,7 @@ def _fact_problems(index: int, turn: Turn) -> Iterable[str]:
             yield unknown(f"fact of turn {index}", key, FACTS)
         if not isinstance(value, str) or not value.strip():
             yield f"fact {key!r} of turn {index} must be a text, got {value!r}; or leave it out"
+    # On both turns they could contradict each other, and readers look at the question's alone.
     if index % 2 and (turn.facts or turn.options):
         yield f"turn {index} is an answer; facts and options belong to the question before it"
 
@@ -293,8 +306,10 @@ def _option_problems(index: int, question: Turn, answer: str) -> Iterable[str]:
     if not 2 <= len(options) <= MAX_OPTIONS:
         yield f"turn {index} is a choice of {len(options)}; it needs 2 to {MAX_OPTIONS} options"
     for option in options:
+        # Options become lines of a prompt: a line break inside one would read as two of them.
         if not isinstance(option, str) or option != " ".join(option.split()) or not option:
             yield f"option {option!r} of turn {index} must be one line without outer spaces"
+    # Two equal options would leave open which letter is right.
     if options.count(answer) != 1:
         yield (
             f"answer {answer!r} of turn {index + 1} is not exactly one of the options "
@@ -304,6 +319,7 @@ def _option_problems(index: int, question: Turn, answer: str) -> Iterable[str]:
 
 def _image_problems(record: Record) -> Iterable[str]:
     try:
+        # Of the bytes themselves: a size from a table may be that of another version of the image.
         size = image_size(record.image)
     except ValueError as error:
         yield str(error)
@@ -311,6 +327,7 @@ def _image_problems(record: Record) -> Iterable[str]:
     if size != (record.height, record.width):
         stated = f"{record.height} x {record.width}"
         yield f"height x width is {stated}, the image has {size[0]} x {size[1]}"
+    # A reader asks for a target by its name, and a second mask of that name would never be found.
     names = Counter(name for name, _ in record.targets)
     yield from (f"target {name!r} occurs {n} times" for name, n in names.items() if n > 1)
     for name, mask in record.targets:
@@ -319,5 +336,6 @@ def _image_problems(record: Record) -> Iterable[str]:
         if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_ or mask.shape != size:
             got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, np.ndarray) else type(mask)
             yield f"mask of {name!r} must be bool {list(size)} like the image, got {got}"
+        # It would be scored as a miss whatever the model does, and no point can be drawn in it.
         elif not mask.any():
             yield f"mask of {name!r} is empty; leave the target out and note it in the ledger"

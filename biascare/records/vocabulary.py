@@ -26,6 +26,7 @@ NUM_RIBS = 12
 TARGET_SYNONYMS = {
     "arota": "aorta",  # as misspelt in the AMOS release
     "bladder": "urinary bladder",
+    # One of the two spellings, or the same structure would be two targets.
     "brain tumour": "brain tumor",
     "covid-19 infection": "COVID-19 infection",
     "gall bladder": "gallbladder",
@@ -98,14 +99,10 @@ def _plain(name: str) -> str:
     return " ".join(name.replace("_", " ").lower().split())
 
 
-def _sided() -> dict[str, str]:
-    """Side-last spellings of the paired structures and of the ribs -> side first."""
-    table = {f"{name} {side}": f"{side} {name}" for name in SIDED_TARGETS for side in SIDES}
-    ribs = range(1, NUM_RIBS + 1)
-    return table | {f"rib {side} {n}": f"{side} rib {n}" for side in SIDES for n in ribs}
-
-
-_SIDE_FIRST = _sided()
+# A table and no rule: a rule would also move the "left" of names where it is no side of the body.
+_SIDE_FIRST = {f"{name} {side}": f"{side} {name}" for name in SIDED_TARGETS for side in SIDES} | {
+    f"rib {side} {n}": f"{side} rib {n}" for side in SIDES for n in range(1, NUM_RIBS + 1)
+}
 _MODALITIES = {alias: name for name, aliases in MODALITIES.items() for alias in aliases}
 
 
@@ -115,12 +112,14 @@ def canonical_target(name: str) -> str:
     if not plain:
         raise ValueError(f"a target needs a name, got {name!r}; name it in the release's labels")
     side_first = _SIDE_FIRST.get(plain, plain)
+    # After the sides, so that each synonym is listed once and not once per order of its words.
     return TARGET_SYNONYMS.get(side_first, side_first)
 
 
 def canonical_modality(name: str) -> str:
     """Spelling of a modality in records. Raises ValueError, with the nearest, when unknown."""
     plain = _plain(name)
+    # Not kept as it is, as a target is: flips and windows depend on the modality.
     if plain not in _MODALITIES:
         near = did_you_mean(plain, _MODALITIES)
         raise ValueError(

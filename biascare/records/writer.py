@@ -87,6 +87,7 @@ class PartWriter:
         self._id_hashes: list[int] = []
         self._digests = bytearray()
         self._counts: dict[str, Counter[str]] = {name: Counter() for name in HISTOGRAMS}
+        # No `exist_ok`: two writers of one folder would mix their rows.
         self.folder.mkdir(parents=True)
 
     def __len__(self) -> int:
@@ -95,11 +96,15 @@ class PartWriter:
     def write(self, record: Record) -> None:
         """Check one record and append it. Raises ValueError naming all its problems."""
         check_record(record, self._source, self._split)
+        # Within a part at once, where the item can still be named; across parts see `_check_ids`.
         if record.id in self._ids:
             raise ValueError(f"record {record.id!r}: id written before; ids must be unique")
+        # After the check: `encode_mask` alone takes a mask of another size than the image's.
         row = row_of(record)
         self._ids.add(record.id)
-        self._id_hashes.append(_id_hash(record.id))
+        # 64 bits stand for an id: those of millions of records are compared when parts are joined.
+        id_hash = hashlib.sha256(record.id.encode("utf-8")).digest()[:8]
+        self._id_hashes.append(int.from_bytes(id_hash, "big"))
         self._digests += row_digest(row)
         for name, values in HISTOGRAMS.items():
             self._counts[name].update(values(row))
@@ -112,6 +117,7 @@ class PartWriter:
         digests = np.frombuffer(bytes(self._digests), dtype=np.uint8).reshape(-1, 32)
         np.save(self.folder / ROW_DIGESTS, digests)
         flush_tree(self.folder)
+        # Last, and after a flush: a part without it counts as not written, whatever else is there.
         part = {
             "num_rows": len(self),
             "files": self._names,
@@ -132,10 +138,13 @@ class PartWriter:
             self._file = ArrowWriter(
                 features=FEATURES,
                 path=str(self.folder / self._names[-1]),
+                # Never reached, so that a file is one batch: `datasets` would cut one of its own
+                # otherwise.
                 writer_batch_size=self._rows_per_file + 1,
             )
         self._file.write(row)
         self._file_rows += 1
+        # Texts are left out: beside an image they are nothing.
         self._file_bytes += len(row["image"]) + sum(len(t["rle"]) for t in row["targets"])
         if self._file_rows >= self._rows_per_file or self._file_bytes >= SHARD_BYTES:
             self._close_file()
@@ -178,16 +187,19 @@ def assemble(
     is there (and `overwrite` is not set), also when another process was faster.
     """
     folder = Path(folder).absolute()
+    # An empty folder would open, and training would say much later that it has nothing to draw.
     if not any(part.num_rows for part in parts):
         raise ValueError(f"no record was written to {folder}: nothing to prepare")
     _check_ids(parts)
     new = scratch_folder(folder)
     new.mkdir(parents=True)
     try:
-        digest = _content_hash(parts)
+        # Over the digests of rows: how the rows are cut into parts and files leaves no trace in it.
+        rows = b"".join(np.load(part.folder / ROW_DIGESTS).tobytes() for part in parts)
+        digest = hashlib.sha256(rows).hexdigest()
         files = _link_files(parts, new)
         write_json(new / "state.json", _dataset_state(digest, split, files))
-        write_json(new / "dataset_info.json", _dataset_info())
+        write_json(new / "dataset_info.json", _DATASET_INFO)
         segmentation, language = stream_units(datasets.load_from_disk(str(new)).data.table)
         np.save(new / SEGMENTATION_UNITS, segmentation)
         np.save(new / LANGUAGE_UNITS, language)
@@ -207,6 +219,7 @@ def assemble(
         }
         write_json(new / MANIFEST, manifest | ({"preparation": preparation} if preparation else {}))
         flush_tree(new)
+        # `claim_name` fails when the name is taken: of two processes that join, one is told.
         if overwrite:
             put_in_place(new, folder, aside=scratch_folder(folder))
         else:
@@ -240,6 +253,7 @@ class RecordWriter:
         overwrite: bool = False,
     ) -> None:
         self.folder = Path(folder).absolute()
+        # Before hours of converting, not after; `assemble` looks again, as others may write too.
         if self.folder.exists() and not overwrite:
             raise ValueError(f"{self.folder} exists already; choose another output or overwrite it")
         self._source, self._split = source, split
@@ -263,27 +277,26 @@ class RecordWriter:
     ) -> None:
         try:
             if exc_type is None:
-                self._finish()
+                self._part.close()
+                assemble(
+                    [read_part(self._part.folder)],
+                    self.folder,
+                    source=self._source,
+                    split=self._split,
+                    version=self._version,
+                    licence=self._licence,
+                    overwrite=self._overwrite,
+                )
             else:
                 self._part.abandon()
         finally:
+            # The folder has its own links to the Arrow files by now: removing the part costs no
+            # row.
             shutil.rmtree(self._part.folder, ignore_errors=True)
 
     def write(self, record: Record) -> None:
         """Check one record and append it. Raises ValueError naming all its problems."""
         self._part.write(record)
-
-    def _finish(self) -> None:
-        self._part.close()
-        assemble(
-            [read_part(self._part.folder)],
-            self.folder,
-            source=self._source,
-            split=self._split,
-            version=self._version,
-            licence=self._licence,
-            overwrite=self._overwrite,
-        )
 
 
 def stream_units(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
@@ -316,23 +329,19 @@ def _dataset_state(digest: str, split: str, files: list[str]) -> dict[str, Any]:
     }
 
 
-def _dataset_info() -> dict[str, Any]:
-    """dataset_info.json of `Dataset.save_to_disk`."""
-    return {
-        "citation": "",
-        "description": "",
-        "features": FEATURES.to_dict(),
-        "homepage": "",
-        "license": "",
-    }
-
-
-def _id_hash(identifier: str) -> int:
-    return int.from_bytes(hashlib.sha256(identifier.encode("utf-8")).digest()[:8], "big")
+_DATASET_INFO = {
+    "citation": "",
+    "description": "",
+    "features": FEATURES.to_dict(),
+    "homepage": "",
+    "license": "",
+}
+"""dataset_info.json of `Dataset.save_to_disk`."""
 
 
 def _check_ids(parts: Sequence[Part]) -> None:
     """Raises ValueError for ids that occur in two parts; within one, its writer has looked."""
+    # Within one part its writer has compared all ids already.
     if len(parts) < 2:
         return
     hashes = np.sort(np.concatenate([np.load(part.folder / ID_HASHES) for part in parts]))
@@ -352,6 +361,7 @@ def _check_ids(parts: Sequence[Part]) -> None:
 
 def _ids_with(part: Part, hashes: np.ndarray) -> list[str]:
     """Ids of the rows of a part whose hash is one of `hashes` [N] uint64."""
+    # Only parts with a suspect are opened; the hashes are there to spare the others.
     rows = np.flatnonzero(np.isin(np.load(part.folder / ID_HASHES), hashes))
     if not len(rows):
         return []
@@ -362,19 +372,13 @@ def _ids_with(part: Part, hashes: np.ndarray) -> list[str]:
     return [str(name) for name in pa.concat_tables(tables)["id"].take(pa.array(rows)).to_pylist()]
 
 
-def _content_hash(parts: Sequence[Part]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(np.load(part.folder / ROW_DIGESTS).tobytes())
-    return digest.hexdigest()
-
-
 def _histograms(parts: Sequence[Part]) -> dict[str, Any]:
     """num_targets and every histogram of the manifest, summed over parts, sorted by value."""
     counts: dict[str, Counter[str]] = {name: Counter() for name in HISTOGRAMS}
     for part in parts:
         for name in counts:
             counts[name].update(part.counts[name])
+    # Sorted, so that the manifest does not depend on which row or shard came first.
     histograms = {name: dict(sorted(count.items())) for name, count in counts.items()}
     return {"num_targets": counts["targets"].total(), **histograms}
 
@@ -386,6 +390,7 @@ def _link_files(parts: Sequence[Part], folder: Path) -> list[str]:
     for source, name in zip(sources, names, strict=True):
         try:
             os.link(source, folder / name)
+        # A part that is gone is no reason to copy; another process has joined and removed it.
         except FileNotFoundError:
             raise
         except OSError:  # no hard links here (exFAT, some network mounts)

@@ -16,7 +16,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from biascare.checks.statistics import MISSING, Distribution, imbalance
+from rich.table import Table
+
+from biascare.checks.statistics import MISSING, Distribution, SourceUse, imbalance
+from biascare.records import Records
 from biascare.reports.page import page, section, table
 from biascare.reports.page import picture as image
 
@@ -28,6 +31,9 @@ BAR_COLOR, MISSING_COLOR = "#5A6570", "#C4C4C4"
 
 MAX_BARS = 64
 """Longest panel; what is rarer is summed up in one bar."""
+
+MAX_NAMES = 3
+"""Sources that a title names."""
 
 LOG_SPAN = 50
 """Largest over smallest value from which a logarithmic axis is used."""
@@ -296,3 +302,106 @@ def _axis_rows(
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     return table(rows[0], (row.values() for row in rows)) if rows else ""
+
+
+# ---------------------------------------------------------------- tables
+
+
+def describe_sources(uses: Sequence[SourceUse]) -> list[dict[str, Any]]:
+    """Rows of the table of sources: what there is and what the run draws."""
+    total = sum(use.num_drawn for use in uses)
+    rows = []
+    for use in uses:
+        records = use.records
+        segments = use.task == "segmentation"
+        units = len(records.segmentation_units if segments else records.language_units)
+        rows.append(
+            {
+                "source": records.manifest["source"],
+                "split": records.manifest["split"],
+                "task": use.task,
+                "images": f"{len(records):,}",
+                "units": f"{units:,}",
+                "drawn": f"{use.num_drawn:,}",
+                "share": f"{use.num_drawn / max(total, 1):.2%}",
+                "passes": f"{use.num_drawn / units:.2f}",
+            }
+        )
+    return rows
+
+
+def describe_folders(folders: Sequence[Records]) -> list[dict[str, Any]]:
+    """Rows of the table of sources where there is no run: what there is."""
+    return [
+        {
+            "source": records.manifest["source"],
+            "split": records.manifest["split"],
+            "images": f"{len(records):,}",
+            "masks": f"{records.manifest['num_targets']:,}",
+            "questions": f"{len(records.language_units):,}",
+        }
+        for records in folders
+    ]
+
+
+def title_of(sources: Sequence[Mapping[str, Any]]) -> str:
+    """The first few sources, and how many more there are."""
+    names = list(dict.fromkeys(f"{row['source']}/{row['split']}" for row in sources))
+    more = len(names) - MAX_NAMES
+    return ", ".join(names[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def as_json(
+    profile: Mapping[str, Distribution], sources: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The numbers of figure and tables."""
+    return {
+        "sources": sources,
+        "axes": {
+            axis: {
+                "on_disk": distribution.raw,
+                "imbalance_on_disk": imbalance(distribution.raw)._asdict(),
+                "run": distribution.stream,
+                # None, not zeros: without a run nothing is known about what it would draw.
+                "imbalance_run": (
+                    imbalance(distribution.stream)._asdict() if distribution.stream else None
+                ),
+            }
+            for axis, distribution in profile.items()
+        },
+    }
+
+
+def sources_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """What `describe_sources` or `describe_folders` says, for a terminal."""
+    shown = Table(title="Sources")
+    for name in rows[0]:
+        shown.add_column(name, justify="left" if name in ("source", "split", "task") else "right")
+    for row in rows:
+        shown.add_row(*(str(value) for value in row.values()))
+    return shown
+
+
+def imbalance_table(profile: Mapping[str, Distribution]) -> Table:
+    """One line per axis: on disk, and where there is a run, what it draws."""
+    shown = Table(title="How uneven")
+    columns = ("axis", "of", "categories", "largest : smallest", "evenness", "effective", "unknown")
+    for column in columns:
+        shown.add_column(column, justify="left" if column in ("axis", "of") else "right")
+    for axis, distribution in profile.items():
+        for kind, counts in (("disk", distribution.raw), ("run", distribution.stream)):
+            if counts:
+                numbers = imbalance(counts)
+                uneven = (numbers.ratio, numbers.evenness, numbers.effective_number)
+                shown.add_row(
+                    axis if kind == "disk" else "",
+                    kind,
+                    str(numbers.num_categories),
+                    # All values may be unknown, and then there is nothing to be uneven.
+                    *(
+                        "-" if number is None else format(number, style)
+                        for number, style in zip(uneven, (",.1f", ".3f", ".1f"), strict=True)
+                    ),
+                    f"{numbers.missing_share:.1%}",
+                )
+    return shown

@@ -289,7 +289,9 @@ def test_record_folders_do_without_a_configuration(tmp_path: Path, tiny_records:
 
 def test_an_axis_of_unknown_values_has_no_imbalance_in_the_table() -> None:
     nothing = Distribution({MISSING: 8}, {})
-    table = data_bias.imbalance_table({"race": nothing, "sex": Distribution({"F": 3, "M": 1}, {})})
+    table = bias_report.imbalance_table(
+        {"race": nothing, "sex": Distribution({"F": 3, "M": 1}, {})}
+    )
     cells = list(zip(*(list(column.cells) for column in table.columns), strict=True))
     assert cells[0] == ("race", "disk", "0", "-", "-", "-", "100.0%")
     assert cells[1][3:6] == ("3.0", "0.811", "1.8")
@@ -301,7 +303,7 @@ def test_the_title_says_how_many_folders_it_does_not_name(tmp_path: Path) -> Non
     title = "tiny/train, tiny/val, tiny/test and 1 more"
     assert f"<h1>{title}</h1>" in (tmp_path / "bias" / "bias.html").read_text()
     assert title in (tmp_path / "bias" / "bias.svg").read_text()
-    assert data_bias.title_of([{"source": "a", "split": "train"}] * 5) == "a/train"
+    assert bias_report.title_of([{"source": "a", "split": "train"}] * 5) == "a/train"
 
 
 def test_a_folder_that_is_not_there_ends_with_one_sentence(tmp_path: Path) -> None:
