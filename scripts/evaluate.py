@@ -71,6 +71,9 @@ def main() -> None:
         summary = evaluate_model(EvaluationRequest(**vars(options)))
     except ValueError as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it was", file=sys.stderr)
+        sys.exit(130)
     if os.environ.get("RANK", "0") != "0":
         return
     Console().print(evaluation_table(summary, options.model))

@@ -1,12 +1,12 @@
 """What a program does to its own process: before torch computes anything, and when it ends early.
 
-raise_interrupts()
+interrupts = raise_interrupts()
 try:
     prepare_process()
     run(config)
-except KeyboardInterrupt as interrupt:
-    stop(interrupt, output_dir)
-except ValueError as error:
+except BaseException as error:
+    if interrupts:
+        stop(interrupts[0], output_dir)
     fail(error, output_dir)
 """
 
