@@ -91,14 +91,32 @@ class Item(NamedTuple):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = _parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--source", required=True, type=Path, help="folder of the label tables")
+    parser.add_argument("--images", type=Path, help="MIMIC-CXR-JPG; default: --source")
+    parser.add_argument("--mimic-iv", type=Path, help="MIMIC-IV, for sex, age and race")
+    parser.add_argument(
+        "--task",
+        choices=("1", "2", "all"),
+        default="all",
+        help="of the challenge; default: %(default)s",
+    )
+    shards.add_arguments(parser)
+    args = parser.parse_args(arguments)
     shards.run(args, plan(args.source, args.images or args.source, args.mimic_iv, args.task))
 
 
 def plan(source: Path, images: Path, mimic_iv: Path | None, task: str) -> list[Release]:
     """One release per table of the chosen tasks."""
     patients = read_patients(mimic_iv) if mimic_iv else {}
-    metadata = _metadata(images) if mimic_iv else {}
+    metadata: dict[str, Acquisition] = {}
+    if mimic_iv:  # without patients the dates of studies say nothing
+        if any((images / f"{METADATA}{end}").is_file() for end in ("", ".gz")):
+            metadata = read_metadata(images)
+        else:
+            note(f"no {METADATA} in {images}: studies have no date, ages stay unknown")
     releases = []
     for (name, split), table in TABLES.items():
         if task not in ("all", name[-1]):
@@ -123,16 +141,10 @@ def plan(source: Path, images: Path, mimic_iv: Path | None, task: str) -> list[R
     return releases
 
 
-def _metadata(images: Path) -> dict[str, Acquisition]:
-    if any((images / f"{METADATA}{end}").is_file() for end in ("", ".gz")):
-        return read_metadata(images)
-    note(f"no {METADATA} in {images}: studies have no date, ages stay unknown")
-    return {}
-
-
 def label_columns(path: Path) -> list[str]:
     """Columns of a table that are labels. Raises ValueError when there are none."""
     first = next(read_table(path, KEYS), None)
+    # By exclusion: the tables of the tasks have other labels, 40 and 26.
     labels = [name for name in first or {} if name not in NOT_LABELS]
     if not labels:
         raise ValueError(f"{path} has no row or no label column")
@@ -147,11 +159,14 @@ def read_items(
 ) -> Iterator[Item]:
     """Rows of one table."""
     for row in read_table(path, (*KEYS, *judged)):
+        # An empty cell is not 0: the label was not judged, and "absent" would be made up.
         wrong = [name for name in judged if row[name] not in VALUES]
         patient = patients.get(row["subject_id"], NOBODY)
         year = metadata[row["dicom_id"]].year if row["dicom_id"] in metadata else None
         yield Item(
             dicom_id=row["dicom_id"],
+            # Ids as MIMIC-CXR's records have them, or the linter could not see the same image in
+            # both.
             subject_id=row["subject_id"].removeprefix("p"),
             study_id=row["study_id"].removeprefix("s"),
             path=row.get("fpath", ""),
@@ -172,7 +187,15 @@ def convert(images: Path, source: str, split: str, judged: list[str], item: Item
     """One image with its labels. Raises UnusableItemError with the reason."""
     if item.problem:
         raise UnusableItemError(item.problem)
-    image = read_image(_find(images, item))
+    # By its ids, unless the path of the table, with or without "files/", leads to a file of the
+    # same name: another image under a stated path would carry this one's labels.
+    relative = image_path(item.subject_id, item.study_id, item.dicom_id)
+    for stated in (item.path, f"files/{item.path}"):
+        same_name = item.path and Path(stated).name == Path(relative).name
+        if same_name and (images / stated).is_file():
+            relative = stated
+            break
+    image = read_image(file_inside(images, relative))
     name = f"{source}/{item.dicom_id}"
     answer = ", ".join(item.labels) or NO_FINDING
     return Record(
@@ -184,6 +207,7 @@ def convert(images: Path, source: str, split: str, judged: list[str], item: Item
         task="classification",
         modality="xray",
         anatomy="chest",
+        # No present label means no finding; an empty list would read as "not labelled".
         labels=list(item.labels) or [NO_FINDING],
         source=source,
         split=split,
@@ -192,34 +216,9 @@ def convert(images: Path, source: str, split: str, judged: list[str], item: Item
         sex=item.sex,
         age=item.age,
         race=item.race,
+        # A label that is missing here and was never judged says nothing.
         extra={"view": item.view, "judged_labels": judged},
     )
-
-
-def _find(images: Path, item: Item) -> Path:
-    """The image by the path of the table, with or without "files/", or by its ids."""
-    own = image_path(item.subject_id, item.study_id, item.dicom_id)
-    for relative in (item.path, f"files/{item.path}"):
-        if item.path and Path(relative).name == Path(own).name and (images / relative).is_file():
-            return file_inside(images, relative)
-    return file_inside(images, own)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--source", required=True, type=Path, help="folder of the label tables")
-    parser.add_argument("--images", type=Path, help="MIMIC-CXR-JPG; default: --source")
-    parser.add_argument("--mimic-iv", type=Path, help="MIMIC-IV, for sex, age and race")
-    parser.add_argument(
-        "--task",
-        choices=("1", "2", "all"),
-        default="all",
-        help="of the challenge; default: %(default)s",
-    )
-    shards.add_arguments(parser)
-    return parser
 
 
 if __name__ == "__main__":

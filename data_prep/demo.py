@@ -18,13 +18,13 @@ import argparse
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 from rich.progress import track
 
@@ -89,20 +89,15 @@ def generate(
         )
         with writer:
             make = partial(make_record, seed=seed, bias=bias, image_size=image_size)
-            made = _map(make, members, num_workers)
-            for record in track(made, f"{split:5}", total=len(members), disable=not progress):
-                writer.write(record)
+            with ProcessPoolExecutor(num_workers) if num_workers else nullcontext() as pool:
+                # In the order of the cases, whoever makes them: the bytes of the folder depend on
+                # the order of its rows.
+                made = pool.map(make, members, chunksize=16) if pool else map(make, members)
+                for record in track(made, f"{split:5}", total=len(members), disable=not progress):
+                    writer.write(record)
     text = json.dumps(planted_bias(cases, seed, bias), indent=2)
+    # Beside the folders and never in them: a model must not be able to read what was planted.
     (output / "planted_bias.json").write_text(text + "\n", encoding="utf-8")
-
-
-def _map(make: Callable[[Case], Record], cases: list[Case], num_workers: int) -> Iterator[Record]:
-    """Records of the cases in their order."""
-    if not num_workers:
-        yield from map(make, cases)
-        return
-    with ProcessPoolExecutor(num_workers) as pool:
-        yield from pool.map(make, cases, chunksize=16)
 
 
 def make_record(case: Case, seed: int, bias: str, image_size: int) -> Record:
@@ -110,15 +105,19 @@ def make_record(case: Case, seed: int, bias: str, image_size: int) -> Record:
     patient = case.patient
     truth = draw_truth(seed, case, bias)
     look = Look(truth.contrast, truth.noise, np.array(patient.habitus))
+    # Generators of their own for pixels and words: a change of wording must not change an image.
     pixels = generator(seed, patient, 2_000_000 + case.image_number)
     rendering = render(patient.modality, pixels, image_size, truth.present, look)
     seen = observe(patient.modality, rendering)
     words = generator(seed, patient, 3_000_000 + case.image_number)
     name = f"{patient.split}-{patient.modality}-{patient.number:05d}"
     labels = [target for target in seen.shares if is_finding(patient.modality, target)]
+    buffer = io.BytesIO()
+    # The level is stated: Pillow's default could change, and with it every byte of the data.
+    Image.fromarray(rendering.image).save(buffer, format="PNG", compress_level=6)
     return Record(
         id=f"{name}-{case.image_number}",
-        image=_png(rendering.image),
+        image=buffer.getvalue(),
         height=image_size,
         width=image_size,
         targets=list(rendering.targets.items()),
@@ -130,18 +129,13 @@ def make_record(case: Case, seed: int, bias: str, image_size: int) -> Record:
         source=SOURCE,
         split=patient.split,
         patient_id=name,
+        # Two images each, so that leaks by study can be told from leaks by patient.
         study_id=f"{name}-{(case.image_number + 1) // 2}",
         sex=patient.sex,
         age=patient.age,
         race=patient.race,
         extra={"contrast": truth.contrast, "noise": truth.noise, "radius": truth.present},
     )
-
-
-def _png(image: NDArray[np.uint8]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG", compress_level=6)
-    return buffer.getvalue()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

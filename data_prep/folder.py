@@ -130,6 +130,7 @@ def list_items(source: Source, mask_suffix: str, splits: Splits) -> list[Item]:
         exact = _by_stem(folder, MASK_SUFFIXES, mask_suffix)
         inexact = _by_stem(folder, JPEG_SUFFIXES, mask_suffix)
         num_exact += len(exact)
+        # Listed where there is an image, so that the ledger says why its mask was refused.
         refused = {stem: inexact[stem] for stem in inexact if stem in images}
         for stem, file in (refused | exact).items():
             relative = (folder / file).relative_to(source.masks).as_posix()
@@ -147,6 +148,8 @@ def list_items(source: Source, mask_suffix: str, splits: Splits) -> list[Item]:
             stem=stem,
             patient=splits.patient_in(images.get(stem, stem)),
         )
+        # Of both: a mask without an image is in the ledger too, since a misspelt name makes two of
+        # them.
         for stem in sorted(images.keys() | masks.keys())
     ]
 
@@ -156,9 +159,19 @@ def convert(source: Source, split: str, item: Item) -> Record:
     if not (item.image and item.masks):
         raise UnusableItemError("no image for this mask" if item.masks else "no mask")
     image = read_image(file_inside(source.images, item.image))
-    _check_upright(image.data)
+    with Image.open(io.BytesIO(image.data)) as header:
+        orientation = header.getexif().get(EXIF_ORIENTATION, 1)
+    if orientation not in (0, 1):
+        raise UnusableItemError(f"EXIF orientation {orientation}: turn image and mask first")
     size = (image.height, image.width)
-    targets = [target for mask in item.masks for target in _targets(source, mask, size)]
+    targets: list[tuple[str, np.ndarray]] = []
+    for target, file in item.masks:
+        values = read_label_map(file_inside(source.masks, file).read_bytes())
+        # Never resized to fit: nothing tells how the two lie on each other.
+        if values.shape[:2] != size:
+            raise UnusableItemError("image and mask differ in size")
+        labels: dict[Value, str] = dict(source.labels) if source.labels else {None: target}
+        targets += cut_masks(values, labels, source.ignored)
     if not (targets or source.keep_empty):
         raise UnusableItemError("no mask has a pixel")
     data = turn_image(image.data, source.turn)
@@ -202,9 +215,11 @@ def read_label_map(data: bytes) -> np.ndarray:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UnusableItemError("mask unreadable, or not PNG, TIFF, BMP or GIF") from error
     if values.ndim == 3 and values.shape[2] in (2, 4):
+        # A half transparent mask may hold soft edges; where it begins is not ours to say.
         if (values[..., -1] != 255).any():
             raise UnusableItemError("mask is partly transparent")
         values = values[..., :-1]
+    # Many tools store a mask as grey in three channels.
     if values.ndim == 3 and (values == values[..., :1]).all():
         values = values[..., 0]
     if values.dtype == np.bool_:
@@ -212,24 +227,6 @@ def read_label_map(data: bytes) -> np.ndarray:
     if values.dtype.kind not in "iu":
         raise UnusableItemError(f"mask holds {values.dtype} numbers, labels are integers")
     return values
-
-
-def _targets(
-    source: Source, mask: tuple[str, str], size: tuple[int, int]
-) -> list[tuple[str, np.ndarray]]:
-    target, file = mask
-    values = read_label_map(file_inside(source.masks, file).read_bytes())
-    if values.shape[:2] != size:
-        raise UnusableItemError("image and mask differ in size")
-    labels: dict[Value, str] = dict(source.labels) if source.labels else {None: target}
-    return cut_masks(values, labels, source.ignored)
-
-
-def _check_upright(data: bytes) -> None:
-    with Image.open(io.BytesIO(data)) as image:
-        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
-    if orientation not in (0, 1):
-        raise UnusableItemError(f"EXIF orientation {orientation}: turn image and mask first")
 
 
 def _mask_folders(source: Source) -> list[tuple[str, Path]]:
@@ -242,6 +239,7 @@ def _mask_folders(source: Source) -> list[tuple[str, Path]]:
             f"{source.masks} has no folder per target; name the values of label maps with "
             "--labels '1=liver,2=spleen', or 'nonzero=lesion' for binary masks"
         )
+    # "Liver" and "liver" may both be there on Linux, and would be one target with two masks.
     names = Counter(canonical_target(folder.name) for folder in folders)
     repeated = [name for name, count in names.items() if count > 1]
     if repeated:
@@ -256,10 +254,12 @@ def _by_stem(folder: Path, suffixes: Sequence[str], ending: str = "") -> dict[st
     found: dict[str, str] = {}
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
+        # macOS puts a file ._a.png beside a.png, with the suffix of an image.
         hidden = any(part.startswith(".") for part in relative.parts)
         if path.suffix.lower() not in suffixes or not path.stem.endswith(ending) or hidden:
             continue
         stem = relative.with_suffix("").as_posix().removesuffix(ending)
+        # a.png and a.jpg pair with one mask, and only one of them can be the image it was drawn on.
         if stem in found:
             raise ValueError(f"{folder} holds {found[stem]} and {relative}: which one is meant?")
         found[stem] = relative.as_posix()

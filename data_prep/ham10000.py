@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,7 +70,13 @@ class Item(NamedTuple):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = _parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--source", required=True, type=Path, help="the downloaded release")
+    add_share_arguments(parser, test=TEST_SHARE, val=VAL_SHARE, of="lesions")
+    shards.add_arguments(parser)
+    args = parser.parse_args(arguments)
     shards.run(args, plan(args.source, {"test": args.test_share, "val": args.val_share}))
 
 
@@ -78,8 +85,21 @@ def plan(source: Path, shares: dict[str, float]) -> list[Release]:
     finder = ImageFinder(source, FOLDERS, ARCHIVES)
     items: dict[str, list[Item]] = {"train": [], "val": [], "test": []}
     for row in read_table(find_file(source, METADATA, "HAM10000_metadata"), COLUMNS):
+        # By lesion: its images have one diagnosis and look alike.
         split = drawn_split(row["lesion_id"], shares)
-        items[split].append(_item(row, finder.place(f"{row['image_id']}.jpg")))
+        site = row["localization"].strip().lower()
+        items[split].append(
+            Item(
+                image=row["image_id"],
+                place=finder.place(f"{row['image_id']}.jpg"),
+                lesion=row["lesion_id"],
+                dx=row["dx"].strip().lower(),
+                dx_type=row["dx_type"],
+                age=number_of(row["age"], f"{METADATA}, age") if row["age"] else None,
+                sex=SEXES.get(row["sex"].strip().lower()),
+                site="" if site == "unknown" else site,
+            )
+        )
     note_count("HAM10000 images", sum(map(len, items.values())), NUM_IMAGES)
     note_shares("ham10000", shares, {split: len(found) for split, found in items.items()}, "images")
     return [
@@ -90,29 +110,11 @@ def plan(source: Path, shares: dict[str, float]) -> list[Release]:
             licence=LICENCE,
             items=found,
             convert=partial(convert, source, split),
-            name_of=_name,
+            name_of=attrgetter("image"),
         )
         for split, found in items.items()
         if found
     ]
-
-
-def _item(row: dict[str, str], place: Place | None) -> Item:
-    site = row["localization"].strip().lower()
-    return Item(
-        image=row["image_id"],
-        place=place,
-        lesion=row["lesion_id"],
-        dx=row["dx"].strip().lower(),
-        dx_type=row["dx_type"],
-        age=number_of(row["age"], f"{METADATA}, age") if row["age"] else None,
-        sex=SEXES.get(row["sex"].strip().lower()),
-        site="" if site == "unknown" else site,
-    )
-
-
-def _name(item: Item) -> str:
-    return item.image
 
 
 def convert(source: Path, split: str, item: Item) -> Record:
@@ -133,17 +135,20 @@ def convert(source: Path, split: str, item: Item) -> Record:
         labels=[DIAGNOSES[item.dx]],
         source="ham10000",
         split=split,
+        # The release names lesions and not people; a lesion's id in this field would claim more.
         patient_id=None,
         study_id=f"ham10000/{item.lesion}",
         sex=item.sex,
         age=item.age,
         race=None,
+        # How the diagnosis was made: a consensus is weaker ground than histology.
         extra={"dx_type": item.dx_type, "localization": item.site},
     )
 
 
 def turns_for(name: str, item: Item) -> list[Turn]:
     """Diagnosis, malignancy, and body site where it is known; wordings drawn by the name."""
+    # One generator for all wordings: their order below is part of the data.
     draw = draw_for(name)
     wording = draw.choice(DIAGNOSIS_QUESTIONS)
     turns = choice_turns(wording, DIAGNOSES.values(), DIAGNOSES[item.dx], draw)
@@ -152,16 +157,6 @@ def turns_for(name: str, item: Item) -> list[Turn]:
     if item.site:
         turns += pair(draw.choice(LOCALIZATION_QUESTIONS), item.site, "open")
     return turns
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--source", required=True, type=Path, help="the downloaded release")
-    add_share_arguments(parser, test=TEST_SHARE, val=VAL_SHARE, of="lesions")
-    shards.add_arguments(parser)
-    return parser
 
 
 if __name__ == "__main__":

@@ -81,16 +81,23 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console()
     folders = find_sub_datasets(Path(args.source))
     overrides = parse_overrides(args.orientation)
-    _check_names(overrides, args.sorted_labels, folders)
+    # A misspelt name would leave its sub-dataset turned the wrong way, unnoticed.
+    named = set(overrides) | set(args.sorted_labels)
+    unknown = sorted(named - {folder.name for folder in folders})
+    if unknown:
+        raise ValueError(f"options name sub-datasets that are not in the source: {unknown}")
     sub_datasets = [
         open_sub_dataset(folder, overrides, folder.name in args.sorted_labels) for folder in folders
     ]
     for sub_dataset in sub_datasets:
         _announce(console, sub_dataset, overrides, args.sorted_labels)
     try:
+        # Lists of items are made one sub-dataset after another: all at once they would fill the
+        # memory.
         shards.run(args, (one for each in sub_datasets for one in releases(each)))
     finally:
         for sub_dataset in sub_datasets:
+            # Also after an error: what is converted until then may be mirrored all the same.
             _report_sides(console, args.output / sub_dataset.name)
 
 
@@ -113,6 +120,7 @@ def releases(sub_dataset: SubDataset) -> list[Release]:
 def list_items(sub_dataset: SubDataset, split: str) -> list[Item]:
     """Entries of one list of dataset.json. An image that stands earlier in it, or in the list of
     training images, is marked as repeated."""
+    # A test image that is also trained on would make every score too good; it goes to the ledger.
     training = _entries(sub_dataset, "train") if split != "train" else []
     seen = {entry.get("image") for entry in training}
     items = []
@@ -163,6 +171,7 @@ def row_names(labels: dict[str, str], sorted_labels: bool = False) -> tuple[str,
     """
     by_number = {int(number): name for number, name in labels.items()}
     complete = sorted(by_number) == list(range(len(by_number))) and len(by_number) > 1
+    # Row i is labels[i + 1] only then; with a gap every later mask would have its neighbour's name.
     if not complete or by_number[0].lower() != "background":
         raise ValueError(f"labels must be numbered 0 (background), 1, 2, ..., got {labels}")
     raw = [by_number[number] for number in range(1, len(by_number))]
@@ -181,6 +190,8 @@ def read_rows(path: Path, num_rows: int) -> Iterator[tuple[int, np.ndarray]]:
     """
     shape = _shape_in_name(path)
     try:
+        # Its arrays and not the matrix, whose dense form is over a hundred megabytes; no pickle,
+        # which may run code.
         with np.load(path, allow_pickle=False) as archive:
             kind = archive["format"].item()
             indices, indptr = archive["indices"], archive["indptr"]
@@ -189,13 +200,16 @@ def read_rows(path: Path, num_rows: int) -> Iterator[tuple[int, np.ndarray]]:
         raise UnusableItemError("label unreadable") from error
     if kind not in (b"csr", "csr"):
         raise UnusableItemError("label is not a CSR matrix")
+    # The true height and width stand in the file name alone; the matrix has lost them.
     if shape[0] != num_rows or matrix != (shape[0], shape[1] * shape[2]):
         raise UnusableItemError("label shape, file name and label list disagree")
     lengths_agree = indptr[-1] == len(indices) == len(data)
+    # Arrays of a wrong length would give masks of other rows, or fail in the middle of the item.
     if len(indptr) != num_rows + 1 or indptr[0] != 0 or not lengths_agree:
         raise UnusableItemError("label is not a valid CSR matrix")
     for row in range(num_rows):
         start, stop = indptr[row], indptr[row + 1]
+        # Zeros may be stored: they are background.
         columns = indices[start:stop][data[start:stop] != 0]
         if len(columns):
             if columns.min() < 0 or columns.max() >= matrix[1]:
@@ -209,6 +223,7 @@ def patient_of(stem: str, modality: str) -> str | None:
     """Patient in the name of an image file; None when the name does not tell. See
     PATIENT_AND_SLICE."""
     match = PATIENT_AND_SLICE.fullmatch(stem)
+    # None rather than a guess: a wrong patient would put strangers together, and hide a real leak.
     return match["patient"] if match and modality in VOLUMES else None
 
 
@@ -228,8 +243,10 @@ def build_record(sub_dataset: SubDataset, split: str, item: Item) -> Record:
         (sub_dataset.names[row], turn_mask(mask, sub_dataset.turn))
         for row, mask in read_rows(label_path, len(sub_dataset.names))
     ]
+    # Left to the ledger: an image without any mask says nothing here about what it does not show.
     if not targets:
         raise UnusableItemError("no mask has a pixel")
+    # Again, because a turn by 90 degrees swaps them.
     height, width = image_size(image)
     inside = image_path.relative_to(sub_dataset.folder).with_suffix("").as_posix()
     return Record(
@@ -280,6 +297,7 @@ def _inside(folder: Path, relative: str | None) -> Path:
     """Existing file of a list entry, written relative to the sub-dataset or to its parent."""
     if not relative:
         raise UnusableItemError("entry without a path")
+    # Sub-datasets write their paths in either way.
     prefixed = Path(relative).parts[0] == folder.name and not (folder / relative).exists()
     path = ((folder.parent if prefixed else folder) / relative).resolve()
     if not path.is_relative_to(folder):
@@ -296,13 +314,6 @@ def _shape_in_name(path: Path) -> tuple[int, ...]:
     if len(shape) != 4 or shape[3] != 1:
         raise UnusableItemError("label file name carries no shape (C, H, W, 1)")
     return shape
-
-
-def _check_names(overrides: dict[str, str], sorted_labels: list[str], folders: list[Path]) -> None:
-    known = {folder.name for folder in folders}
-    unknown = sorted((set(overrides) | set(sorted_labels)) - known)
-    if unknown:
-        raise ValueError(f"options name sub-datasets that are not in the source: {unknown}")
 
 
 def _announce(
@@ -324,6 +335,7 @@ def _report_sides(console: Console, folder: Path) -> None:
     for split in SPLITS:
         if not (folder / split).is_dir():
             continue
+        # A vote: an organ may lie on the wrong side in one patient, not in most.
         sides = Counter(sides_in(Records(folder / split)))
         if sides[False] > sides[True]:
             console.print(
@@ -336,10 +348,13 @@ def _report_sides(console: Console, folder: Path) -> None:
 def sides_in(records: Records) -> list[bool]:
     """Evidence about left and right (see `sides_agree`) in evenly spaced records."""
     evidence = []
+    # Evenly spaced: the first records may all be slices of one patient.
     for index in range(0, len(records), 1 + len(records) // SIDE_SAMPLES):
         row = records[index]
         names = {target["name"] for target in row["targets"]}
-        paired = {name for name in names if {_other_side(name), name} <= names}
+        # Only pairs are decoded: a slice of many organs has few of them.
+        rests = Counter(name.partition(" ")[2] for name in names if name.startswith(SIDES))
+        paired = {f"{side} {rest}" for rest, n in rests.items() if n == 2 for side in SIDES}
         masks = [
             (target["name"], decode_mask(target["rle"], row["height"], row["width"]) > 0)
             for target in row["targets"]
@@ -347,11 +362,6 @@ def sides_in(records: Records) -> list[bool]:
         ]
         evidence += sides_agree(masks)
     return evidence
-
-
-def _other_side(name: str) -> str:
-    side, _, rest = name.partition(" ")
-    return f"{dict(zip(SIDES, SIDES[::-1], strict=True)).get(side, side)} {rest}"
 
 
 def _parser() -> argparse.ArgumentParser:

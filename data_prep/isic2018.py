@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,7 +54,12 @@ class Item(NamedTuple):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = _parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--source", required=True, type=Path, help="folder of the six folders")
+    shards.add_arguments(parser)
+    args = parser.parse_args(arguments)
     shards.run(args, plan(args.source))
 
 
@@ -76,7 +82,7 @@ def plan(source: Path) -> list[Release]:
                 licence=LICENCE,
                 items=items,
                 convert=partial(convert, source / f"{name}_Input", split),
-                name_of=_name,
+                name_of=attrgetter("image"),
             )
         )
     return releases
@@ -95,14 +101,11 @@ def read_items(table: Path, lesions: dict[str, str]) -> Iterator[Item]:
     """Rows of one table. Raises ValueError for a value that is neither 0 nor 1."""
     for row in read_table(table, ("image", *CODES)):
         strange = {code: row[code] for code in CODES if row[code] not in VALUES}
+        # Not one image's fault: probabilities in the columns mean that this is another table.
         if strange:
             raise ValueError(f"{table}: {row['image']}: expected 0 or 1, got {strange}")
         hot = tuple(code.lower() for code in CODES if VALUES[row[code]])
         yield Item(row["image"], hot, lesions.get(row["image"]) or None)
-
-
-def _name(item: Item) -> str:
-    return item.image
 
 
 def convert(folder: Path, split: str, item: Item) -> Record:
@@ -127,20 +130,13 @@ def convert(folder: Path, split: str, item: Item) -> Record:
         source="isic2018",
         split=split,
         patient_id=None,
+        # HAM10000's own spelling: the training images are the same, and a leak is seen by equal
+        # ids.
         study_id=f"ham10000/{item.lesion}" if item.lesion else None,
         sex=None,
         age=None,
         race=None,
     )
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--source", required=True, type=Path, help="folder of the six folders")
-    shards.add_arguments(parser)
-    return parser
 
 
 if __name__ == "__main__":

@@ -76,7 +76,14 @@ class Item(NamedTuple):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = _parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--source", required=True, type=Path, help="MIMIC-CXR-JPG")
+    parser.add_argument("--reports", type=Path, help="folder above the reports' folder files")
+    parser.add_argument("--mimic-iv", type=Path, help="MIMIC-IV, for sex, age and race")
+    shards.add_arguments(parser)
+    args = parser.parse_args(arguments)
     shards.run(args, plan(args.source, args.reports or args.source, args.mimic_iv))
 
 
@@ -89,7 +96,10 @@ def plan(source: Path, reports: Path, mimic_iv: Path | None) -> list[Release]:
     findings = read_findings(find_table(source, CHEXPERT))
     metadata = read_metadata(source)
     for row in read_table(find_table(source, SPLIT), (*KEYS, "split")):
-        items[_split(row["split"])].append(_item(row, metadata, patients, findings))
+        # Not put aside: an unknown word means that this is another table.
+        if row["split"] not in SPLITS:
+            raise ValueError(f"{SPLIT}: split is one of {list(SPLITS)}, got {row['split']!r}")
+        items[SPLITS[row["split"]]].append(_item(row, metadata, patients, findings))
     for split, found in items.items():
         note_count(f"MIMIC-CXR {split} images", len(found), NUM_IMAGES[split])
         missing = unknown_subjects((item.subject_id for item in found), patients)
@@ -128,24 +138,18 @@ def read_metadata(source: Path) -> dict[str, Acquisition]:
 
 def read_findings(path: Path) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
     """study_id -> (present, uncertain) findings of CheXpert, in the order of the columns."""
-    return {row["study_id"]: _findings(row) for row in read_table(path, ("subject_id", "study_id"))}
-
-
-def _findings(row: dict[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    values = {
-        name: number_of(value, f"{CHEXPERT}, {name}")
-        for name, value in row.items()
-        if value and name not in KEYS
-    }
-    present = tuple(name for name, value in values.items() if value == PRESENT)
-    uncertain = tuple(name for name, value in values.items() if value == UNCERTAIN)
-    return present, uncertain
-
-
-def _split(word: str) -> str:
-    if word not in SPLITS:
-        raise ValueError(f"{SPLIT}: split is one of {list(SPLITS)}, got {word!r}")
-    return SPLITS[word]
+    findings = {}
+    for row in read_table(path, ("subject_id", "study_id")):
+        # As numbers: copies of the table write 1 and 1.0. Empty: the report does not mention it.
+        values = {
+            name: number_of(value, f"{CHEXPERT}, {name}")
+            for name, value in row.items()
+            if value and name not in KEYS
+        }
+        present = tuple(name for name, value in values.items() if value == PRESENT)
+        uncertain = tuple(name for name, value in values.items() if value == UNCERTAIN)
+        findings[row["study_id"]] = present, uncertain
+    return findings
 
 
 def _item(
@@ -154,6 +158,7 @@ def _item(
     patients: dict[str, Patient],
     findings: dict[str, tuple[tuple[str, ...], tuple[str, ...]]],
 ) -> Item:
+    # The split table is the list of images; what another table lacks stays unknown.
     acquired = metadata.get(row["dicom_id"], Acquisition("", None))
     patient = patients.get(row["subject_id"], NOBODY)
     present, uncertain = findings.get(row["study_id"], ((), ()))
@@ -191,6 +196,7 @@ def _name(item: Item) -> str:
 
 def convert(source: Path, reports: Path, split: str, item: Item) -> Record:
     """One image with the report of its study. Raises UnusableItemError with the reason."""
+    # Before the image, which is the larger file.
     answer = read_report(reports, item.subject_id, item.study_id)
     image = read_image(
         file_inside(source, image_path(item.subject_id, item.study_id, item.dicom_id))
@@ -205,6 +211,7 @@ def convert(source: Path, reports: Path, split: str, item: Item) -> Record:
         task="report",
         modality="xray",
         anatomy="chest",
+        # Present ones alone: an uncertain finding is neither there nor absent.
         labels=list(item.labels),
         source="mimic_cxr",
         split=split,
@@ -221,6 +228,7 @@ def read_report(reports: Path, subject_id: str, study_id: str) -> str:
     """Findings and impression of a study. Raises UnusableItemError with the reason."""
     relative = f"files/p{subject_id[:2]}/p{subject_id}/s{study_id}.txt"
     try:
+        # One stray byte should not cost a report.
         text = file_inside(reports, relative).read_text(encoding="utf-8", errors="replace")
     except UnusableItemError as error:
         raise UnusableItemError(f"report: {error}") from error
@@ -228,17 +236,6 @@ def read_report(reports: Path, subject_id: str, study_id: str) -> str:
     if sections is None:
         raise UnusableItemError("report without findings and impression")
     return sections.text()
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--source", required=True, type=Path, help="MIMIC-CXR-JPG")
-    parser.add_argument("--reports", type=Path, help="folder above the reports' folder files")
-    parser.add_argument("--mimic-iv", type=Path, help="MIMIC-IV, for sex, age and race")
-    shards.add_arguments(parser)
-    return parser
 
 
 if __name__ == "__main__":

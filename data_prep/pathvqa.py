@@ -54,7 +54,12 @@ class Item(NamedTuple):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = _parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--source", required=True, type=Path, help="the downloaded dataset")
+    shards.add_arguments(parser)
+    args = parser.parse_args(arguments)
     shards.run(args, plan(args.source))
 
 
@@ -68,6 +73,7 @@ def plan(source: Path) -> list[Release]:
         gathered = gather(rows, held_out)
         note_repeated(f"PathVQA {split}", gathered.num_repeated)
         note_count(f"PathVQA {split} questions", gathered.num_questions, NUM_QUESTIONS[split])
+        # Test, then val, then train: each leaves out what the held-out ones before it ask.
         held_out |= questions_of(gathered)
         releases.append(
             Release(
@@ -80,11 +86,13 @@ def plan(source: Path) -> list[Release]:
                 name_of=item_name,
             )
         )
+    # Train first again, as the other converters have it.
     return releases[::-1]
 
 
 def items_of(gathered: Gathered, places: dict[str, ImagePlace]) -> list[Item | Refused]:
     """Gathered questions with the place of their image instead of its hash."""
+    # In each item, so that no worker needs the table of all images.
     return [
         Item(places[item.image], item.questions) if isinstance(item, ImageQuestions) else item
         for item in gathered.items
@@ -110,21 +118,13 @@ def convert(split: str, item: Item | Refused) -> Record:
         modality="pathology",
         source="pathvqa",
         split=split,
+        # Figures of books: nothing says which are of one patient.
         patient_id=None,
         study_id=None,
         sex=None,
         age=None,
         race=None,
     )
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--source", required=True, type=Path, help="the downloaded dataset")
-    shards.add_arguments(parser)
-    return parser
 
 
 if __name__ == "__main__":

@@ -65,7 +65,12 @@ ARTICLE = re.compile(r"^(PMC\d+)_")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = _parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--source", required=True, type=Path, help="the downloaded dataset")
+    shards.add_arguments(parser)
+    args = parser.parse_args(arguments)
     shards.run(args, plan(args.source))
 
 
@@ -113,6 +118,7 @@ def choice_question(row: dict[str, str]) -> Question:
     options = [option_text(row[name]) for name in CHOICES]
     if not (question and all(options)):
         raise ValueError("question or a choice is empty")
+    # Options keep the order of the release: its letters may be cited in the question.
     return choice_of(question, options, right_option(options, row["Answer"]))
 
 
@@ -128,11 +134,14 @@ def right_option(options: list[str], answer: str) -> int:
     letter is taken for one. Raises ValueError when no option, or more than one, has the text.
     """
     texts = [_comparable(option) for option in options]
+    # As it stands first: "A: B cells" may be an option of its own text.
     for text in (_comparable(answer), _comparable(option_text(answer))):
         if texts.count(text) == 1:
             return texts.index(text)
+        # Nobody knows which of two equal choices is meant; either letter would be scored wrong.
         if texts.count(text) > 1:
             raise ValueError("several choices have the text of the answer")
+    # Last, since "C" may also be the text of an option (vitamin C, a blood group).
     letter = BARE_LETTER.match(answer)
     if letter is None:
         raise ValueError("the answer is none of the choices" if answer.strip() else "no answer")
@@ -171,17 +180,9 @@ def convert(
         sex=None,
         age=None,
         race=None,
+        # The article ties figures that show one patient; the id of a patient is nowhere.
         extra={"article": article[1]} if article else {},
     )
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--source", required=True, type=Path, help="the downloaded dataset")
-    shards.add_arguments(parser)
-    return parser
 
 
 if __name__ == "__main__":

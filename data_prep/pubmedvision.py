@@ -30,6 +30,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,7 +101,19 @@ class Item(NamedTuple):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = _parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--source", required=True, type=Path, help="the downloaded dataset")
+    add_share_arguments(parser, test=TEST_SHARE, of="records")
+    parser.add_argument(
+        "--several-images",
+        choices=("montage", "skip"),
+        default="montage",
+        help="what becomes of a conversation about several images; default: %(default)s",
+    )
+    shards.add_arguments(parser)
+    args = parser.parse_args(arguments)
     shards.run(args, plan(args.source, args.test_share, args.several_images))
 
 
@@ -113,15 +126,26 @@ def plan(source: Path, test_share: float, several_images: str) -> list[Release]:
         single = [entry for entry in entries if len(entry.images) <= 1]
         note(f"{len(entries) - len(single):,} records of several images left out")
         entries = single
+    # After the choice: records that are left out tie no images together.
     tied = tie([entry.images for entry in entries])
     finder = ImageFinder(source, ("images", ""), "images_*.zip")
     splits: dict[str, list[Item]] = {"train": [], "test": []}
-    for group in _by_images(entries):
+    # Entries about the same images make one record; one without any is a group of its own, so that
+    # the ledger names it.
+    groups: dict[tuple[str, ...] | int, list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault(entry.images or entry.offset, []).append(entry)
+    for group in groups.values():
         images = group[0].images
         places = tuple(finder.place(image) for image in images)
         spans = tuple((entry.offset, entry.length) for entry in group)
+        # By what ties the images: drawn one by one, a panel could stand on both sides of the split.
         side = drawn_split(tied[images[0]], {"test": test_share}) if images else "train"
-        splits[side].append(Item(_item_name(images, group[0]), places, spans))
+        name = Path(images[0]).stem if images else f"{JSON_NAME}: entry at byte {group[0].offset}"
+        if len(images) > 1:
+            # The first image may also have a record alone, and ids must be unique.
+            name += f"+{hashlib.sha256(chr(0).join(images).encode()).hexdigest()[:8]}"
+        splits[side].append(Item(name, places, spans))
     counts = {split: len(items) for split, items in splits.items()}
     note_shares("pubmedvision", {"test": test_share}, counts, "records")
     for items in splits.values():  # neighbours read the same archive
@@ -134,7 +158,7 @@ def plan(source: Path, test_share: float, several_images: str) -> list[Release]:
             licence=LICENCE,
             items=items,
             convert=partial(convert, source, split),
-            name_of=_name,
+            name_of=attrgetter("name"),
         )
         for split, items in splits.items()
         if items
@@ -151,13 +175,17 @@ def index_entries(path: Path) -> Iterator[Entry]:
     decode = codecs.getincrementaldecoder("utf-8")()
     with path.open("rb") as file:
         while True:
-            start = _skip(text, at)
+            start = at  # of the next object: what stands between two of a list is passed over
+            while start < len(text) and text[start] in "[], \n\r\t\ufeff":
+                start += 1
+            # In bytes, because `convert` seeks to it; text and file differ at every umlaut.
             offset, at = offset + len(text[at:start].encode("utf-8")), start
             try:
                 value, end = reader.raw_decode(text, at)
             except ValueError as error:
                 if end_of_file and at == len(text):
                     return
+                # The decoder cannot tell a broken object from one that goes on in the next chunk.
                 if end_of_file or len(text) - at > LONGEST_ENTRY:
                     raise ValueError(f"{path}: no JSON object at byte {offset}: {error}") from error
                 data = file.read(CHUNK)
@@ -166,20 +194,10 @@ def index_entries(path: Path) -> Iterator[Entry]:
             if not isinstance(value, dict):
                 raise ValueError(f"{path}: expected a list of objects, byte {offset} starts none")
             length = len(text[at:end].encode("utf-8"))
-            yield Entry(offset, length, _images_of(value))
+            images = value.get("image") or []
+            images = [images] if isinstance(images, str) else images
+            yield Entry(offset, length, tuple(str(image) for image in images))
             offset, at = offset + length, end
-
-
-def _skip(text: str, at: int) -> int:
-    """First position from `at` that is not between two objects of a list."""
-    while at < len(text) and text[at] in "[], \n\r\t\ufeff":
-        at += 1
-    return at
-
-
-def _images_of(entry: dict[str, Any]) -> tuple[str, ...]:
-    images = entry.get("image") or []
-    return tuple(str(image) for image in ([images] if isinstance(images, str) else images))
 
 
 def tie(image_sets: Sequence[tuple[str, ...]]) -> dict[str, str]:
@@ -188,42 +206,29 @@ def tie(image_sets: Sequence[tuple[str, ...]]) -> dict[str, str]:
 
     def root(image: str) -> str:
         while (above := parent.setdefault(image, image)) != image:
+            # Paths are halved on the way, or a long chain of shared figures would be walked again
+            # and again.
             parent[image] = image = parent[above]
         return image
 
     for images in image_sets:
         for image in images:
+            # The smallest name stands for all, so that the order of the file does not decide the
+            # split.
             one, other = sorted((root(images[0]), root(image)))
             parent[other] = one
     return {image: root(image) for image in list(parent)}
-
-
-def _by_images(entries: Sequence[Entry]) -> list[list[Entry]]:
-    """Entries about the same images together; an entry without any is a group of its own."""
-    groups: dict[tuple[str, ...] | int, list[Entry]] = {}
-    for entry in entries:
-        groups.setdefault(entry.images or entry.offset, []).append(entry)
-    return list(groups.values())
-
-
-def _item_name(images: tuple[str, ...], first: Entry) -> str:
-    if not images:
-        return f"{JSON_NAME}: entry at byte {first.offset}"
-    stem = Path(images[0]).stem
-    if len(images) == 1:
-        return stem
-    return f"{stem}+{hashlib.sha256(chr(0).join(images).encode()).hexdigest()[:8]}"
-
-
-def _name(item: Item) -> str:
-    return item.name
 
 
 def convert(source: Path, split: str, item: Item) -> Record:
     """One image, or a montage, with its conversations. Raises UnusableItemError."""
     if not item.places:
         raise UnusableItemError("entry without an image")
-    entries = [_read_entry(source / JSON_NAME, *span) for span in item.entries]
+    entries: list[dict[str, Any]] = []
+    with (source / JSON_NAME).open("rb") as file:
+        for offset, length in item.entries:
+            file.seek(offset)
+            entries.append(json.loads(file.read(length)))
     conversations: list[Turn] = []
     for entry in entries:
         turns = turns_of_entry(entry)
@@ -253,19 +258,12 @@ def convert(source: Path, split: str, item: Item) -> Record:
         sex=None,
         age=None,
         race=None,
-        extra={"num_panels": len(panels), "stated_modality": stated, "ids": _ids(entries)},
+        extra={
+            "num_panels": len(panels),
+            "stated_modality": stated,
+            "ids": [str(entry["id"]) for entry in entries if entry.get("id") is not None],
+        },
     )
-
-
-def _read_entry(path: Path, offset: int, length: int) -> dict[str, Any]:
-    with path.open("rb") as file:
-        file.seek(offset)
-        entry: dict[str, Any] = json.loads(file.read(length))
-    return entry
-
-
-def _ids(entries: Sequence[dict[str, Any]]) -> list[str]:
-    return [str(entry["id"]) for entry in entries if entry.get("id") is not None]
 
 
 def turns_of_entry(entry: dict[str, Any]) -> list[Turn]:
@@ -274,6 +272,7 @@ def turns_of_entry(entry: dict[str, Any]) -> list[Turn]:
     said = entry.get("conversations") or []
     roles = [ROLES.get(str(part.get("from")).lower()) for part in said]
     texts = [one_line(str(part.get("value") or "")) for part in said]
+    # Mended by a guess, an answer would belong to another question.
     if not said or roles != ["user", "assistant"] * (len(said) // 2):
         raise UnusableItemError("conversation is not question and answer in turn")
     if not all(texts):
@@ -302,6 +301,7 @@ def montage(panels: Sequence[EncodedImage]) -> EncodedImage:
     rows = [panels[start : start + columns] for start in range(0, len(panels), columns)]
     width = max(sum(panel.width for panel in row) + GAP * (len(row) - 1) for row in rows)
     height = sum(max(panel.height for panel in row) for row in rows) + GAP * (len(rows) - 1)
+    # Before the canvas is made: its pixels are in memory, those of the panels are still packed.
     if width * height > MAX_IMAGE_PIXELS:
         raise UnusableItemError("montage has too many pixels")
     canvas = Image.new("RGB", (width, height))
@@ -310,26 +310,11 @@ def montage(panels: Sequence[EncodedImage]) -> EncodedImage:
         x = 0
         for panel in row:
             with Image.open(io.BytesIO(panel.data), formats=("PNG", "JPEG")) as image:
+                # At native size: scaling panels to one height would blur what is asked for.
                 canvas.paste(image.convert("RGB"), (x, y))
             x += panel.width + GAP
         y += max(panel.height for panel in row) + GAP
     return EncodedImage(png_bytes(canvas), height, width)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--source", required=True, type=Path, help="the downloaded dataset")
-    add_share_arguments(parser, test=TEST_SHARE, of="records")
-    parser.add_argument(
-        "--several-images",
-        choices=("montage", "skip"),
-        default="montage",
-        help="what becomes of a conversation about several images; default: %(default)s",
-    )
-    shards.add_arguments(parser)
-    return parser
 
 
 if __name__ == "__main__":

@@ -114,7 +114,12 @@ CHOICES = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = _parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--source", required=True, help="folder with manifest.jsonl")
+    shards.add_arguments(parser)
+    args = parser.parse_args(arguments)
     source = Path(args.source)
     shards.run(args, releases(source, read_manifest(source / "manifest.jsonl")))
 
@@ -157,6 +162,7 @@ def read_manifest(path: Path) -> list[dict[str, Any]]:
 
 def build_record(source: Path, line: dict[str, Any]) -> Record:
     """One line of the manifest -> record. Raises UnusableItemError with the reason."""
+    # By source, as for IMed-361M: slices of BTCV lie with the spine up.
     turn = orientation_of(line["source"]).turn
     image = _read(source, line["image"])
     try:
@@ -196,6 +202,7 @@ def build_labels(line: dict[str, Any]) -> list[str]:
     """Findings and diagnoses in full words; acronyms keep their case."""
     labels = line["labels"]
     if "findings" in labels:
+        # NIH writes Pleural_Thickening, and answers are read by people and language models.
         return [finding.replace("_", " ") for finding in labels["findings"]]
     question = CHOICES.get(line["source"])
     return [question.options[labels[question.label]]] if question else []
@@ -203,6 +210,7 @@ def build_labels(line: dict[str, Any]) -> list[str]:
 
 def build_conversations(line: dict[str, Any]) -> list[Turn]:
     """Questions of the source, questions made from labels, the note: in this order."""
+    # The order of what follows is part of the data: wordings are drawn one after another.
     draw = draw_for(line["id"])
     turns = [turn for item in line["qa"] for turn in question_turns(item)]
     turns += _label_turns(line, draw)
@@ -232,7 +240,11 @@ def _label_turns(line: dict[str, Any], draw: random.Random) -> list[Turn]:
     if "findings" in line["labels"]:
         turns += pair(draw.choice(FINDING_QUESTIONS), ", ".join(labels), "open")
     if line["source"] == "nih":
-        turns += _finding_choice(labels, draw)
+        # One present finding among absent ones, so that exactly one option is right.
+        answer = draw.choice(labels)
+        absent = [name for name in (*NIH_FINDINGS, NO_FINDING) if name not in labels]
+        options = [answer, *draw.sample(absent, NUM_CHOICES - 1)]
+        turns += choice_turns(draw.choice(FINDING_CHOICES), options, answer, draw)
     if "benign_malignant" in line["labels"]:
         answer = "yes" if line["labels"]["benign_malignant"] == "malignant" else "no"
         turns += pair(draw.choice(MALIGNANCY_QUESTIONS), answer, "closed")
@@ -240,14 +252,6 @@ def _label_turns(line: dict[str, Any], draw: random.Random) -> list[Turn]:
         site = line["labels"]["localization"]
         turns += pair(draw.choice(LOCALIZATION_QUESTIONS), site, "open")
     return turns
-
-
-def _finding_choice(findings: list[str], draw: random.Random) -> list[Turn]:
-    """One present finding among absent ones: exactly one option is right."""
-    answer = draw.choice(findings)
-    absent = [name for name in (*NIH_FINDINGS, NO_FINDING) if name not in findings]
-    options = [answer, *draw.sample(absent, NUM_CHOICES - 1)]
-    return choice_turns(draw.choice(FINDING_CHOICES), options, answer, draw)
 
 
 def _task(line: dict[str, Any], conversations: list[Turn]) -> str:
@@ -283,27 +287,20 @@ def _mask(source: Path, name: str, entry: dict[str, Any], size: tuple[int, int])
     if values.shape != size:
         raise UnusableItemError(f"mask of {name} and image differ in size")
     mask: np.ndarray = values == entry["value"]
+    # The manifest was counted when the pack was made; another number is another file.
     if int(mask.sum()) != entry["pixels"] or not mask.any():
         raise UnusableItemError(f"mask of {name} does not have the stated number of pixels")
     return mask
 
 
 def _read(source: Path, relative: str) -> bytes:
+    # A manifest may be a stranger's: its paths must not lead to other files of the user.
     path = (source / relative).resolve()
     if not path.is_relative_to(source.resolve()):
         raise UnusableItemError("path leaves the source")
     if not path.is_file():
         raise UnusableItemError("file missing")
     return path.read_bytes()
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--source", required=True, help="folder with manifest.jsonl")
-    shards.add_arguments(parser)
-    return parser
 
 
 if __name__ == "__main__":

@@ -66,13 +66,29 @@ LICENCE = "SLAKE: CC BY 4.0; images from MSD, ChestX-ray8 and CHAOS"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = _parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--source", required=True, type=Path, help="the extracted release")
+    parser.add_argument(
+        "--language", choices=LANGUAGES, default="en", help="of the questions; default: %(default)s"
+    )
+    parser.add_argument("--mask-names", type=Path, help="table of mask values, if not mask.txt")
+    shards.add_arguments(parser)
+    args = parser.parse_args(arguments)
     shards.run(args, plan(args.source, args.language, args.mask_names))
 
 
 def plan(source: Path, language: str, mask_names: Path | None) -> list[Release]:
     """One release per official split."""
-    names = _mask_names(source, mask_names)
+    table = mask_names or source / "mask.txt"
+    names: dict[int, str] = {}
+    # A table that the user names must be there; the release's own may be missing, and questions
+    # are worth preparing without masks.
+    if mask_names or table.is_file():
+        names = read_mask_names(table)
+    else:
+        note("no mask.txt: organ masks are left out, see --mask-names")
     releases = []
     for split, file in SPLITS.items():
         gathered = gather(read_rows(find_file(source, file), language))
@@ -98,6 +114,7 @@ def plan(source: Path, language: str, mask_names: Path | None) -> list[Release]:
 def read_rows(path: Path, language: str) -> Iterator[Asked]:
     """Questions of one file in the chosen language."""
     for number, entry in enumerate(read_json(path, list)):
+        # SLAKE asks in both languages, and papers count the questions of one.
         if language in ("all", entry.get("q_lang")):
             yield asked(
                 str(entry.get("img_name", "")),
@@ -114,14 +131,6 @@ def read_rows(path: Path, language: str) -> Iterator[Asked]:
                 content_type=entry.get("content_type"),
                 triple=entry.get("triple"),
             )
-
-
-def _mask_names(source: Path, chosen: Path | None) -> dict[int, str]:
-    path = chosen or source / "mask.txt"
-    if chosen is None and not path.is_file():
-        note("no mask.txt: organ masks are left out, see --mask-names")
-        return {}
-    return read_mask_names(path)
 
 
 def read_mask_names(path: Path) -> dict[int, str]:
@@ -142,6 +151,7 @@ def read_mask_names(path: Path) -> dict[int, str]:
                 f"{line!r}; write such a table and give it with --mask-names"
             )
         value, name = int(match[1] or match[4]), canonical_target(match[2] or match[3])
+        # Two values of one name would be two masks of one target.
         if value in names or name in names.values():
             raise ValueError(f"{path}:{number}: {line!r} repeats a value or a name")
         names[value] = name
@@ -163,6 +173,7 @@ def convert(
         extra["boxes"] = read_boxes(path.parent / "detection.json")
         targets = read_targets(path.parent / "mask.png", names, image) if names else []
     except UnusableItemError as reason:
+        # A broken mask costs the targets and not the questions, and the record says so.
         extra["left_out"] = str(reason)
     return Record(
         id=f"slake/{Path(item.image).parent.as_posix()}",
@@ -194,11 +205,13 @@ def read_targets(
     mask = read_image(path)  # refuses what is no image
     with Image.open(io.BytesIO(path.read_bytes()), formats=("PNG",)) as opened:
         values = np.asarray(opened)
+    # Colours of a drawing are no values, and anti-aliasing would make new ones.
     if values.ndim != 2:
         raise UnusableItemError("mask has colours instead of values")
     if (mask.height, mask.width) != (image.height, image.width):
         raise UnusableItemError("mask and image differ in size")
     present = {int(value) for value in np.unique(values)} - {0}
+    # All or none: a structure without a name would count as background in training.
     if unnamed := sorted(present - set(names)):
         raise UnusableItemError(f"mask values without a name: {unnamed}")
     return [(names[value], values == value) for value in sorted(present)]
@@ -214,19 +227,6 @@ def read_boxes(path: Path) -> list[dict[str, Any]]:
         return [{"name": name, "box": box} for entry in entries for name, box in entry.items()]
     except (ValueError, AttributeError) as error:
         raise UnusableItemError("detection.json unreadable") from error
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--source", required=True, type=Path, help="the extracted release")
-    parser.add_argument(
-        "--language", choices=LANGUAGES, default="en", help="of the questions; default: %(default)s"
-    )
-    parser.add_argument("--mask-names", type=Path, help="table of mask values, if not mask.txt")
-    shards.add_arguments(parser)
-    return parser
 
 
 if __name__ == "__main__":

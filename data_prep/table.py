@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from biascare.choices import unknown
 from biascare.records import KINDS, MAX_AGE, Record
@@ -96,7 +96,18 @@ class Source(NamedTuple):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = _parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--table", required=True, type=Path, help=".csv, .tsv (or .gz), .jsonl")
+    parser.add_argument("--images", required=True, type=Path, help="folder, or a zip or tar file")
+    parser.add_argument(
+        "--column", action="append", default=[], metavar="NAME=YOURS", help="may be repeated"
+    )
+    add_source_arguments(parser)
+    add_split_arguments(parser)
+    shards.add_arguments(parser)
+    args = parser.parse_args(arguments)
     source = Source(args.name, args.images, args.modality, args.anatomy)
     rows = read_rows(args.table, _columns(args.column))
     splits = Splits.from_arguments(args)
@@ -136,16 +147,23 @@ def gather_rows(source: str, rows: Iterable[Row], splits: Splits) -> dict[str, l
     images: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         cells = row.cells
+        # The table's own word first: a path may carry the number of a study.
         cells["patient_id"] = cells["patient_id"] or splits.patient_in(cells["image"]) or ""
         images.setdefault((_split_of(row, splits), cells["image"]), []).append(row)
     splits.check_lists(stem_of(image) for _, image in images)
-    _note_draw(source, images, splits)
+    # Of the images whose split is drawn: those with a split of their own are the user's word.
+    drawn = {key: rows[0].cells for key, rows in images.items() if not rows[0].cells["split"]}
+    num_unknown = sum(not cells["patient_id"] for cells in drawn.values())
+    mend = f"{PATIENT_REGEX}, and so does a column patient_id (--column patient_id=YOURS)"
+    note_unknown_patients(source, splits, num_unknown, len(drawn), "images", mend)
+    note_shares(source, splits.shares, Counter(split for split, _ in drawn), "images")
     found: dict[str, list[Item]] = {}
     num_repeated = 0
     for (split, image), group in images.items():
         questions, problems = _questions(group)
         num_repeated += len(group) - len(questions) - len(problems)
         items = found.setdefault(split, [])
+        # One bad row costs itself and not its image: the other questions are sound.
         items += [Item(image, (), (), (), problem, (line,)) for line, problem in problems]
         if questions:
             items.append(_item(image, questions, group))
@@ -173,7 +191,10 @@ def convert(source: Source, split: str, item: Item) -> Record:
     if item.problem:
         raise UnusableItemError(item.problem)
     known = dict(item.attributes)
-    image = read_image(_image_bytes(source.images, item.image))
+    packed = source.images.is_file()
+    image = read_image(
+        open_member(source.images, item.image) if packed else file_inside(source.images, item.image)
+    )
     try:
         sex, age = sex_of(known.get("sex", "")), _age(known.get("age"))
         modality = canonical_modality(known.get("modality", source.modality))
@@ -203,15 +224,6 @@ def name_of(item: Item) -> str:
     several = "s" if len(item.lines) > 1 else ""
     lines = ", ".join(map(str, item.lines[:MAX_LINES])) + ", ..." * (len(item.lines) > MAX_LINES)
     return f"{item.image or '(row without an image)'} (line{several} {lines})"
-
-
-def _note_draw(source: str, images: dict[tuple[str, str], list[Row]], splits: Splits) -> None:
-    """Tell what the user may not expect of images whose split is drawn."""
-    drawn = {key: rows[0].cells for key, rows in images.items() if not rows[0].cells["split"]}
-    num_unknown = sum(not cells["patient_id"] for cells in drawn.values())
-    mend = f"{PATIENT_REGEX}, and so does a column patient_id (--column patient_id=YOURS)"
-    note_unknown_patients(source, splits, num_unknown, len(drawn), "images", mend)
-    note_shares(source, splits.shares, Counter(split for split, _ in drawn), "images")
 
 
 def _questions(rows: list[Row]) -> tuple[dict[Question, dict[str, str]], list[tuple[int, str]]]:
@@ -244,6 +256,7 @@ def _attributes(rows: list[Row]) -> Iterator[tuple[str, str]]:
     for name in ATTRIBUTES:
         texts = (row.cells[name] for row in rows)
         values = {text for text in texts if text.lower() not in UNKNOWN}
+        # Of two ages one is wrong, and a record can hold one.
         if len(values) > 1:
             raise ValueError(f"rows of this image disagree on {name}: {sorted(values)[:3]}")
         if values:
@@ -257,8 +270,10 @@ def _choice(row: dict[str, str], options: list[str]) -> Question:
     texts = [one_line(option) for option in options]
     answer = one_line(row["answer"])
     given = [letter for letter in OPTIONS if row[letter]]
+    # With a gap, the letter of an answer would mean another option than the reader's.
     if "".join(given) != OPTIONS[: len(given)]:
         raise ValueError(f"options {given} leave out a letter")
+    # The text first: "A" may itself be an option, as in blood groups.
     matches = {k for k, text in enumerate(texts) if text == answer}
     if not matches and answer.rstrip(".:)").upper() in given:
         matches = {given.index(answer.rstrip(".:)").upper())}
@@ -272,6 +287,7 @@ def _split_of(row: Row, splits: Splits) -> str:
         return split_name(row.cells["split"])
     image = row.cells["image"]
     split = splits.of(stem_of(image), row.cells["patient_id"] or None)
+    # An error and not left out, as with folders: a table is complete or it is misspelt.
     if split is None:
         raise ValueError(f"line {row.line}: image {image!r} is in no --split-list")
     return split
@@ -285,13 +301,10 @@ def _age(text: str | None) -> float | None:
         age = float(text)
     except ValueError as error:
         raise ValueError(f"age {text!r} is no number of years, like 61 or 0.5") from error
+    # A birth year in the column of ages is the usual mistake.
     if not 0 <= age <= MAX_AGE:
         raise ValueError(f"age {text!r} is not between 0 and {MAX_AGE} years")
     return age
-
-
-def _image_bytes(images: Path, name: str) -> bytes | Path:
-    return open_member(images, name) if images.is_file() else file_inside(images, name)
 
 
 def _read_jsonl(path: Path, required: Iterable[str]) -> Iterator[tuple[int, dict[str, str]]]:
@@ -306,11 +319,15 @@ def _read_jsonl(path: Path, required: Iterable[str]) -> Iterator[tuple[int, dict
             missing = [name for name in required if name not in row]
             if missing:
                 raise ValueError(f"{path}:{number} lacks {missing}; it has {list(row)}")
-            yield number, {key: "" if value is None else _text(value) for key, value in row.items()}
-
-
-def _text(value: Any) -> str:
-    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
+            # JSON knows true and false, and a closed question is answered by yes or no.
+            words = {None: "", True: "yes", False: "no"}
+            yield (
+                number,
+                {
+                    key: words[value] if value is None or isinstance(value, bool) else str(value)
+                    for key, value in row.items()
+                },
+            )
 
 
 def _columns(items: list[str]) -> dict[str, str]:
@@ -318,27 +335,13 @@ def _columns(items: list[str]) -> dict[str, str]:
     columns = {}
     for item in items:
         ours, separator, theirs = item.partition("=")
+        # A misspelt name of ours would leave its column unread, patients first of all.
         if not (separator and theirs) or ours not in COLUMNS:
             raise ValueError(
                 f"--column takes NAME=YOURS with NAME one of {', '.join(COLUMNS)}; got {item!r}"
             )
         columns[ours] = theirs
     return columns
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--table", required=True, type=Path, help=".csv, .tsv (or .gz), .jsonl")
-    parser.add_argument("--images", required=True, type=Path, help="folder, or a zip or tar file")
-    parser.add_argument(
-        "--column", action="append", default=[], metavar="NAME=YOURS", help="may be repeated"
-    )
-    add_source_arguments(parser)
-    add_split_arguments(parser)
-    shards.add_arguments(parser)
-    return parser
 
 
 if __name__ == "__main__":

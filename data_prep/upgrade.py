@@ -57,7 +57,18 @@ UNCHANGED = (
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = _parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of format 1")
+    parser.add_argument(
+        "--max-skipped",
+        type=float,
+        default=0.01,
+        help="more choices left out than this share of the questions are an error; "
+        "default: %(default)s",
+    )
+    args = parser.parse_args(arguments)
     for folder in args.folders:
         Console().print(upgrade(folder.absolute(), args.max_skipped), soft_wrap=True)
 
@@ -79,10 +90,12 @@ def upgrade(folder: Path, max_skipped: float) -> str:
         raise ValueError(
             f"{folder}: format version {manifest['format_version']}, only version 1 is converted"
         )
+    # It may be the only sound copy of somebody's data.
     if old.exists():
         raise ValueError(f"{old} exists, an earlier conversion left it; move it away first")
     ledger = Ledger(ledger_path(old))
     _convert(folder, new, manifest, ledger, max_skipped)
+    # Two renames and no copy: whenever it is killed, each version stands whole under some name.
     folder.rename(old)
     claim_name(new, folder)
     left_out = ledger.num_skipped
@@ -99,6 +112,7 @@ def _convert(
     digest = hashlib.sha256()
     try:
         for row in track(rows_of(folder), folder.name, total=manifest["num_rows"], transient=True):
+            # As the row was stored: the older hash speaks of the older form.
             digest.update(row_digest(row))
             try:
                 part.write(record_of(row, ledger))
@@ -109,6 +123,7 @@ def _convert(
                 f"{folder}: the rows are not those its manifest was written for; copy the folder "
                 "again from where it is whole, or prepare it again"
             )
+        # Before the folder is made: a conversion that loses much must not look complete.
         check_skipped(ledger.path, num_items=manifest["num_language_units"], limit=max_skipped)
         part.close()
         assemble(
@@ -155,6 +170,7 @@ def record_of(row: dict[str, Any], ledger: Ledger) -> Record:
             conversations += turns_of([question], [facts])
     return Record(
         **{name: row[name] for name in UNCHANGED},
+        # Decoded and encoded anew: the new checksum must not vouch for a damaged code.
         targets=[(t["name"], decode_mask(t["rle"], *size).view(np.bool_)) for t in row["targets"]],
         conversations=conversations,
         extra=extra,
@@ -171,6 +187,7 @@ def question_of(text: str, answer: str, kind: str) -> Question:
         for letter, line in zip(LETTERS, lines, strict=False)
         if line.startswith(f"{letter}: ")
     ]
+    # Every line must be an option: a question of several lines would otherwise lose its end.
     if len(options) < 2 or len(options) != len(lines):
         raise ValueError("a choice without lettered options")
     if answer not in lines:
@@ -185,25 +202,11 @@ def _stated_facts(extra: dict[str, Any], num_questions: int) -> list[dict[str, s
         {RENAMED_FACTS.get(key, key): value for key, value in entry.items()}
         for entry in extra.get("questions", [])
     ]
+    # Foreign keys mean that "questions" is something else; it stays in extra as it was.
     if len(stated) > num_questions or not all(set(entry) <= set(FACTS) for entry in stated):
         return [{}] * num_questions
     extra.pop("questions", None)
     return [facts_of(**entry) for entry in stated] + [{}] * (num_questions - len(stated))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of format 1")
-    parser.add_argument(
-        "--max-skipped",
-        type=float,
-        default=0.01,
-        help="more choices left out than this share of the questions are an error; "
-        "default: %(default)s",
-    )
-    return parser
 
 
 if __name__ == "__main__":

@@ -100,6 +100,7 @@ class Source(NamedTuple):
 def main(arguments: list[str] | None = None) -> None:
     args = _parser().parse_args(arguments)
     source = _source(args)
+    # At once, and not in the first worker after all files were listed.
     import_medical("nibabel")
     splits = Splits.from_arguments(args)
     items = list_dicom(args) if source.is_dicom else list_nifti(source, args.image_suffix, splits)
@@ -145,6 +146,7 @@ def list_nifti(source: Source, image_suffix: str, splits: Splits) -> list[Item]:
             continue
         key = stem.removesuffix(image_suffix)
         labels = [key + suffix for suffix in SUFFIXES]
+        # By the same path: labels matched by number would end on another patient.
         found = [name for name in labels if source.masks and (source.masks / name).is_file()]
         if len(found) > 1:
             raise ValueError(f"{source.masks} holds {found}: which one is meant?")
@@ -161,11 +163,13 @@ def list_dicom(args: argparse.Namespace) -> list[Item]:
         raise ValueError(f"{args.dicom} is not a folder")
     cleared = set(args.cleared.read_text().split()) if args.cleared else set()
     series = list_series(args.dicom, read_key(args.pseudonym_key))
+    # A typing error would leave its series in quarantine, and the user would think it passed.
     unknown = sorted(cleared - {one.series for one in series})
     if unknown:
         raise ValueError(f"--cleared lists series that are not in the source: {unknown[:3]}")
     if args.path_map:
         lines = [json.dumps({"series": one.series, "files": one.files}) for one in series]
+        # Only where the user asks: it undoes the pseudonyms.
         args.path_map.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return [
         Item(one.series, one.files, "", one.patient, one.study, one.series in cleared)
@@ -177,11 +181,16 @@ def convert(source: Source, split: str, item: Item) -> Iterator[Record]:
     """Slices of one volume as records. Raises UnusableItemError, always before the first one."""
     volume, facts = _read(source, item)
     check_even(volume, source.plane)
+    # An export of many kinds; windows and sides of the stated modality would be wrong for this one.
     if source.modality and facts.modality != source.modality:
         raise UnusableItemError(f"modality is {facts.modality}, --modality says {source.modality}")
     shown = range_shown(volume, facts.modality, source.window)
     masks = _label_slices(source, item, volume)
     count = len(oriented(volume.voxels, volume.affine, source.plane))
+    spacing: dict[str, Any] = {}
+    if volume.affine is not None:  # radiographs have no geometry, and 1 mm would be made up
+        between, row, column = spacing_of(volume.affine, source.plane)
+        spacing = {"mm_per_pixel": [row, column], "mm_between_slices": between}
     for index, values in enumerate(slice_values(volume, source.plane)):
         targets = cut_masks(masks[index], dict(source.labels), source.ignored) if len(masks) else []
         if source.skip_empty and not targets:
@@ -209,7 +218,7 @@ def convert(source: Source, split: str, item: Item) -> Iterator[Record]:
                 "slice": index,
                 "num_slices": count,
                 "range_shown": list(shown),
-                **_spacing(volume, source.plane),
+                **spacing,
             },
         )
 
@@ -221,6 +230,7 @@ def name_of(item: Item) -> str:
 def _read(source: Source, item: Item) -> tuple[Volume, Facts]:
     if source.is_dicom:
         for name in item.files:
+            # Again in the worker: a file may have been removed or replaced by a link since.
             file_inside(source.images, name)
         volume, facts = read_series(source.images, item.files, item.cleared)
         return volume, facts._replace(anatomy=source.anatomy or facts.anatomy)
@@ -243,17 +253,11 @@ def _label_slices(source: Source, item: Item, volume: Volume) -> np.ndarray:
     return oriented(labels.voxels, labels.affine, source.plane)
 
 
-def _spacing(volume: Volume, plane: str) -> dict[str, Any]:
-    if volume.affine is None:
-        return {}
-    between, row, column = spacing_of(volume.affine, plane)
-    return {"mm_per_pixel": [row, column], "mm_between_slices": between}
-
-
 def _source(args: argparse.Namespace) -> Source:
     """Raises ValueError for options that do not fit together."""
     if args.nifti and not args.modality:
         raise ValueError("--nifti needs --modality: the file does not say")
+    # A value without a name cannot be a target, and a name without masks finds none.
     if bool(args.masks) != bool(args.labels):
         raise ValueError("--masks and --labels go together: which value is which target?")
     if args.dicom and args.masks:
@@ -317,6 +321,7 @@ def _parser() -> argparse.ArgumentParser:
         "--window",
         help="LEVEL,WIDTH, file or percentile; default: file, else 40,400 for CT, else percentile",
     )
+    # Off by default: a slice without the organ teaches where it ends.
     parser.add_argument("--skip-empty", action="store_true", help="leave out slices without target")
     parser.add_argument(
         "--assume-orientation", metavar="CODES", help="of NIfTI files without one, like RAS"

@@ -22,8 +22,9 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,14 +75,25 @@ class Item(NamedTuple):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = _parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--source", required=True, type=Path, help="the release, either form")
+    shards.add_arguments(parser)
+    args = parser.parse_args(arguments)
     shards.run(args, plan(args.source))
 
 
 def plan(source: Path) -> list[Release]:
     """The two official splits of either form of the release."""
     places: dict[str, ImagePlace] = {}
-    rows = _original(source) if (source / JSON_NAME).is_file() else _parquet(source, places)
+    rows: Mapping[str, Iterable[Asked]]
+    # The original wins where both are there: the other form has lost the facts of the questions.
+    if (source / JSON_NAME).is_file():
+        rows = _original(source)
+    else:
+        rows = {s: read_questions(split_files(source, s), places) for s in ("train", "test")}
+    # Test first and whole; what it asks is removed from train.
     test = gather(rows["test"])
     gathered = {"train": gather(rows["train"], questions_of(test)), "test": test}
     for split, found in gathered.items():
@@ -95,7 +107,7 @@ def plan(source: Path) -> list[Release]:
             licence=LICENCE,
             items=_items(found, source, places),
             convert=partial(convert, source, split),
-            name_of=_name,
+            name_of=attrgetter("name"),
         )
         for split, found in gathered.items()
     ]
@@ -132,26 +144,17 @@ def _row(number: int, entry: dict[str, Any], split: str) -> Asked:
     )
 
 
-def _parquet(source: Path, places: dict[str, ImagePlace]) -> dict[str, Iterator[Asked]]:
-    return {
-        split: read_questions(split_files(source, split), places) for split in ("train", "test")
-    }
-
-
 def _items(gathered: Gathered, source: Path, places: dict[str, ImagePlace]) -> list[Item | Refused]:
     items: list[Item | Refused] = []
     for item in gathered.items:
         if isinstance(item, ImageQuestions):
             place = places.get(item.image, Path(IMAGE_FOLDER) / item.image)
+            # In parquet form images have no names; 64 bits of their content are as good.
             name = item.image[:16] if item.image in places else Path(item.image).stem
             items.append(Item(name, place, item.questions, item.facts))
         else:
             items.append(item)
     return items
-
-
-def _name(item: Item | Refused) -> str:
-    return item.name
 
 
 def convert(source: Path, split: str, item: Item | Refused) -> Record:
@@ -171,25 +174,19 @@ def convert(source: Path, split: str, item: Item | Refused) -> Record:
         width=image.width,
         conversations=turns_of(item.questions, item.facts),
         task="vqa",
+        # The release mixes CT, MRI and X-ray and does not say which image is which.
         modality="radiology",
         anatomy=ANATOMY.get(facts.get("organ", "").lower(), ""),
         source="vqa_rad",
         split=split,
         patient_id=None,
+        # A case is one patient's, so its images should not part. The split of the release is by
+        # question and does part them, which the linter then tells.
         study_id=f"medpix/{case}" if case else None,
         sex=None,
         age=None,
         race=None,
     )
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--source", required=True, type=Path, help="the release, either form")
-    shards.add_arguments(parser)
-    return parser
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ def alternate(runs: Sequence[Run], repeats: int) -> list[list[float]]:
 def compare(first: Run, second: Run, repeats: int) -> tuple[float, float, float]:
     """(median seconds of each, median of the paired ratios first / second), alternating."""
     rounds = alternate((first, second), repeats)
+    # The ratio is of pairs and not of medians: what slows the machine slows both of a pair.
     first_seconds, second_seconds = (
         statistics.median(column) for column in zip(*rounds, strict=True)
     )
@@ -110,6 +111,7 @@ def share_weights(encoders: dict[str, nn.Module]) -> None:
 
     state = encoders["ours"].state_dict()
     for name, value in state.items():
+        # They start at zero, and a wrong order of axes would not be seen.
         if "rel_pos" in name or "pos_embed" in name:
             torch.nn.init.normal_(value, std=0.1)
     encoders["segment_anything"].load_state_dict(state)
@@ -128,8 +130,10 @@ def run_encoder(encoder: nn.Module, images: Tensor, train: bool) -> Tensor:
     encoder.train(train).zero_grad()
     with torch.set_grad_enabled(train):
         output = encoder(images)
+        # transformers wraps its output; it is the same tensor.
         embedding: Tensor = getattr(output, "last_hidden_state", output)
         if train:
+            # Squared, because the gradient of a plain mean is the same for every input.
             embedding.square().mean().backward()
     return embedding.detach()
 
@@ -138,6 +142,7 @@ def peak_memory(run: Run) -> int:
     """Most bytes that the tensors made during one run hold at once."""
     from torch.profiler import ProfilerActivity, profile
 
+    # The allocator's own events: the process's size counts what Python and torch keep for later.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run()
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -159,6 +164,7 @@ def encoder(repeats: int) -> None:
     for batch, train in ((1, False), (1, True), (4, False), (4, True)):
         images = image.repeat(batch, 1, 1, 1)
         runs = [partial(run_encoder, e, images, train) for e in encoders.values()]
+        # Half as many for the larger batch, which takes about four times as long.
         rounds = alternate(runs, repeats if batch == 1 else (repeats + 1) // 2)
         memory = [peak_memory(run) for run in runs]
         what = "forward and backward" if train else "forward"
@@ -203,6 +209,7 @@ def make_batch(mllm_folder: str, image_size: int, num_images: int) -> Batch:
         masks = torch.zeros(2, image_size, image_size, dtype=torch.uint8)
         masks[0, 20:60, 20:60] = masks[1, 50:70, 50:90] = 1
         ask = chat.sequence([Turn("user", "Segment the liver.", "segmentation")])
+        # As many questions as images, as a run draws them at its ratio.
         question = [
             Turn("user", "Is there a lesion?", "closed"),
             Turn("assistant", "yes", "closed"),
@@ -260,6 +267,7 @@ def joint_step(repeats: int) -> None:
                 mllm=folder,
                 lora=paper_adapter(),
             )
+        # What the paper trains: the language model by LoRA, both pathways and what couples them.
         frozen = ("mllm_vision_tower", "embeddings")
         model.set_trainable({part.name: part.name not in frozen for part in PARTS})
         step = TrainStep(
@@ -269,6 +277,7 @@ def joint_step(repeats: int) -> None:
         )
         num_tokens = len(batch.answer_tokens) if batch.answer_tokens is not None else 0
 
+        # Bound as defaults: a closure would see the next round's model.
         def run_joint(step: TrainStep = step, batch: Batch = batch, n: int = num_tokens) -> None:
             step(batch, n, 1)["loss"].backward()
 
@@ -309,6 +318,7 @@ def packing(repeats: int) -> None:
             build_tiny_mllm(folder, TEXTS, hidden_size=hidden_size, num_layers=num_layers)
             mllm = MLLMPathway.load(folder, lora=paper_adapter()).train()
         for name, lengths in LENGTHS.items():
+            # Padded at the right to the longest, as the loader does without packing.
             mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
             inputs = {
                 "input_ids": 20 * mask,
@@ -346,6 +356,7 @@ def write_photographs(folder: str, side: int, num_images: int) -> None:
     nobody: dict[str, Any] = dict.fromkeys(("patient_id", "study_id", "sex", "age", "race"))
     with RecordWriter(folder, source="bench", split="train", version="1", licence="-") as writer:
         for number in range(num_images):
+            # Smooth, as photographs are: JPEG spends its time on noise otherwise.
             coarse = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
             buffer = io.BytesIO()
             coarse.resize((side, side), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
@@ -376,6 +387,7 @@ def loader(repeats: int) -> None:
     from biascare.runs.process import keep_freed_memory
 
     keep_freed_memory()  # as in every program on a CPU; both sides gain
+    # Decoding grows with the image and what we add does not: each size has a ratio of its own.
     for side in (512, 1024, 2048):
         with tempfile.TemporaryDirectory() as folder:
             write_photographs(f"{folder}/train", side, 16)
@@ -414,6 +426,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="counted pairs of runs")
     parser.add_argument("--only", choices=sorted(BENCHMARKS), help="one benchmark")
     options = parser.parse_args()
+    # Before torch is imported, which reads it once; threads of a shared machine make noise.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from biascare.runs.process import prepare_process
 

@@ -37,6 +37,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--title", default="", help="of the figure; default: the configuration, or the folders"
     )
+    # Folders and overrides may stand on both sides of the options.
     options = parser.parse_intermixed_args(arguments)
     if not (options.config or options.items):
         parser.error("name a configuration with --config, or record folders")
@@ -83,6 +84,7 @@ def run(options: argparse.Namespace) -> None:
         counted = [use.records for use in uses if use.task == "segmentation"]
     else:
         shares = EvalConfig()
+        # A folder that is named twice is still one folder.
         counted = [Records(folder) for folder in dict.fromkeys(options.items)]
         profile, sources = profile_folders(counted), composition.describe_folders(counted)
     folder = Path(options.output)

@@ -41,11 +41,13 @@ def run(*command: str) -> None:
     alone = {"OMP_NUM_THREADS": cores} if command[0] == "python" else {}
     result = subprocess.run([*program, *command[1:]], cwd=ROOT, env=os.environ | alone, check=False)
     if result.returncode:
+        # Its own message stands above; a traceback of the demo would hide it.
         sys.exit(f"the demo stopped: {' '.join(command)} failed with code {result.returncode}")
 
 
 def find_launcher() -> str:
     """DeepSpeed's launcher beside this interpreter."""
+    # First beside the interpreter: a launcher found by PATH may be of another environment.
     beside = Path(sys.executable).with_name("deepspeed")
     found = str(beside) if beside.exists() else shutil.which("deepspeed")
     return found or sys.exit("the deepspeed launcher is missing; run make demo, which installs it")
@@ -71,6 +73,7 @@ def save_untrained(folder: Path, seed: int = 0, **weights: Any) -> Path:
 def carried(name: str) -> Path:
     """Weights inside an installed package, which is not imported."""
     package, pattern = CARRIED[name]
+    # These packages are carriers of files; importing them would need what they depend on.
     found = importlib.util.find_spec(package)
     folders = list(found.submodule_search_locations or ()) if found else []
     files = [path for folder in folders for path in sorted(Path(folder).rglob(pattern))]
@@ -99,10 +102,15 @@ def results_table(metrics: dict[str, dict[str, Any]]) -> str:
     ]
 
     def dice(name: str, metric: str, group: str | None = None, baseline: str = "") -> None:
-        row = [_dice(summary, metric, group) for summary in metrics.values()]
-        count = (
-            masks["num_masks"] if group is None else masks["dice"]["by_prevalence"][group]["num"]
-        )
+        row = []
+        for summary in metrics.values():
+            scores = summary["segmentation"].get(metric)
+            if scores and group:
+                scores = scores["by_prevalence"][group]
+            # An evaluation may lack a score: without texts or corrections there is none of them.
+            row.append(f"{scores['mean']:.3f}" if scores else "-")
+        of_group = masks["dice"]["by_prevalence"]
+        count = masks["num_masks"] if group is None else of_group[group]["num"]
         lines.append(f"| {name} | {count} | {' | '.join(row)} | {baseline} |")
 
     disc, informed = masks["dice_disc"], masks["dice_disc_by_target"]
@@ -114,6 +122,7 @@ def results_table(metrics: dict[str, dict[str, Any]]) -> str:
     dice("Dice, text prompt alone", "dice_text")
     for kind, cell in answers.items():
         scores = [m["answers"][kind]["accuracy"] for m in (*others, trained)]
+        # Beside every accuracy: without it 0.5 on yes and no looks like knowledge.
         constant = f"{cell['best_constant']:.3f} (best constant answer)"
         if "always_yes" in cell:
             constant = f"{cell['always_yes']:.3f} (always yes), {constant}"
@@ -121,13 +130,6 @@ def results_table(metrics: dict[str, dict[str, Any]]) -> str:
         count = cell["num"]
         lines.append(f"| accuracy, {kind} questions | {count} | {' | '.join(row)} | {constant} |")
     return "\n".join(lines)
-
-
-def _dice(summary: dict[str, Any], metric: str, group: str | None) -> str:
-    scores = summary["segmentation"].get(metric)
-    if scores is None:
-        return "-"
-    return f"{scores['mean'] if group is None else scores['by_prevalence'][group]['mean']:.3f}"
 
 
 def embedded(folder: Path) -> dict[str, Path]:
@@ -153,12 +155,14 @@ def embedded(folder: Path) -> dict[str, Path]:
 def real(folder: Path) -> dict[str, Path]:
     """Stage 2 on real MR slices, from pretrained weights. Returns the models to compare."""
     run("python", *f"data_prep/mni_atlas.py --output {folder}".split())
+    # Both demos keep their data under one name, so that one evaluation serves both.
     (folder / "mni152").rename(folder / "data")
     base = folder / "base"
     make_base = f"scripts/make_base_mllm.py --records {folder}/data/train --output {base}"
     around = f"--language-model {carried('smollm2')} --max-questions 2"
     run("python", *f"{make_base} {around} --steps 60 --batch-size 8 --lr 1e-3".split())
     weights = folder / "lite_medsam.pth"
+    # The configuration names a fixed place, and where pip has put the file differs.
     weights.symlink_to(carried("litemedsam"))
     train("configs/demo_real.yaml")
     before = save_untrained(
@@ -179,6 +183,7 @@ def main() -> None:
     options = parser.parse_args()
     os.chdir(ROOT)
     began, folder = time.time(), REAL if options.real else EMBEDDED
+    # A demo shows one run from its start; what an older one left would be continued.
     if folder.exists():
         shutil.rmtree(folder)
     models = (real if options.real else embedded)(folder)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from biascare.checks.lint import LintSettings, Report
+    from biascare.checks.lint import Report
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -47,41 +47,33 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def settings_of(options: argparse.Namespace) -> LintSettings:
-    from biascare.checks.lint import LintSettings, Vocabulary
-    from biascare.records.vocabulary import canonical_modality, canonical_target
-    from data_prep.formats.orientation import sides_agree
-
-    return LintSettings(
-        vocabulary=Vocabulary(canonical_target, canonical_modality, sides_agree),
-        image_size=options.image_size,
-        num_examples=options.examples,
-        num_workers=options.num_workers,
-    )
-
-
 def check(options: argparse.Namespace) -> Report:
     """Run all checks behind a progress bar."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    from biascare.checks.lint import check_codes, lint
+    from biascare.checks.lint import LintSettings, Vocabulary, check_codes, lint
+    from biascare.records.vocabulary import canonical_modality, canonical_target
+    from data_prep.formats.orientation import sides_agree
 
-    check_codes(options.allow)  # before the bar
+    check_codes(options.allow)  # before the bar, which would write over the message
+    # Spellings and sides are handed in: checks may not import what prepares the data.
+    settings = LintSettings(
+        vocabulary=Vocabulary(canonical_target, canonical_modality, sides_agree),
+        image_size=options.image_size,
+        num_examples=options.examples,
+        num_workers=options.num_workers,
+    )
     columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         task = progress.add_task("images", total=None)
         return lint(
             options.folders,
-            settings_of(options),
+            settings,
             allowed=options.allow,
             begin=lambda total: progress.update(task, total=total),
             advance=lambda rows: progress.update(task, advance=rows),
         )
-
-
-def _kinds(number: int) -> str:
-    return "1 kind" if number == 1 else f"{number} kinds"
 
 
 def main() -> None:
@@ -90,19 +82,21 @@ def main() -> None:
         report = check(options)
     except ValueError as error:
         print(error, file=sys.stderr)
+        # 2, as argparse: a pipeline can tell a wrong call from data that are wrong.
         raise SystemExit(2) from None
     from biascare.reports.lint import as_json, print_report, write_page, write_sheets
 
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
+    # Before the page, which holds the sheets.
     sheets = [] if options.no_sheets else write_sheets(report, folder)
     text = json.dumps(as_json(report), indent=2, ensure_ascii=False)
     (folder / "lint.json").write_text(text + "\n", encoding="utf-8")
     write_page(report, folder / "lint.html", sheets)
     print_report(report)
     errors, warnings = report.num_findings("error"), report.num_findings("warning")
-    counts = f"{_kinds(errors)} of error, {_kinds(warnings)} of warning"
-    print(f"{counts}; the report is in {folder}/lint.html")
+    counts = [f"{n} kind{'' if n == 1 else 's'}" for n in (errors, warnings)]
+    print(f"{counts[0]} of error, {counts[1]} of warning; the report is in {folder}/lint.html")
     raise SystemExit(1 if errors or (options.strict and warnings) else 0)
 
 

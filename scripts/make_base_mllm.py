@@ -74,6 +74,8 @@ def corpus(sources: list[Records]) -> Iterator[str]:
         for row in (records[i] for i in range(len(records))):
             yield from written([Turn(**turn) for turn in row["conversations"]])
             for target in row["targets"]:
+                # Instructions of segmentation too: a word the tokenizer never saw becomes many
+                # tokens.
                 for phrasing in range(len(SEGMENTATION_INSTRUCTIONS)):
                     yield segmentation_instruction(target["name"], row["modality"], phrasing)
 
@@ -101,9 +103,11 @@ def lessons(sources: list[Records], kinds: list[str], derive: bool) -> list[Less
         units = zip(records.language_units, records.question_kinds(), strict=True)
         asked = sorted({int(row) for (row, _), kind in units if kind in kinds})
         found += [Lesson(records, row, False) for row in asked]
+    # Behind the asked ones, so that their order does not depend on the option.
     if derive:
         for records in sources:
             asked_rows = {lesson.row for lesson in found if lesson.records is records}
+            # Only where nobody has asked: real questions say more than derived ones.
             masked = sorted({int(row) for row in records.segmentation_units} - asked_rows)
             found += [Lesson(records, row, True) for row in masked]
     return found
@@ -120,6 +124,7 @@ def derived_turns(row: dict[str, Any], names: list[str], rng: np.random.Generato
     present = [target["name"] for target in row["targets"]]
     absent = [name for name in names if name not in present]
     asked = [(str(rng.choice(present)), "yes")]
+    # One yes and one no: a model could else learn to say yes always.
     asked += [(str(rng.choice(absent)), "no")] if absent else []
     turns = []
     for name, answer in asked:
@@ -145,6 +150,8 @@ def shuffled_turns(
     else:
         turns = [Turn(**turn) for turn in row["conversations"]]
     pairs = [turns[i : i + 2] for i in range(0, len(turns), 2) if turns[i].kind in settings.kinds]
+    # Drawn anew at each visit, so that a limit leaves out no question for good. Whole conversations
+    # in random order taught closed questions better than single ones (docs/EXPERIMENTS.md).
     order = rng.permutation(len(pairs))[: settings.max_questions or None]
     return [turn for i in order for turn in pairs[i]]
 
@@ -174,9 +181,11 @@ def train_step(mllm: MLLMPathway, batch: Batch, optimizer: Optimizer) -> float:
     assert batch.answer_positions is not None and batch.answer_tokens is not None
     hidden = mllm.hidden_states(batch.mllm_inputs, batch.image_slots)
     logits = mllm.answer_logits(hidden, batch.answer_positions)
+    # Per token: weighting each answer equally was worse (docs/EXPERIMENTS.md).
     loss = token_nll_sum(logits, batch.answer_tokens) / len(batch.answer_tokens)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    # A single odd batch must not throw a small model back.
     torch.nn.utils.clip_grad_norm_(mllm.parameters(), 1.0)
     optimizer.step()
     return loss.item()
@@ -197,13 +206,17 @@ def train(options: argparse.Namespace, sources: list[Records]) -> MLLMPathway:
     mllm = MLLMPathway.load(options.output).train()
     around_given = options.language_model is not None
     trained = list(mllm.parameters())
+    # The given language model stays as it is: it knows words, and only has to be shown images.
     if around_given:
         trained = mllm.vision_tower_parameters()
     for parameter in trained:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(trained, lr=options.lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, options.lr, total_steps=options.steps, pct_start=0.1
+        optimizer,
+        options.lr,
+        total_steps=options.steps,
+        pct_start=0.1,
     )
     settings = Settings(options.image_size, options.kinds, options.max_questions)
     items = lessons(sources, options.kinds, options.derive_questions)
@@ -215,6 +228,7 @@ def train(options: argparse.Namespace, sources: list[Records]) -> MLLMPathway:
     rng = np.random.default_rng(options.seed)
     began, losses = time.time(), []
     for step in range(1, options.steps + 1):
+        # With repetition only where the folder is smaller than a batch.
         chosen = rng.choice(len(items), options.batch_size, replace=len(items) < options.batch_size)
         batch = build_batch([items[i] for i in chosen], settings, chat, rng)
         losses.append(train_step(mllm, batch, optimizer))
@@ -230,6 +244,7 @@ def build(options: argparse.Namespace, sources: list[Records]) -> None:
     if options.language_model is not None:
         from biascare.models.language.assembly import build_llava
 
+        # Said before, since unpacking a .gguf file takes half a minute.
         print(f"building a LLaVA around {options.language_model}")
         build_llava(
             options.output,
@@ -259,8 +274,10 @@ def main() -> None:
     prepare_process()
     from biascare.records import Records
 
+    # Refused, as the tiny model would be made with another tower without a word.
     if options.vision_tower is not None and options.language_model is None:
         sys.exit("--vision-tower goes with --language-model; the tiny model has its own")
+    # A base belongs to the runs that started from it: it is never overwritten.
     if Path(options.output).exists():
         sys.exit(f"{options.output} exists; remove it or name another --output")
     try:

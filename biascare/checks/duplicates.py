@@ -47,13 +47,17 @@ class Shared(NamedTuple):
 
 def fingerprint(image: NDArray[np.uint8]) -> Fingerprint:
     """Of an image [H, W, 3] uint8."""
+    # With the shape: the same bytes as 10 x 20 and as 20 x 10 are two images.
     digest = hashlib.blake2b(repr(image.shape).encode(), digest_size=16)
     digest.update(image.tobytes())
+    # BOX averages: a sharper filter would hash the noise that compression changes.
     grey = Image.fromarray(image).convert("L").resize((_SIDE, _SIDE), Image.Resampling.BOX)
     values = np.asarray(grey, np.float64)
+    # All blank images would be near duplicates of one another.
     is_blank = bool(values.std() < 1)
     # One more row and column than needed leaves 256 frequencies besides the mean.
     low = dctn(values)[: _FREQUENCIES + 1, : _FREQUENCIES + 1].ravel()[1 : _FREQUENCIES**2 + 1]
+    # The median halves the bits, so that every hash tells as much.
     bits = (low > np.median(low)) & (not is_blank)
     return Fingerprint(
         exact=np.frombuffer(digest.digest(), np.uint64),
@@ -79,6 +83,8 @@ def near_pairs(
     bands = np.ascontiguousarray(hashes).view(np.uint16)
     found = [np.empty((0, 2), np.int64)]
     for band in range(_BANDS):
+        # Sorted by band, then by the rest: equal hashes lie side by side, so that a long run of one
+        # band (black borders make some) cannot hide them beyond _LONGEST_RUN.
         order = np.lexsort((*hashes.T, bands[:, band]))
         value = bands[order, band]
         for step in range(1, min(_LONGEST_RUN, len(order) - 1) + 1):
@@ -86,10 +92,13 @@ def near_pairs(
             if not len(here):
                 break
             first, second = order[here], order[here + step]
+            # Before the distances: neighbouring slices of a volume are near one another, and no
+            # finding.
             wanted = keep(first, second)
             first, second = first[wanted], second[wanted]
             near = hamming(hashes[first], hashes[second]) <= NEAR_BITS
             pair = np.stack([first[near], second[near]], axis=1)
+            # Two bands may find the same pair, in either order; `np.unique` at the end keeps one.
             found.append(np.sort(pair, axis=1))
     return np.unique(np.concatenate(found), axis=0)
 
@@ -108,6 +117,7 @@ def shared_keys(
     is_new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
     starts = np.flatnonzero(is_new)
     lengths = np.diff(starts, append=len(keys))
+    # Sorted by part within a key: a key is shared when its first and last part differ.
     first, last = order[starts], order[starts + lengths - 1]
     mixed = parts[first] != parts[last]
     examples = list(zip(first[mixed][:limit].tolist(), last[mixed][:limit].tolist(), strict=True))
@@ -116,6 +126,7 @@ def shared_keys(
 
 def key_of(*parts: str) -> int:
     """64 bits of some strings, the same in every process."""
+    # Not `hash`, which differs between processes; and ("ab", "c") is another key than ("a", "bc").
     digest = hashlib.blake2b("\0".join(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 

@@ -37,6 +37,7 @@ CODES: dict[str, tuple[str, str]] = {
     "leak-image": ("error", "the same pixels stand in several splits"),
     "leak-near": ("warning", "nearly the same image stands in several splits; see the sheet"),
     "shared-patient-id": ("warning", "unrelated sources of several splits use one patient id"),
+    # Warnings from here on where a release cannot do better: an error would fail it for ever.
     "no-patient": ("warning", "records without patient id: leaks by patient cannot be seen"),
     "image-twice": ("warning", "the same pixels occur more than once in one split"),
     "near-between-sources": ("warning", "nearly the same image in two sources of one split"),
@@ -98,6 +99,7 @@ class Issues:
 
     def add(self, code: str, example: str, count: int = 1) -> None:
         """`count` cases, of which `example` is one."""
+        # A misspelt code would be found by no --allow and have no level.
         assert code in CODES, code
         number, examples = self.found.get(code, (0, []))
         if len(examples) < self.num_examples:
@@ -107,4 +109,6 @@ class Issues:
     def merge(self, other: dict[str, tuple[int, list[str]]]) -> None:
         for code, (count, examples) in other.items():
             number, mine = self.found.get(code, (0, []))
+            # Chunks come back in order, so that the examples do not depend on the number of
+            # workers.
             self.found[code] = number + count, [*mine, *examples][: self.num_examples]

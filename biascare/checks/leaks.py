@@ -46,6 +46,7 @@ def patient_findings(records: Sequence[Records]) -> list[Finding]:
     findings, code = [], "no-patient"
     for r in records:
         missing = column_table(r, ("patient_id",))["patient_id"].null_count
+        # A source of a single split cannot leak to itself.
         several = len(splits[r.manifest["source"]]) > 1
         if several and missing > MAX_WITHOUT_PATIENT * len(r):
             example = f"{missing:,} of {len(r):,} records"
@@ -71,23 +72,34 @@ def cross_findings(
     """Leaks and duplicates, and the near pairs to look at."""
     rows = _all_rows(records)
     report = _Shared(records, rows, settings.num_examples)
+    # Ids before pixels: where a release names its patients, that is the leak to mend first.
     for column, code in _ID_KINDS.items():
         keys = np.concatenate([_id_keys(r, column) for r in records])
         report.leak(code, keys, keys != 0, rows.split)
-    loose = np.concatenate([_loose_patient_keys(r) for r in records])
+    # Again whatever the source, 0 for short ones: unrelated releases may share patients unknown to
+    # ID_FAMILIES, and a person decides whether equal ids mean that.
+    any_source = (
+        _keys(r, "patient_id", lambda v: key_of("any", v) if len(v) >= MIN_SHARED_ID else 0)
+        for r in records
+    )
+    loose = np.concatenate(list(any_source))
     report.leak("shared-patient-id", loose, loose != 0, rows.split, between=rows.source)
     exact = np.concatenate([scan.exact for scan in scans])
+    # Undecodable images have zeros for a hash: they would all be one image.
     decoded = exact.any(axis=1)
     report.leak("leak-image", exact, decoded, rows.split)
     _contradictions(report, exact)
+    # Every row is a part of its own here; across splits the same pixels are a leak already.
     report.leak("image-twice", exact, decoded, np.arange(len(exact)), inside=rows.split)
     hashes = np.concatenate([scan.perceptual for scan in scans])
     comparable = np.flatnonzero(np.concatenate([scan.comparable for scan in scans]))
     near = _near(hashes[comparable], exact[comparable], rows.select(comparable))
     near = comparable[near]
+    # Two sources of one split are told too: a later split by chance would part such a pair.
     crossing = rows.split[near[:, 0]] != rows.split[near[:, 1]]
     report.pairs("leak-near", near[crossing])
     report.pairs("near-between-sources", near[~crossing])
+    # Leaks first, as the sheet has room for a few only.
     shown = np.concatenate([near[crossing], near[~crossing]])[:_MOST_SHOWN]
     places = [
         (
@@ -170,17 +182,15 @@ class _Shared:
         """Questions whose key [q, 3] has several answers [q]; `places` [q, 2] are row and turn."""
         found = shared_keys(keys, answers, limit=self.num_examples)
         examples = [(places[a], places[b]) for a, b in found.examples]
-        notes = [self._note(a, b) for a, b in examples]
+        notes = []
+        for pair in examples:
+            (question, one), (_, other) = (
+                [str(t["text"])[:60] for t in self._value(row, "conversations")[turn : turn + 2]]
+                for row, turn in (place.tolist() for place in pair)
+            )
+            notes.append(f": {question!r}: {one!r}, {other!r}")
         rows = [(a[0], b[0]) for a, b in examples]
         self._add("answers-differ", places[found.items, 0], rows, notes)
-
-    def _note(self, first: NDArray[np.int64], second: NDArray[np.int64]) -> str:
-        """Question and both answers of two places."""
-        (question, one), (_, other) = (
-            [str(turn["text"])[:60] for turn in self._value(row, "conversations")[turn : turn + 2]]
-            for row, turn in (first.tolist(), second.tolist())
-        )
-        return f": {question!r}: {one!r}, {other!r}"
 
     def _add(
         self,
@@ -212,6 +222,7 @@ def _contradictions(report: _Shared, exact: NDArray[np.uint64]) -> None:
     asked = [np.zeros((0, 4), np.uint64)]
     start = 0
     for records in report.records:
+        # In batches, and keys are kept alone: texts as Python objects take many times their size.
         for texts in column_table(records, ("conversations",)).to_batches(_ROWS_READ):
             asked.append(_asked(texts["conversations"].to_pylist(), start))
             start += len(texts)
@@ -224,60 +235,40 @@ def _contradictions(report: _Shared, exact: NDArray[np.uint64]) -> None:
 
 def _asked(conversations: Sequence[list[dict[str, Any]]], start: int) -> NDArray[np.uint64]:
     """[q, 4] row, turn and keys of question and answer. Reports may differ, so they stay out."""
-    asked = [
-        (start + row, turn, _question_key(turns[turn]), _text_key(turns[turn + 1]["text"]))
-        for row, turns in enumerate(conversations)
-        for turn in range(0, len(turns) - 1, 2)
-        if turns[turn]["kind"] != "report"
-    ]
+    asked = []
+    for row, turns in enumerate(conversations):
+        for turn in range(0, len(turns) - 1, 2):
+            if turns[turn]["kind"] != "report":
+                # Another choice is another question; the order of its options is not.
+                options = sorted(_plain(option) for option in turns[turn]["options"] or ())
+                question = key_of(_plain(turns[turn]["text"]), *options)
+                asked.append((start + row, turn, question, key_of(_plain(turns[turn + 1]["text"]))))
     return np.array(asked, np.uint64).reshape(-1, 4)
 
 
-def _question_key(turn: dict[str, Any]) -> int:
-    """Of text and options; their order does not matter. Another choice is another question."""
-    options = sorted(_plain(option) for option in turn["options"] or ())
-    return key_of(_plain(turn["text"]), *options)
-
-
-def _text_key(text: str | None) -> int:
-    """The same for another case, spacing or final mark."""
-    return key_of(_plain(text))
-
-
 def _plain(text: str | None) -> str:
+    """The same for another case, spacing or final mark."""
     return " ".join((text or "").lower().split()).rstrip(" .?!")
-
-
-def _family(source: str) -> str:
-    """What ids of a source are compared within."""
-    for family, beginnings in ID_FAMILIES.items():
-        if source.lower().startswith(beginnings):
-            return family
-    return f"source {source}"
 
 
 def _id_keys(records: Records, column: str) -> NDArray[np.uint64]:
     """[rows] key of an id within its family; 0 where it is unknown."""
-    family = _family(records.manifest["source"])
+    source = records.manifest["source"]
+    # The source itself for most: "patient 12" of two unrelated releases are two people.
+    family = next(
+        (f for f, starts in ID_FAMILIES.items() if source.lower().startswith(starts)),
+        f"source {source}",
+    )
     shared = family in ID_FAMILIES
-
-    def key(value: str) -> int:
-        return key_of(family, column, plain_id(value, column) if shared else value)
-
-    return _keys(records, column, key)
-
-
-def _loose_patient_keys(records: Records) -> NDArray[np.uint64]:
-    """[rows] key of a patient id whatever the source; 0 where it is unknown or short."""
-
-    def key(value: str) -> int:
-        return key_of("any", value) if len(value) >= MIN_SHARED_ID else 0
-
-    return _keys(records, "patient_id", key)
+    # Only in a family are ids stripped: elsewhere p12 and q12 may well be two patients.
+    return _keys(
+        records, column, lambda v: key_of(family, column, plain_id(v, column) if shared else v)
+    )
 
 
 def _keys(records: Records, column: str, key: Callable[[str], int]) -> NDArray[np.uint64]:
     encoded = column_table(records, (column,))[column].dictionary_encode().unify_dictionaries()
+    # Each distinct value is hashed once: all slices of a volume share their patient.
     keys = [key(value) for value in encoded.chunk(0).dictionary.to_pylist()]
     table = np.array([*keys, 0], np.uint64)
     codes = [c.indices.fill_null(len(keys)).to_numpy(zero_copy_only=False) for c in encoded.chunks]
@@ -285,8 +276,9 @@ def _keys(records: Records, column: str, key: Callable[[str], int]) -> NDArray[n
 
 
 def plain_id(value: str, column: str) -> str:
-    """An id as every source of a family writes it: `p10000032` and `10000032` are one patient; of
-    an image id the last part counts."""
+    """An id as every source of a family writes it; of an id with folders the last part counts."""
+    # A letter may be all that tells two images apart; with patients it is a prefix, see below.
     if column == "id":
         return value.rsplit("/", 1)[-1].lower()
+    # MIMIC writes p10000032 in paths and 10000032 in tables.
     return re.sub(r"^[a-z](?=\d+$)", "", value.rsplit("/", 1)[-1].lower())

@@ -27,6 +27,7 @@ from biascare.records import Records
 
 TRAIN = "train"
 _SIDE = re.compile(r"\b(left|right)\b")
+_OTHER_SIDE = {"left": "right", "right": "left"}
 _HISTOGRAMS = {"targets": "target", "labels": "label", "modality": "modality", "sex": "sex"}
 
 
@@ -70,6 +71,7 @@ def lint(
     `allowed` are codes whose findings are shown but no longer count. `begin` hears the number of
     rows, `advance` those done. Raises ValueError for an unknown code.
     """
+    # Before anything is read: a misspelt code would be told after hours of reading.
     check_codes(allowed := tuple(allowed))
     findings, records = _open(paths)
     begin(sum(len(r) for r in records))
@@ -78,8 +80,14 @@ def lint(
     for r, scan, name in zip(records, scans, names, strict=True):
         issues = Issues(settings.num_examples)
         issues.merge(scan.issues)
-        for code, example, count in (*_column_issues(r), *_side_issues(scan)):
+        for code, example, count in _column_issues(r):
             issues.add(code, example, count)
+        # A vote of all pairs: single organs do lie on the wrong side (situs inversus, a shifted
+        # kidney), a mirrored folder has most of them there.
+        wrong, total = scan.sides[False], scan.sides.total()
+        if wrong > scan.sides[True]:
+            example = f"right lies at image right in {wrong} of {total} pairs"
+            issues.add("sides-disagree", example, wrong)
         findings += _findings(issues, name)
     findings += _vocabulary_findings(records, settings)
     findings += patient_findings(records)
@@ -87,6 +95,7 @@ def lint(
     if records:
         found, near = cross_findings(records, scans, settings)
         findings += found
+    # Shown all the same: what is accepted today should be seen by who reads the report next.
     findings = [f._replace(level="allowed") if f.code in allowed else f for f in findings]
     order = list(CODES)
     findings.sort(key=lambda f: (_LEVELS.index(f.level), order.index(f.code), f.where))
@@ -105,7 +114,9 @@ def check_codes(codes: Iterable[str]) -> None:
 
 
 def _open(paths: Sequence[str | Path]) -> tuple[list[Finding], list[Records]]:
+    # A folder that does not open is a finding: the others are checked all the same.
     findings, records = [], []
+    # A folder that is named twice would be a duplicate of itself, in every row.
     for path in dict.fromkeys(Path(p).absolute() for p in paths):
         try:
             records.append(Records(path))
@@ -146,6 +157,8 @@ def _column_issues(records: Records) -> Iterator[tuple[str, str, int]]:
     repeated = ids.filter(pc.greater(ids.field("counts"), 1))
     for entry in repeated.to_pylist():
         yield "duplicate-id", str(entry["values"]), entry["counts"]
+    # Counted anew from the columns: the unit files decide what is trained on, and nothing else
+    # notices rows that they leave out.
     targets = np.asarray(pc.list_value_length(table["targets"]).to_numpy())
     if not np.array_equal(np.flatnonzero(targets), records.segmentation_units):
         yield "units", "segmentation", 1
@@ -160,18 +173,12 @@ def _column_issues(records: Records) -> Iterator[tuple[str, str, int]]:
         stated = records.manifest.get(name, {})
         found = dict(profile[axis].raw)
         if axis == "label":
+            # The manifest counts labels and not images without any.
             found.pop("missing", None)
         for category in sorted({*stated, *found}):
             if stated.get(category, 0) != found.get(category, 0):
                 counts = f"{stated.get(category, 0)} stated, {found.get(category, 0):.0f} found"
                 yield "manifest-counts", f"{name}: {category}: {counts}", 1
-
-
-def _side_issues(scan: FolderScan) -> Iterator[tuple[str, str, int]]:
-    if scan.sides[False] > scan.sides[True]:
-        total = scan.sides.total()
-        example = f"right lies at image right in {scan.sides[False]} of {total} pairs"
-        yield "sides-disagree", example, scan.sides[False]
 
 
 # ---------------------------------------------------------------- names
@@ -198,6 +205,8 @@ def _modality_issues(
 ) -> Iterator[tuple[str, str, int]]:
     for name in sorted(names):
         try:
+            # Of all folders together: "CT" here and "ct" there would be two modalities of one
+            # mixture.
             wanted = vocabulary.modality(name)
         except ValueError as error:
             yield "modality-name", f"{name!r}: {str(error)[:80]}", 1
@@ -212,9 +221,11 @@ def _target_issues(targets: Counter[str], vocabulary: Vocabulary) -> Iterator[tu
         if wanted != name:
             yield "target-name", f"{name!r} ({targets[name]}): {wanted!r} in the vocabulary", 1
     for first, second in target_variants(canonical.values()):
+        # Of canonical names: what the vocabulary unites already is no second target.
         yield "target-variants", f"{first!r} and {second!r}", 1
     for name in sorted(set(canonical.values())):
-        other = _other_side(name)
+        other = _SIDE.sub(lambda match: _OTHER_SIDE[match[1]], name)
+        # One side alone is often a forgotten or misspelt label of the other.
         if other != name and other not in canonical.values():
             yield "target-one-side", f"{name!r} without {other!r}", 1
 
@@ -224,8 +235,14 @@ def target_variants(names: Iterable[str]) -> list[tuple[str, str]]:
     by_form: dict[tuple[str, ...], str] = {}
     pairs = []
     for name in sorted(set(names)):
-        words = re.findall(r"[a-z0-9]+", name.lower())
-        stems = [_stem(word) for word in words if word not in ("the", "of", "and")]
+        stems = []
+        for word in re.findall(r"[a-z0-9]+", name.lower()):
+            # British to American, plural to singular: enough to compare by, and a person decides.
+            stem = word.replace("oe", "e").replace("ae", "e").replace("our", "or")
+            plural = len(stem) > 3 and stem.endswith("s") and not stem.endswith("ss")
+            if word not in ("the", "of", "and"):
+                stems.append(stem[:-1] if plural else stem)
+        # In any order ("kidney left"), and as one word ("gall bladder").
         form = tuple(sorted(stems))
         joined = ("".join(stems),)
         for key in dict.fromkeys((form, joined)):
@@ -235,19 +252,10 @@ def target_variants(names: Iterable[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def _stem(word: str) -> str:
-    """British to American, plural to singular: enough to compare by."""
-    word = word.replace("oe", "e").replace("ae", "e").replace("our", "or")
-    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
-
-
-def _other_side(name: str) -> str:
-    return _SIDE.sub(lambda match: {"left": "right", "right": "left"}[match[1]], name)
-
-
 def _unseen_issues(records: Sequence[Records]) -> Iterator[tuple[str, str, int]]:
     trained = [r for r in records if r.manifest["split"] == TRAIN]
     seen = {name for r in trained for name in r.target_counts}
+    # Without any training folder here, every target would be unseen.
     for r in records if trained else ():
         if r.manifest["split"] != TRAIN:
             for name, count in sorted(r.target_counts.items()):

@@ -101,14 +101,11 @@ class RowScan:
     ) -> tuple[NDArray[np.uint64], NDArray[np.uint64], bool]:
         """Check one row; its exact and perceptual hash, and whether they can be compared."""
         try:
+            # Not `records[index]`, which refuses a damaged row: here its other faults are told too.
             row = records.unchecked(index)
         except ValueError as error:
             self.issues.add("row-unreadable", str(error))
             return np.zeros(2, np.uint64), np.zeros(4, np.uint64), False
-        return self.row(row)
-
-    def row(self, row: dict[str, Any]) -> tuple[NDArray[np.uint64], NDArray[np.uint64], bool]:
-        """The same of a row that was read."""
         for code, detail in (*attribute_issues(row, self.manifest), *text_issues(row)):
             self.issues.add(code, f"{row['id']}: {detail}")
         try:
@@ -116,6 +113,7 @@ class RowScan:
         except ValueError as error:
             self.issues.add("checksum", str(error))
         image = self._image(row)
+        # Also without an image: whether codes are whole does not depend on it.
         self._masks(row, image)
         if image is None:
             return np.zeros(2, np.uint64), np.zeros(4, np.uint64), False
@@ -131,17 +129,22 @@ class RowScan:
             self.issues.add("image-undecodable", f"{row['id']}: {error}")
             return None
         if image.shape[:2] != (row["height"], row["width"]):
+            # The masks have the stated size, so that comparing them with this image would mean
+            # nothing.
             stated = f"{row['height']} x {row['width']}"
             got = f"{image.shape[0]} x {image.shape[1]}"
             self.issues.add("image-size", f"{row['id']}: stated {stated}, decoded {got}")
             return None
         with Image.open(io.BytesIO(row["image"])) as header:
+            # Pixels are taken as stored; who drew masks in a viewer that obeys the tag drew them
+            # turned.
             if header.getexif().get(_EXIF_ORIENTATION, 1) != 1:
                 self.issues.add("image-rotated-by-tag", row["id"])
         return image
 
     def _masks(self, row: dict[str, Any], image: NDArray[np.uint8] | None) -> None:
         names = [target["name"] for target in row["targets"]]
+        # Readers that make a dict of the targets would lose all but the last.
         for name, number in Counter(names).items():
             if number > 1:
                 self.issues.add("target-twice", f"{row['id']}: {name}")
@@ -156,6 +159,7 @@ class RowScan:
             self._mask(mask, image, about)
             if mask.any():
                 masks.append((target["name"], mask.astype(bool)))
+        # Elsewhere "right" is no side of the image: a right eye fills it whole.
         if row["modality"].lower() in RADIOLOGICAL:
             self.sides.update(self.settings.vocabulary.sides_agree(masks))
 
@@ -168,16 +172,23 @@ class RowScan:
         size = self.settings.image_size
         scaled = training_area(mask, area, size)
         self.training_areas[_power(scaled)] += 1
+        # One-pixel lesions are trained on but no shape can be learned of them; none at all is an
+        # error.
         if scaled <= 1:
             self.issues.add("mask-one-pixel" if scaled else "mask-vanishes", about)
-        self.num_thin += not _nearest_keeps(mask, size)
+        # What nearest-neighbour resizing, which many pipelines use, would have lost.
+        rows, columns = (
+            np.minimum(((np.arange(size) + 0.5) * n / size).astype(int), n - 1) for n in mask.shape
+        )
+        self.num_thin += not mask[np.ix_(rows, columns)].any()
         if image is not None and area >= MIN_CONSTANT_AREA and _lies_on_nothing(mask, image):
             self.issues.add("mask-on-constant", about)
 
 
 def _lies_on_nothing(mask: NDArray[np.uint8], image: NDArray[np.uint8]) -> bool:
-    """Whether the image is constant all around a non-empty mask too: a saturated stone is not."""
+    """Whether the image is constant in a non-empty mask and all around it."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    # A margin around the mask: a saturated stone is constant inside, and its surroundings are not.
     near = image[
         max(rows[0] - _MARGIN, 0) : rows[-1] + _MARGIN + 1,
         max(columns[0] - _MARGIN, 0) : columns[-1] + _MARGIN + 1,
@@ -186,11 +197,9 @@ def _lies_on_nothing(mask: NDArray[np.uint8], image: NDArray[np.uint8]) -> bool:
 
 
 def training_area(mask: NDArray[np.uint8], area: int, size: int) -> int:
-    """Pixels of a non-empty mask [H, W] at the training size.
-
-    Resized for real only where it could be a single pixel or none: `apply_mask` gives each
-    component its own area, at least 1, so a total of 1.5 or more has at least two pixels.
-    """
+    """Pixels of a non-empty mask [H, W] at the training size."""
+    # Resized for real only where it could be a single pixel or none: `apply_mask` gives each
+    # component its own area, at least 1, so a total of 1.5 or more has at least two pixels.
     scaled = area * size * size / mask.size
     if scaled >= 1.5:
         return max(2, round(scaled))
@@ -222,6 +231,7 @@ def text_issues(row: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield "text-edges", f"turn {i}: {text[:40]!r}"
         if turn["kind"] == "closed" and turn["role"] == "assistant" and text not in ("yes", "no"):
             plain = "".join(c for c in text.lower() if c.isalnum() or c == " ").split()
+            # "Yes, in the left lung" means yes but would never match a prediction word for word.
             means = plain[:1] == ["yes"] or plain[:1] == ["no"]
             yield f"closed-answer-{'spelling' if means else 'other'}", repr(text[:40])
     for problem in question_problems([Turn(**turn) for turn in turns]):
@@ -231,13 +241,6 @@ def text_issues(row: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def _power(area: int) -> int:
     """The largest power of two that is not above; 0 stays 0."""
     return 1 << (area.bit_length() - 1) if area else 0
-
-
-def _nearest_keeps(mask: NDArray[np.uint8], size: int) -> bool:
-    rows, columns = (
-        np.minimum(((np.arange(size) + 0.5) * n / size).astype(int), n - 1) for n in mask.shape
-    )
-    return bool(mask[np.ix_(rows, columns)].any())
 
 
 _EXIF_ORIENTATION = 0x0112
@@ -256,6 +259,7 @@ def _scan_chunk(
     source: tuple[str, str], number: int, start: int, stop: int, settings: LintSettings
 ) -> _Chunk:
     """`source`: folder and content hash of the manifest."""
+    # Folders are opened once per process: a chunk is only _CHUNK rows.
     records = _opened(*source)
     scan = RowScan(records.manifest, settings)
     hashes = [scan.row_at(records, index) for index in range(start, stop)]
@@ -286,9 +290,22 @@ def scan_folders(
     folders: Sequence[Records], settings: LintSettings, advance: Callable[[int], None]
 ) -> list[FolderScan]:
     """Read every row of every folder; `advance` hears of rows done."""
-    scans = [_empty_scan(len(records)) for records in folders]
+    scans = [
+        FolderScan(
+            issues={},
+            exact=np.zeros((len(records), 2), np.uint64),
+            perceptual=np.zeros((len(records), 4), np.uint64),
+            comparable=np.zeros(len(records), np.bool_),
+            native_areas=Counter(),
+            training_areas=Counter(),
+            num_thin=0,
+            sides=Counter(),
+        )
+        for records in folders
+    ]
     issues = [Issues(settings.num_examples) for _ in folders]
     jobs: Iterable[tuple[Any, ...]] = (
+        # Small chunks in the order of the rows: their examples are then those of a single process.
         (_scan_chunk, source, number, start, min(start + _CHUNK, len(records)))
         for number, records in enumerate(folders)
         for source in [(str(records.folder), records.manifest["content_hash"])]
@@ -305,6 +322,7 @@ def scan_folders(
         scans[chunk.folder] = scan._replace(num_thin=scan.num_thin + chunk.num_thin)
         issues[chunk.folder].merge(chunk.issues)
         advance(len(chunk.exact))
+    # A second reading, because a sum over all rows cannot be cut into chunks.
     hashes = _run(((_verify, str(records.folder)) for records in folders), settings.num_workers)
     for number, wrong in enumerate(hashes):
         if wrong:
@@ -312,28 +330,17 @@ def scan_folders(
     return [scan._replace(issues=i.found) for scan, i in zip(scans, issues, strict=True)]
 
 
-def _empty_scan(num_rows: int) -> FolderScan:
-    return FolderScan(
-        issues={},
-        exact=np.zeros((num_rows, 2), np.uint64),
-        perceptual=np.zeros((num_rows, 4), np.uint64),
-        comparable=np.zeros(num_rows, np.bool_),
-        native_areas=Counter(),
-        training_areas=Counter(),
-        num_thin=0,
-        sides=Counter(),
-    )
-
-
 def _run(jobs: Iterable[tuple[Any, ...]], num_workers: int) -> Iterator[Any]:
     """Results of (function, *arguments) in order; at most a few per worker are under way."""
     if num_workers == 0:
         yield from (function(*arguments) for function, *arguments in jobs)
         return
+    # Forking this process, whose Arrow has threads, can deadlock; spawning imports all for each.
     context = get_context("forkserver")
     context.set_forkserver_preload(["biascare.checks.rows"])
     jobs = iter(jobs)
     with ProcessPoolExecutor(num_workers, mp_context=context) as pool:
+        # A few ahead and no more: results of millions of rows must not wait in memory.
         waiting: list[Future[Any]] = [pool.submit(*job) for job in islice(jobs, 4 * num_workers)]
         while waiting:
             yield waiting.pop(0).result()

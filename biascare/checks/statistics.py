@@ -61,6 +61,7 @@ class SourceUse(NamedTuple):
 
 def imbalance(counts: Mapping[str, float]) -> Imbalance:
     """Of a mapping category -> count or share. Categories with 0 are no categories."""
+    # Unknown is no category: a release that names no sex would look evenly balanced by it.
     known = np.array([n for name, n in counts.items() if name != MISSING and n > 0], float)
     total = float(sum(counts.values()))
     if len(known) == 0:
@@ -96,16 +97,24 @@ def profile_sources(
     targets it trains on. Up to rounding, the stream's shares sum to 1 on each axis but `label`,
     where an image may have several.
     """
+    # A folder may serve both tasks; on disk it is there once.
     folders = {use.records.folder: use.records for use in uses}
     disk = profile_folders(list(folders.values()))
     segmented = {u.records.folder: u.records for u in uses if u.task == "segmentation"}
+    # Of the folders that are segmented: the run itself weighs targets by these counts alone.
     counts = total_counts(records.target_counts for records in segmented.values())
     drawn: dict[str, dict[str, float]] = {axis: {} for axis in AXES}
     for use in uses:
         table = column_table(use.records)
-        units = _units_per_row(table, use.task)
+        # [rows] stream units of the task in each row; see `Records.segmentation_units`.
+        if use.task == "segmentation":
+            units = (_lengths(table["targets"]) > 0).astype(np.float64)
+        else:
+            units = (_lengths(table["conversations"]) // 2).astype(np.float64)
         scale = use.num_drawn / max(units.sum(), 1)
         for axis, found in _count(table, units * scale).items():
+            # A segmentation sample shows every target of its image but trains on those that it
+            # draws.
             if axis != "target":
                 _add(drawn[axis], found)
         if use.task == "segmentation":
@@ -138,6 +147,7 @@ def expected_targets(
     remainder is 0 or 1; else it is averaged over `_DRAWS` seeded draws of every image.
     """
     names, codes, lengths = _list_codes(table["targets"], "name")
+    # Images without a target are never drawn for segmentation.
     lengths = lengths[lengths > 0]
     weights = np.array([float(max(counts.get(name, 1), 1)) for name in names]) ** -power
     image = np.repeat(np.arange(len(lengths)), lengths)
@@ -146,6 +156,7 @@ def expected_targets(
     extra = np.where(more == 1, share, 0.0)
     several = more > 1
     if several.any():
+        # Only where it must be: the rest is exact, and each draw sorts all targets.
         extra[several] = _inclusion(image[several], weights[codes[several]], more[several])
     return _weighted(names, codes, extra + (num_drawn // lengths)[image])
 
@@ -157,6 +168,7 @@ def _inclusion(
 
     Ordering by exponential waiting times over the weights is drawing without replacement.
     """
+    # Seeded: the figure of a mixture must be the same when it is drawn again.
     rng = np.random.default_rng(0)
     starts = np.flatnonzero(np.diff(image, prepend=-1))
     first = np.repeat(starts, np.diff(starts, append=len(image)))
@@ -167,23 +179,22 @@ def _inclusion(
     return hits / _DRAWS
 
 
-def _units_per_row(table: pa.Table, task: Task) -> NDArray[np.float64]:
-    """[rows] stream units of a task in each row; see `Records.segmentation_units`."""
-    if task == "segmentation":
-        return (_lengths(table["targets"]) > 0).astype(np.float64)
-    return (_lengths(table["conversations"]) // 2).astype(np.float64)
-
-
 def _count(table: pa.Table, weights: NDArray[np.float64]) -> dict[str, dict[str, float]]:
     """Axis -> weighted count of each category; `weights` [rows]."""
     counts = {
         axis: _weighted(*_codes(table[axis]), weights)
         for axis in ("modality", "anatomy", "sex", "race")
     }
-    counts["age"] = _age_counts(table["age"], weights)
+    ages = np.asarray(table["age"].to_numpy(), np.float64)
+    known = np.isfinite(ages)
+    # The last band is open: whoever is older is counted in it.
+    bands = np.clip(np.where(known, ages, 0) // 10, 0, len(AGE_BANDS) - 1).astype(np.int64)
+    bands[~known] = len(AGE_BANDS)
+    counts["age"] = _weighted([*AGE_BANDS, MISSING], bands, weights)
     for axis, column, child in (("target", "targets", "name"), ("label", "labels", None)):
         names, codes, lengths = _list_codes(table[column], child)
         counts[axis] = _weighted(names, codes, np.repeat(weights, lengths))
+        # An image without any label is a case of its own; without it the axis would hide how many.
         if axis == "label" and (without := float(weights[lengths == 0].sum())):
             _add(counts[axis], {MISSING: without})
     return counts
@@ -203,14 +214,6 @@ def _weighted(
 def _add(counts: dict[str, float], more: Mapping[str, float]) -> None:
     for name, number in more.items():
         counts[name] = counts.get(name, 0.0) + number
-
-
-def _age_counts(column: pa.ChunkedArray, weights: NDArray[np.float64]) -> dict[str, float]:
-    ages = np.asarray(column.to_numpy(), np.float64)
-    known = np.isfinite(ages)
-    bands = np.clip(np.where(known, ages, 0) // 10, 0, len(AGE_BANDS) - 1).astype(np.int64)
-    bands[~known] = len(AGE_BANDS)
-    return _weighted([*AGE_BANDS, MISSING], bands, weights)
 
 
 def _codes(column: pa.ChunkedArray) -> tuple[list[str], NDArray[np.int64]]:

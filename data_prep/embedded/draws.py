@@ -70,6 +70,7 @@ def plan(size: str, seed: int, split: str) -> list[Case]:
             taken = min(wanted, room)
             cases += [Case(patient, number) for number in range(1, taken + 1)]
             room -= taken
+    # Shuffled, so that a reader who takes the first rows sees every modality.
     order = np.random.default_rng([seed, _split_index(split)]).permutation(len(cases))
     return [cases[index] for index in order]
 
@@ -78,6 +79,7 @@ def _quota(num_images: int) -> dict[str, int]:
     """Images per modality: one each, the rest by AVAILABILITY with largest remainders."""
     rest = num_images - len(AVAILABILITY)
     exact = {name: rest * share for name, share in AVAILABILITY.items()}
+    # One each: the smallest size would otherwise hold no endoscopy, and no test of it could run.
     counts = {name: 1 + int(value) for name, value in exact.items()}
     by_remainder = sorted(exact, key=lambda name: int(exact[name]) - exact[name])
     for name in by_remainder[: num_images - sum(counts.values())]:
@@ -91,6 +93,7 @@ def _split_index(split: str) -> int:
 
 def generator(seed: int, patient: Patient, purpose: int) -> np.random.Generator:
     """Generator of one patient: purpose 0 is the patient, n > 0 the n-th image."""
+    # Seeds are integers, and `hash` of a string differs between processes.
     modality = list(TARGETS).index(patient.modality)
     return np.random.default_rng(
         [seed, _split_index(patient.split), modality, patient.number, purpose]
@@ -102,6 +105,7 @@ def draw_patient(seed: int, split: str, modality: str, number: int) -> Patient:
     rng = np.random.default_rng([seed, _split_index(split), list(TARGETS).index(modality), number])
     sex = str(rng.choice(list(SEX_SHARES), p=list(SEX_SHARES.values())))
     race = str(rng.choice(list(RACE_SHARES), p=list(RACE_SHARES.values())))
+    # The order of these draws is part of the data: a new one goes to the end, or all bytes change.
     age = float(np.clip(rng.normal(AGE_MEAN, AGE_STD), *AGE_LIMITS).round(1))
     habitus = tuple(float(value) for value in rng.random(4))
     return Patient(number, split, modality, sex, age, race, habitus)
@@ -124,6 +128,7 @@ def _factor(patient: Patient, bias: str, quantity: str) -> float:
     factors = [
         effect.factor
         for effect in active_effects(bias)
+        # By split: the prevalence effect is a flaw of the training archive alone.
         if effect.quantity == quantity and patient.split in effect.splits
         if in_group(patient, effect)
     ]
@@ -138,14 +143,17 @@ def draw_truth(seed: int, case: Case, bias: str) -> Truth:
     """
     patient = case.patient
     targets = TARGETS[patient.modality]
+    # Images of one patient resemble each other: without that, a split by image would leak nothing.
     shared = generator(seed, patient, 1_000_000).normal(size=len(targets))
     rng = generator(seed, patient, case.image_number)
+    # Uniform in each image, so that comparing with a threshold gives exactly the stated prevalence.
     levels = ndtr((shared + rng.normal(size=len(targets))) / np.sqrt(2))
     sizes = np.exp(rng.normal(size=len(targets)) * [target.spread for target in targets.values()])
     rarer = _factor(patient, bias, "prevalence of findings")
     present: dict[str, float] = {}
     for (name, target), level, stretch in zip(targets.items(), levels, sizes, strict=True):
         shown = not target.needs or any(organ in present for organ in target.needs)
+        # Findings alone: organs are there in everybody.
         if shown and level < target.prevalence * (rarer if target.radius else 1.0):
             radius = np.clip(target.radius * stretch, *RADIUS_LIMITS) if target.radius else 0.0
             present[name] = float(radius)
@@ -159,6 +167,8 @@ def expected_prevalence(patient: Patient, bias: str) -> dict[str, float]:
     scale = 1.0
     for effect in effects:
         if patient.split in effect.splits:
+            # Averaged over the sexes: yes and no are balanced in the split, not in each group of
+            # it.
             scale *= 1 + SEX_SHARES[effect.group] * (effect.factor - 1)
     targets = TARGETS[patient.modality]
     return {name: scale * target.prevalence for name, target in targets.items() if target.radius}

@@ -40,6 +40,15 @@ SMALL_SHARE, LARGE_SHARE = 0.01, 0.05
 """Shares of the image's pixels at which a finding is called medium, then large."""
 
 
+_STRUCTURE_SHARES = {
+    name: sum(AVAILABILITY[m] * t[name].prevalence for m, t in TARGETS.items() if name in t)
+    for targets in TARGETS.values()
+    for name, target in targets.items()
+    if not target.radius
+}
+"""Share of all images that show each structure; livers are shown by two modalities."""
+
+
 class Observation(NamedTuple):
     """What is known of one rendered image; every answer is computed from it."""
 
@@ -54,6 +63,7 @@ def observe(modality: str, rendering: Rendering) -> Observation:
     for name, mask in rendering.targets.items():
         shares[name] = float(mask.mean())
         at_left = float(mask[:, : mask.shape[1] // 2].sum() / mask.sum())
+        # A structure across the midline has no side, and asking for one would teach a guess.
         side = "left" if at_left >= 0.9 else "right" if at_left <= 0.1 else None
         if side and modality in PATIENT_FRAME:
             side = "right" if side == "left" else "left"
@@ -76,9 +86,15 @@ def converse(
     pairs += _ask_finding(rng, seen, prevalence)
     sided = [name for name in _findings(seen) if seen.sides[name]]
     if sided and rng.random() < 0.5:
-        pairs.append(_ask_side(rng, seen, str(rng.choice(sided))))
+        # A fair coin for the side that is asked, so that neither answer is the commoner one.
+        name = str(rng.choice(sided))
+        side = "left" if rng.random() < 0.5 else "right"
+        words = {"name": name, "where": _where(seen.modality, side)}
+        answer = _yes_no(side == seen.sides[name])
+        pairs.append(_pose(rng, "closed", "is side", answer, **words))
     elif rng.random() < 0.6:
         pairs.append(_pose(rng, "report", "report", report(seen)))
+    # In any order: a model that reads whole conversations could else tell the kind by its place.
     ordered = [pairs[index] for index in rng.permutation(len(pairs))]
     return turns_of([question for question, _ in ordered], [facts for _, facts in ordered])
 
@@ -114,17 +130,6 @@ def _structures(seen: Observation) -> list[str]:
     return [name for name in seen.shares if not is_finding(seen.modality, name)]
 
 
-def _structure_shares() -> dict[str, float]:
-    """Share of all images that show each structure."""
-    shares: dict[str, float] = {}
-    for modality, targets in TARGETS.items():
-        for name, target in targets.items():
-            if not target.radius:
-                shown = AVAILABILITY[modality] * target.prevalence
-                shares[name] = shares.get(name, 0.0) + shown
-    return shares
-
-
 def _yes_no(value: bool) -> str:
     return "yes" if value else "no"
 
@@ -148,7 +153,7 @@ def _ask_visible(rng: np.random.Generator, seen: Observation) -> Posed:
     visible = _structures(seen)
     name = str(rng.choice(visible))
     if rng.random() < 0.5:
-        name = _draw(rng, {k: v for k, v in _structure_shares().items() if k not in visible})
+        name = _draw(rng, {k: v for k, v in _STRUCTURE_SHARES.items() if k not in visible})
     words = {"is": "are" if name.endswith("s") else "is", "name": name}
     return _pose(rng, "closed", "is visible", _yes_no(name in visible), **words)
 
@@ -172,6 +177,7 @@ def _ask_finding(
     name = _draw(rng, possible)
     odds = prevalence[name] / (1 - prevalence[name])
     present = name in seen.shares
+    # A rare finding is always asked for when it is there (1 / odds is above 1), and seldom if not.
     if rng.random() < (1 / odds if present else odds):
         yield _pose(rng, "closed", "is finding", _yes_no(present), a=_article(name))
 
@@ -183,22 +189,18 @@ def _where(modality: str, side: str) -> str:
     return f"on the {side} side of the image"
 
 
-def _ask_side(rng: np.random.Generator, seen: Observation, name: str) -> Posed:
-    side = "left" if rng.random() < 0.5 else "right"
-    words = {"name": name, "where": _where(seen.modality, side)}
-    return _pose(rng, "closed", "is side", _yes_no(side == seen.sides[name]), **words)
-
-
 def _open(rng: np.random.Generator, seen: Observation) -> Posed:
     """One of the open questions that have a single right answer here."""
     pairs = [_pose(rng, "open", "modality", seen.modality)]
     findings = _findings(seen)
+    # With two findings, "what is the finding?" has no single answer.
     if len(findings) < 2:
         pairs.append(_pose(rng, "open", "finding", findings[0] if findings else NO_FINDING))
     for name in findings:
         if seen.sides[name] and seen.modality in PATIENT_FRAME:
             pairs.append(_pose(rng, "open", "side", str(seen.sides[name]), name=name))
     ordered = sorted(_structures(seen), key=lambda name: -seen.shares[name])
+    # Of two structures nearly as large the eye cannot tell the larger one.
     if len(ordered) > 1 and seen.shares[ordered[0]] > 1.15 * seen.shares[ordered[1]]:
         pairs.append(_pose(rng, "open", "largest", ordered[0]))
     return pairs[int(rng.integers(len(pairs)))]
@@ -214,40 +216,28 @@ def _choice(rng: np.random.Generator, seen: Observation) -> Posed:
     if task == "modality":
         answer, others = seen.modality, list(AVAILABILITY)
     elif task == "finding":
-        answer, others = findings[0] if findings else NO_FINDING, _all_findings()
+        answer = findings[0] if findings else NO_FINDING
+        others = [NO_FINDING, *(n for m in TARGETS for n in TARGETS[m] if is_finding(m, n))]
     else:
-        answer, others = str(rng.choice(structures)), list(_structure_shares())
+        answer, others = str(rng.choice(structures)), list(_STRUCTURE_SHARES)
+    # Nothing that the image shows may be a wrong option, or two options were right.
     wrong = [name for name in others if name != answer and name not in seen.shares]
     options = [answer, *(str(name) for name in rng.choice(wrong, 3, replace=False))]
     options = [options[index] for index in rng.permutation(4)]
     return _pose(rng, "choice", task, answer, options)
 
 
-def _all_findings() -> list[str]:
-    """Names of all findings of all modalities, and that there is none."""
-    names = [
-        name
-        for modality, targets in TARGETS.items()
-        for name in targets
-        if is_finding(modality, name)
-    ]
-    return [NO_FINDING, *names]
-
-
 def report(seen: Observation) -> str:
     """Two sentences: what is shown; which findings, how large, where."""
     structures = _structures(seen)
     shown = f" showing the {_listed(structures)}" if structures else ""
-    findings = [_described(seen, name) for name in _findings(seen)]
+    findings = []
+    for name in _findings(seen):
+        share, side = seen.shares[name], seen.sides[name]
+        size = "small" if share < SMALL_SHARE else "medium" if share < LARGE_SHARE else "large"
+        findings.append(f"a {size} {name}" + (f" {_where(seen.modality, side)}" if side else ""))
     verdict = f"there is {_listed(findings)}." if findings else "no finding is seen."
     return f"{seen.modality} of the {ANATOMY[seen.modality]}{shown}. {verdict}"
-
-
-def _described(seen: Observation, name: str) -> str:
-    share = seen.shares[name]
-    size = "small" if share < SMALL_SHARE else "medium" if share < LARGE_SHARE else "large"
-    side = seen.sides[name]
-    return f"a {size} {name}" + (f" {_where(seen.modality, side)}" if side else "")
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -74,11 +74,17 @@ class Canvas:
         terms = (
             self.rng.normal(size=(5, 2)) * roughness / np.arange(2, 7)[:, None] ** 1.3
         ).tolist()
-        rows, columns = self._window(center, 2.0 * max(radii))
+        # A window of twice the radius holds the clipped contour: most findings are small, and the
+        # rest of the canvas need not be computed.
+        reach = 2.0 * max(radii)
+        low = [max(int((value - reach + 1) * self.size / 2) - 1, 0) for value in center]
+        high = [max(int((value + reach + 1) * self.size / 2) + 2, 0) for value in center]
+        rows, columns = slice(low[1], high[1]), slice(low[0], high[0])
         dx, dy = self.x[rows, columns] - center[0], self.y[rows, columns] - center[1]
         cosine, sine = float(np.cos(angle)), float(np.sin(angle))
         u = (dx * cosine + dy * sine) / radii[0]
         v = (dy * cosine - dx * sine) / radii[1]
+        # The centre has no direction: without a floor the phasor would be 0 / 0.
         distance = np.maximum(np.hypot(u, v), 1e-6)
         # Powers of a unit phasor are the harmonics of the polar angle, without trigonometry.
         phasor = (u + 1j * v) / distance
@@ -87,14 +93,9 @@ class Canvas:
             harmonic = harmonic * phasor
             radius += real * harmonic.real + imaginary * harmonic.imag
         mask = np.zeros_like(self.x)
+        # Clipped, or rare draws of the harmonics would leave nothing or leave the window.
         mask[rows, columns] = self.edge((np.clip(radius, 0.4, 1.9) - distance) * min(radii))
         return mask
-
-    def _window(self, center: Point, reach: float) -> tuple[slice, slice]:
-        """Rows and columns within `reach` of `center`."""
-        low = [int((value - reach + 1) * self.size / 2) - 1 for value in center]
-        high = [int((value + reach + 1) * self.size / 2) + 2 for value in center]
-        return slice(max(low[1], 0), max(high[1], 0)), slice(max(low[0], 0), max(high[0], 0))
 
     def edge(self, signed_distance: Array) -> Array:
         """Anti-aliased inside of a signed distance (positive inside, image units)."""
@@ -127,18 +128,22 @@ class Canvas:
         if name not in self.present:
             return
         self.paint(mask, value)
+        # A mask shows what can be seen: a hidden pixel belongs to what lies over it.
         self.targets = {key: other * (1 - mask) for key, other in self.targets.items()}
         self.targets[name] = mask
 
     def finding(self, name: str, mask: Array, change: float | Array | tuple[float, ...]) -> None:
         """Add a named finding on top of its organ, which keeps its own mask."""
+        # The planted appearance bias changes the contrast of findings, and nothing of the organs.
         self.add(mask, np.asarray(change, np.float32) * self.look.contrast)
         self.targets[name] = mask
 
     def place(self, inside: Array, radius: float, off_midline: float = 0.0) -> Point:
         """A random point of the mask `inside`, as far from its edge as `radius` allows."""
         depth = ndimage.distance_transform_edt(inside > 0.5)
+        # Off the midline, so that a question about the side has an answer.
         depth = np.where(np.abs(self.x) >= off_midline, depth, 0)
+        # A finding larger than its organ still gets a place, near the organ's middle.
         margin = min(radius * self.size / 2, 0.7 * float(depth.max()))
         rows, columns = np.nonzero(depth >= max(margin, 1e-6))
         if len(rows) == 0:
@@ -155,11 +160,14 @@ class Canvas:
         stretch = float(self.rng.uniform(0.75, 1.0))
         center = self.place(inside, radius, off_midline)
         mask = self.blob(center, (radius, radius * stretch), self.rng.uniform(0, 3.14), 0.18)
+        # These two grow over the edge of what they lie in; everything else ends where its organ
+        # does.
         return mask * inside if name not in {"lung nodule", "polyp"} else mask
 
     def strokes(self, lines: list[tuple[list[Point], float]]) -> Array:
         """Polylines of (points, width in image units) drawn with four-fold oversampling."""
         scale = 4 * self.size / 2
+        # Pillow draws without anti-aliasing: four times too large, then averaged.
         sheet = Image.new("L", (4 * self.size, 4 * self.size))
         draw = ImageDraw.Draw(sheet)
         for points, width in lines:
@@ -198,18 +206,19 @@ def render(
     canvas, display = RENDERERS[modality](size, rng, present, look)
     levels = np.clip(display * 255 + 0.5, 0, 255).astype(np.uint8)
     if levels.ndim == 2:
+        # Three equal channels, because vision encoders take RGB.
         levels = np.repeat(levels[..., None], 3, axis=2)
+    # What was drawn as present must have a mask: questions and prevalences count on it.
     missing = set(present) - set(canvas.targets)
     assert not missing, f"{modality} cannot draw {sorted(missing)}"
-    return Rendering(levels, {name: _binary(canvas.targets[name]) for name in sorted(present)})
-
-
-def _binary(soft: Array) -> NDArray[np.bool_]:
-    """Threshold at one half; a target thinner than a pixel keeps its strongest pixel."""
-    mask = soft > 0.5
-    if not mask.any():
-        mask[np.unravel_index(int(np.argmax(soft)), soft.shape)] = True
-    return mask
+    targets = {}
+    for name in sorted(present):
+        soft = canvas.targets[name]
+        targets[name] = soft > 0.5
+        # A microbleed or vessel thinner than a pixel keeps its strongest pixel.
+        if not targets[name].any():
+            targets[name][np.unravel_index(int(np.argmax(soft)), soft.shape)] = True
+    return Rendering(levels, targets)
 
 
 def _rgb(red: float, green: float, blue: float) -> Array:
@@ -224,6 +233,7 @@ def _ct(
     c = Canvas(size, rng, present, look, -1000.0)
     rx, ry = 0.80 + 0.12 * look.habitus[0], 0.60 + 0.12 * look.habitus[1]
     rim = 0.03 + 0.09 * look.habitus[2]
+    # From the outside in and from back to front: what is painted later hides what was there.
     cavity = _ct_trunk(c, rx, ry, rim)
     _ct_bowel(c, cavity, rx, ry)
     _ct_spine(c, ry)
@@ -238,6 +248,7 @@ def _ct(
         c.organ(name, kidney * cavity, 175 - 190 * sinus)
     c.organ("aorta", c.blob((0.07, 0.34 * ry), (0.062, 0.062), 0, 0.03), 215.0)
     _ct_findings(c)
+    # Noise after all structures, as the detector adds it; its grain is about a pixel at any size.
     hu = c.image + 13 * look.noise * c.noise(0.9 / size)
     return c, (hu + 110) / 340
 
@@ -294,10 +305,12 @@ def _ct_findings(c: Canvas) -> None:
             c.add(vessel * liver, 42.0)
         lesion = c.round_finding("liver lesion", liver)
         if lesion is not None:
+            # First the liver's own mean, or a vessel that crosses would show through the lesion.
             c.paint(lesion, 108.0)
             c.finding("liver lesion", lesion, -72 + 6 * c.noise(0.02))
     kidneys = [name for name in ("left kidney", "right kidney") if name in c.targets]
     if "kidney stone" in c.present:
+        # A visible kidney: TARGETS says that a stone needs one.
         kidney = c.targets[kidneys[int(c.rng.integers(len(kidneys)))]]
         stone = c.round_finding("kidney stone", kidney)
         assert stone is not None
@@ -316,11 +329,13 @@ def _mr(
     c.organ("brain", brain, 0.40 + 0.015 * c.noise(0.05))
     _mr_cortex(c, brain, rx, ry)
     _mr_ventricles(c, ry)
+    # Away from the midline, so that the side of the tumour can be asked for.
     tumour = c.round_finding("brain tumor", brain * c.edge(0.95 * rx - np.abs(c.x)), 0.16)
     if tumour is not None:
         radius = c.present["brain tumor"]
         halo = np.clip(c.blur(tumour, 0.45 * radius) - tumour, 0, 1) * brain
         c.add(halo, 0.22 * look.contrast)
+        # Over sulci and ventricles, which a solid tumour displaces.
         c.paint(tumour, 0.42)
         core = np.clip(c.blur(tumour, 0.3 * radius) * 2 - 1, 0, 1)
         c.finding("brain tumor", tumour, 0.36 - 0.20 * core + 0.04 * c.noise(0.03))
@@ -328,9 +343,11 @@ def _mr(
     if bleed is not None:
         c.finding("microbleed", bleed, -0.30)
     coil = np.exp(0.12 * c.noise(0.5))
+    # The coil shades the image but keeps the mean of the brain, so that tissues stay comparable.
     coil /= np.average(coil, weights=brain)
     signal = np.clip(c.image, 0, None) * coil
     sigma = 0.022 * look.noise
+    # Noise of both channels before the magnitude: that is what makes it Rician.
     real, imaginary = rng.normal(0, sigma, (2, size, size))
     return c, np.hypot(signal + real, imaginary).astype(np.float32) * 1.25
 
@@ -363,6 +380,7 @@ def _mr_ventricles(c: Canvas, ry: float) -> None:
             c.blob((side * 0.09, 0.03), (width * 0.8, 0.16), 0, 0.08),
         ]
     c_ventricles = np.maximum.reduce(parts)
+    # Drawn in any case and painted where the image shows them: other draws then stay the same.
     if "ventricles" in c.present:
         c.paint(c_ventricles, 0.08)
         c.targets["ventricles"] = c_ventricles
@@ -390,6 +408,7 @@ def _ultrasound(
         c.paint(np.clip(c.blur(bladder, 0.03) * 2.2, 0, 1) * fan, 0.75)
         c.organ("gallbladder", bladder, 0.02)
         enhancement += 0.8 * _behind(bladder, radius, angle)
+    # Not in the gallbladder, where a cyst could not be told from bile.
     elsewhere = c.targets.get("liver", fan) * (
         1 - c.blur(c.targets.get("gallbladder", 0 * fan), 0.05) * 3
     )
@@ -402,6 +421,7 @@ def _ultrasound(
     if stone is not None:
         c.finding("gallstone", stone, 1.5)
         shadow = 0.85 * look.contrast * _behind(stone, radius, angle)
+    # Enhancement behind fluid and shadow behind stone are how each of them is told in practice.
     echo = np.clip(c.image, 0.004, None) * (1 + enhancement) * (1 - np.clip(shadow, 0, 0.95))
     return c, _speckle(c, echo, radius) * fan
 
@@ -413,6 +433,7 @@ def _behind(mask: Array, radius: Array, angle: Array) -> Array:
     far, hit = np.zeros(256, np.float32), np.zeros(256, np.float32)
     np.maximum.at(far, bins[inside], radius[inside])
     np.maximum.at(hit, bins[inside], 1)
+    # Closed over the angles: between the pixels of a small stone beams would slip through.
     hit = ndimage.gaussian_filter1d(ndimage.grey_closing(hit, 9), 2)
     far = ndimage.grey_dilation(far, 9)
     path: Array = hit[bins] * np.clip((radius - far[bins]) / 0.04, 0, 1)
@@ -422,6 +443,7 @@ def _behind(mask: Array, radius: Array, angle: Array) -> Array:
 def _speckle(c: Canvas, echo: Array, radius: Array) -> Array:
     """Rayleigh speckle wider across the beam than along it, log-compressed to 45 dB."""
     parts = c.rng.standard_normal((2, c.size, c.size)).astype(np.float32)
+    # In pixels at 128, scaled: the same grain at every image size.
     spread = np.array([0.7, 1.3]) * c.size / 128
     real, imaginary = (ndimage.gaussian_filter(part, spread) for part in parts)
     envelope = np.hypot(real, imaginary)
@@ -455,7 +477,13 @@ def _xray(
     c.add(below * shoulders, 0.26 + 0.03 * c.noise(0.2))
     stomach = c.blob((0.38, 0.66), (0.16, 0.08), -0.2, 0.2)
     c.add(c.blur(stomach, 0.012), -0.28)
-    vessels = _xray_vessels(c) * air
+    # Hilar vessels that branch and thin out towards the edge of the lungs.
+    lines: list[tuple[list[Point], float]] = []
+    for side in (-1, 1):
+        for heading in np.linspace(-1.3, 1.3, 9):
+            lines += _branch(c.rng, (side * 0.17, -0.02), heading, side, 0.020, 10, 0.065)
+    vessels = c.blur(c.strokes(lines), 0.010) * air
+    # After the lungs and before their vessels are added: collapsed lung leaves gas without vessels.
     collapsed = _xray_pneumothorax(c, lungs)
     c.add(vessels * (1 - collapsed), 0.17)
     c.add((1 - collapsed) * air, 0.022 * c.noise(0.06) + 0.018 * c.noise(0.02))
@@ -464,19 +492,14 @@ def _xray(
     nodule = c.round_finding("lung nodule", air * (np.abs(c.y) < 0.5), 0.25)
     if nodule is not None:
         c.finding("lung nodule", nodule, 0.48 * c.blur(nodule, 0.01))
+    # Lungs are always drawn, since heart and vessels need them.
     c.targets = {name: mask for name, mask in c.targets.items() if name in present}
+    # Beer and Lambert: densities add up along the beam, the light that is left is their
+    # exponential.
     photons = np.exp(-1.7 * c.blur(c.image, 0.006))
+    # Quantum noise grows with the square root of the photons.
     noisy = photons + 0.020 * look.noise * np.sqrt(photons) * c.noise(0.5 / size)
     return c, (1 - np.clip(noisy, 0, 1)) * 1.12 - 0.04
-
-
-def _xray_vessels(c: Canvas) -> Array:
-    """Hilar vessels that branch and thin out towards the edge of the lungs."""
-    lines: list[tuple[list[Point], float]] = []
-    for side in (-1, 1):
-        for heading in np.linspace(-1.3, 1.3, 9):
-            lines += _branch(c.rng, (side * 0.17, -0.02), heading, side, 0.020, 10, 0.065)
-    return c.blur(c.strokes(lines), 0.010)
 
 
 def _branch(
@@ -587,6 +610,7 @@ def _skin_lesion(c: Canvas, contrast: float) -> None:
     depth = 0.75 + 0.28 * c.noise(0.3 * radius + 0.02) + 0.30 * network
     absorbed = np.clip(depth, 0.35, 2.0) * soft * contrast
     colour = _rgb(0.55, 0.95, 1.05) * float(c.rng.uniform(0.85, 1.15))
+    # Multiplied, as melanin absorbs light; painting would hide the skin's own texture.
     c.image *= np.exp(-absorbed[..., None] * colour)
     c.targets["skin lesion"] = shape
     ulcer = c.round_finding("ulcer", shape)
@@ -618,11 +642,13 @@ def _fundus(
     mottled = 1 + 0.05 * c.noise(0.25) + 0.03 * c.noise(0.03)
     shade = 1.05 - 0.35 * (c.x**2 + c.y**2)
     c.paint(aperture, (mottled * shade)[..., None] * pigment)
+    # Either eye: the disc lies towards the nose.
     nasal = int(rng.choice([-1, 1]))
     disc = nasal * rng.uniform(0.42, 0.52), rng.uniform(-0.08, 0.08)
     macula = np.exp(-(((c.x + nasal * 0.12) ** 2 + (c.y - disc[1] - 0.05) ** 2) / 0.030))
     c.image *= (1 - 0.38 * macula * aperture)[..., None]
     size_of_disc = 0.14 + 0.03 * look.habitus[0]
+    # Drawn in any case: haemorrhages keep off it, also where it is no target.
     disc_mask = c.blob(disc, (size_of_disc * 0.92, size_of_disc), 0, 0.05)
     if "optic disc" in present:
         c.paint(0.9 * c.blur(disc_mask, 0.012), (0.95, 0.72, 0.40))
@@ -636,7 +662,12 @@ def _fundus(
         c.paint(0.72 * vessels, (0.42, 0.09, 0.05))
         # Half of a one-pixel vessel would vanish under a threshold of one half.
         c.targets["vessels"] = np.clip(vessels * 1.5, 0, 1)
-    _haemorrhages(c, aperture * (1 - disc_mask))
+    if "haemorrhage" in present:
+        # One finding of one to four patches; they bleed on the retina and not on the disc.
+        retina = aperture * (1 - disc_mask)
+        parts = [c.round_finding("haemorrhage", retina) for _ in range(int(rng.integers(1, 5)))]
+        union = np.maximum.reduce([part for part in parts if part is not None])
+        c.finding("haemorrhage", union, 0.9 * (_rgb(0.34, 0.03, 0.03) - c.image))
     grain = rng.normal(0, 0.014 * look.noise, c.image.shape)
     return c, (c.image + grain * aperture[..., None]).astype(np.float32)
 
@@ -660,16 +691,6 @@ def _arcades(c: Canvas, disc: Point, nasal: int) -> Array:
     return c.strokes(lines)
 
 
-def _haemorrhages(c: Canvas, retina: Array) -> None:
-    """One finding of one to four dark red patches."""
-    if "haemorrhage" not in c.present:
-        return
-    parts = [c.round_finding("haemorrhage", retina) for _ in range(int(c.rng.integers(1, 5)))]
-    union = np.maximum.reduce([part for part in parts if part is not None])
-    dark = _rgb(0.34, 0.03, 0.03) - c.image
-    c.finding("haemorrhage", union, 0.9 * dark)
-
-
 def _endoscopy(
     size: int, rng: np.random.Generator, present: Mapping[str, float], look: Look
 ) -> tuple[Canvas, Array]:
@@ -688,7 +709,9 @@ def _endoscopy(
         - 0.10 * np.clip(-rings, 0, 1) ** 6
     )
     c.image *= light[..., None] * (1 + 0.03 * c.noise(0.04)[..., None])
-    lines = [_capillary(rng) for _ in range(14)]
+    # Capillaries of the mucosa are short hairs: thin vessels that wander.
+    wandering = [_hair(rng) for _ in range(14)]
+    lines = [(points[:7], 0.5 * width + 0.004) for points, width in wandering]
     c.paint(0.28 * c.strokes(lines), (0.55, 0.12, 0.12))
     if "lumen" in present:
         opening = c.edge(0.20 + 0.10 * look.habitus[3] - distance)
@@ -699,17 +722,16 @@ def _endoscopy(
         - np.maximum(np.maximum(np.abs(c.x), np.abs(c.y)), 0.72 * np.abs(np.abs(c.x) + np.abs(c.y)))
     )
     _polyp(c, frame * c.edge(distance - 0.35))
-    _highlights(c, distance)
+    # Specular reflections of wet mucosa: small, white, away from the lumen; over the polyp, which
+    # is wet too, and below the instrument.
+    wet = c.noise(0.018) + 0.6 * c.noise(0.12)
+    glint = np.clip((wet - 2.5) * 2.5, 0, 1) * np.clip(distance * 3 - 1, 0, 1)
+    c.paint(c.blur(glint, 0.006), (1.0, 0.97, 0.93))
     _instrument(c)
     grain = rng.normal(0, 0.016 * look.noise, c.image.shape)
+    # What the black frame hides is in no mask.
     c.targets = {name: mask * frame for name, mask in c.targets.items()}
     return c, ((c.image + grain) * frame[..., None]).astype(np.float32)
-
-
-def _capillary(rng: np.random.Generator) -> tuple[list[Point], float]:
-    """A short, thin, wandering vessel of the mucosa: (points, width)."""
-    points, width = _hair(rng)
-    return points[:7], 0.5 * width + 0.004
 
 
 def _polyp(c: Canvas, wall: Array) -> None:
@@ -723,13 +745,6 @@ def _polyp(c: Canvas, wall: Array) -> None:
     lit = (0.58 + 0.50 * rise)[..., None] * _rgb(0.98, 0.36, 0.30)
     texture = 0.04 * c.noise(0.025)[..., None]
     c.finding("polyp", polyp, lit + texture - c.image)
-
-
-def _highlights(c: Canvas, distance: Array) -> None:
-    """Specular reflections of wet mucosa: small, white, away from the lumen."""
-    wet = c.noise(0.018) + 0.6 * c.noise(0.12)
-    glint = np.clip((wet - 2.5) * 2.5, 0, 1) * np.clip(distance * 3 - 1, 0, 1)
-    c.paint(c.blur(glint, 0.006), (1.0, 0.97, 0.93))
 
 
 def _instrument(c: Canvas) -> None:

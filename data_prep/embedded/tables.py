@@ -22,6 +22,7 @@ AVAILABILITY = {
     "mri": 0.17,
     "dermoscopy": 0.12,
     "ultrasound": 0.08,
+    # Shares fall by a quarter to a third each: the rare modalities are meant to be learned badly.
     "fundus": 0.06,
     "endoscopy": 0.04,
 }
@@ -85,6 +86,7 @@ TARGETS: dict[str, dict[str, Target]] = {
     "fundus": {
         "optic disc": Target(0.95),
         "vessels": Target(0.90),
+        # A part of the disc, and so overlapping with it: masks of one image need not be disjoint.
         "optic cup": Target(0.60, needs=("optic disc",)),
         "haemorrhage": Target(0.40, 0.06, 0.40),
     },

@@ -69,7 +69,16 @@ class SafeArchive:
         """Reads the list of members. Raises ValueError when it breaks a rule or a limit."""
         self.path, self.limits = Path(path), limits
         try:
-            self._file = _open_any(self.path)
+            if zipfile.is_zipfile(self.path):
+                self._file: zipfile.ZipFile | tarfile.TarFile = zipfile.ZipFile(self.path)
+            else:
+                with self.path.open("rb") as file:
+                    # Told apart from "no archive at all": the download was most likely cut off.
+                    if file.read(len(ZIP_START)) == ZIP_START:
+                        raise zipfile.BadZipFile(
+                            "a zip file ends in the list of its members, here it is gone"
+                        )
+                self._file = tarfile.open(self.path, mode="r:*")
         except zipfile.BadZipFile as error:
             raise ValueError(f"{self.path} is damaged or cut off: {error}") from error
         except tarfile.ReadError as error:  # its text is a list of every kind that was tried
@@ -121,7 +130,12 @@ class SafeArchive:
         member = self._members.get(name)
         if member is None:
             raise UnusableItemError("archive member missing")
-        self._check_member(member)
+        # Before it is opened: what would fill the memory must not be unpacked to be judged.
+        if member.size > self.limits.member_bytes:
+            raise UnusableItemError("archive member too large")
+        suspicious = member.size > RATIO_FREE_BYTES and member.packed >= 0
+        if suspicious and member.size > self.limits.ratio * max(member.packed, 1):
+            raise UnusableItemError("archive member unpacks to more than its packed size explains")
         try:
             with self._open(member) as file:
                 # The stated size may be a lie: one byte more tells, and memory stays bounded.
@@ -139,26 +153,25 @@ class SafeArchive:
                 yield name, self.read(name)
 
     def _listed(self) -> Iterator[Member]:
+        """Regular files. Raises ValueError at the first entry that breaks a rule or a limit."""
         seen, total = set(), 0
-        entries = _entries(self.path, self._file, self.limits)
+        if isinstance(self._file, zipfile.ZipFile):
+            entries = _zip_entries(self.path, self._file)
+        else:
+            entries = _tar_entries(self.path, self._file, self.limits)
         for number, member in enumerate(entries, start=1):
+            # Readers disagree on which of the two they mean, and so would two preparations.
             if member.name in seen:
                 raise ValueError(f"{self.path} refused: {member.name!r} occurs twice in it")
             seen.add(member.name)
             total += member.size
+            # While listing, so that an endless list ends here and not in the memory.
             if number > self.limits.num_members or total > self.limits.total_bytes:
                 raise ValueError(
                     f"{self.path} refused: more than {self.limits.num_members:,} members or "
                     f"{self.limits.total_bytes:,} bytes unpacked; split the archive"
                 )
             yield member
-
-    def _check_member(self, member: Member) -> None:
-        if member.size > self.limits.member_bytes:
-            raise UnusableItemError("archive member too large")
-        suspicious = member.size > RATIO_FREE_BYTES and member.packed >= 0
-        if suspicious and member.size > self.limits.ratio * max(member.packed, 1):
-            raise UnusableItemError("archive member unpacks to more than its packed size explains")
 
     def _open(self, member: Member) -> IO[bytes]:
         if isinstance(self._file, zipfile.ZipFile):
@@ -185,26 +198,8 @@ def open_member(archive: str | Path, name: str) -> bytes:
 
 @lru_cache(maxsize=NUM_OPEN_ARCHIVES)
 def _opened(path: Path, size: int, changed: int) -> SafeArchive:
-    """Size and time are part of the key, so that a replaced archive is read anew."""
+    # Size and time are part of the key, so that a replaced archive is read anew.
     return SafeArchive(path)
-
-
-def _open_any(path: Path) -> zipfile.ZipFile | tarfile.TarFile:
-    if zipfile.is_zipfile(path):
-        return zipfile.ZipFile(path)
-    with path.open("rb") as file:
-        if file.read(len(ZIP_START)) == ZIP_START:
-            raise zipfile.BadZipFile("a zip file ends in the list of its members, here it is gone")
-    return tarfile.open(path, mode="r:*")
-
-
-def _entries(
-    path: Path, file: zipfile.ZipFile | tarfile.TarFile, limits: Limits
-) -> Iterator[Member]:
-    """Regular files of an archive. Raises ValueError at the first entry that breaks a rule."""
-    if isinstance(file, zipfile.ZipFile):
-        return _zip_entries(path, file)
-    return _tar_entries(path, file, limits)
 
 
 def _zip_entries(path: Path, file: zipfile.ZipFile) -> Iterator[Member]:
@@ -219,9 +214,16 @@ def _zip_entries(path: Path, file: zipfile.ZipFile) -> Iterator[Member]:
 
 def _tar_entries(path: Path, file: tarfile.TarFile, limits: Limits) -> Iterator[Member]:
     packed = path.stat().st_size
-    _check_end(path, file)
+    # A plain tar ends in zeros; without them tarfile takes a cut file for a shorter archive. The
+    # compressed kinds notice by themselves.
+    if isinstance(file.fileobj, io.BufferedReader):
+        with path.open("rb") as raw:
+            raw.seek(max(0, packed - 2 * tarfile.BLOCKSIZE))
+            if any(raw.read()):
+                raise tarfile.ReadError("no end mark")
     for info in file:
         _check_name(path, info.name)
+        # A sparse file states any size at no cost, and its holes are no image.
         if not (info.isfile() or info.isdir()) or info.issparse():
             raise ValueError(
                 f"{path} refused: {info.name!r} is a link, device or sparse file in it"
@@ -236,18 +238,9 @@ def _tar_entries(path: Path, file: tarfile.TarFile, limits: Limits) -> Iterator[
             yield Member(info.name, info.size, -1, info)
 
 
-def _check_end(path: Path, file: tarfile.TarFile) -> None:
-    """A plain tar ends in zeros; without them tarfile takes a cut file for a shorter archive. The
-    compressed kinds notice by themselves."""
-    if isinstance(file.fileobj, io.BufferedReader):
-        with path.open("rb") as raw:
-            raw.seek(max(0, path.stat().st_size - 2 * tarfile.BLOCKSIZE))
-            if any(raw.read()):
-                raise tarfile.ReadError("no end mark")
-
-
 def _check_name(path: Path, name: str) -> None:
     """Raises ValueError for a name that leaves the folder it would be extracted to."""
+    # By the rules of both systems: "..\\x" and "C:x" leave the folder on Windows.
     windows = PureWindowsPath(name)
     leaves = name.startswith("/") or windows.drive or windows.root or ".." in windows.parts
     if leaves or not name.strip("./") or "\0" in name:

@@ -65,6 +65,7 @@ class Facts(NamedTuple):
 def read_key(path: Path) -> bytes:
     """The secret of the pseudonyms. Raises ValueError when there is none or it is short."""
     key = path.read_bytes() if path.is_file() else b""
+    # Patient ids are short numbers: with a key that can be tried, all of them can be tried too.
     if len(key.strip()) < MIN_KEY_BYTES:
         raise ValueError(
             f"{path} must hold a secret of at least {MIN_KEY_BYTES} bytes; make one with: "
@@ -75,6 +76,7 @@ def read_key(path: Path) -> bytes:
 
 def pseudonym(key: bytes, kind: str, value: str) -> str:
     """80 bits of HMAC-SHA256 as hex. `kind` keeps equal values of two attributes apart."""
+    # Keyed, as a plain hash of a short id is undone by hashing all short ids.
     return hmac.new(key, f"{kind}:{value}".encode(), hashlib.sha256).hexdigest()[:20]
 
 
@@ -87,10 +89,23 @@ def list_series(folder: Path, key: bytes) -> list[Series]:
         if not pydicom.misc.is_dicom(path) or path.name == "DICOMDIR":
             continue
         relative = path.relative_to(folder).as_posix()
+        # Three identifiers and no more: what is not read cannot be written by mistake.
         header = _read_header(path, IDENTIFIERS)
         uid = str(header.get("SeriesInstanceUID", "") or relative)
         found.setdefault(uid, ([], header))[0].append(relative)
-    return [_series(key, uid, files, header) for uid, (files, header) in found.items()]
+    series = []
+    for uid, (files, header) in found.items():
+        study, patient = (str(header.get(name, "") or "") for name in IDENTIFIERS[1:])
+        series.append(
+            Series(
+                files=tuple(files),
+                series=pseudonym(key, "series", uid),
+                study=pseudonym(key, "study", study or uid),
+                # None, not the pseudonym of "": that would make one patient of all unknown ones.
+                patient=pseudonym(key, "patient", patient) if patient else None,
+            )
+        )
+    return series
 
 
 def read_series(folder: Path, files: Sequence[str], cleared: bool = False) -> tuple[Volume, Facts]:
@@ -100,7 +115,11 @@ def read_series(folder: Path, files: Sequence[str], cleared: bool = False) -> tu
     one stack of slices.
     """
     slices = [_read_slice(folder / name, cleared) for name in files]
-    _check_same(slices)
+    for name in SAME_IN_A_SERIES:
+        # An export may put a scout image or a colour overlay into the series of the slices.
+        if len({str(one.get(name, "")) for one in slices}) > 1:
+            raise UnusableItemError(f"slices of one series differ in {name}")
+    # By the headers, before pixels are decoded; compressed files are small on disk only.
     num_bytes = 4 * sum(int(s.Rows) * int(s.Columns) for s in slices)
     if num_bytes > MAX_VOLUME_BYTES:
         raise UnusableItemError(f"volume of {num_bytes:,} bytes is above {MAX_VOLUME_BYTES:,}")
@@ -122,17 +141,8 @@ def age_of(text: str) -> float | None:
     digits, unit = text[:-1], text[-1:].upper()
     if not (digits.isdigit() and unit in AGE_UNITS):
         return None
+    # See OLDEST: an age above it is an identifier.
     return min(int(digits) * AGE_UNITS[unit], OLDEST)
-
-
-def _series(key: bytes, uid: str, files: list[str], header: Any) -> Series:
-    study, patient = (str(header.get(name, "") or "") for name in IDENTIFIERS[1:])
-    return Series(
-        files=tuple(files),
-        series=pseudonym(key, "series", uid),
-        study=pseudonym(key, "study", study or uid),
-        patient=pseudonym(key, "patient", patient) if patient else None,
-    )
 
 
 def _read_header(path: Path, names: Iterable[str]) -> Any:
@@ -166,6 +176,7 @@ def _check_header(dataset: Any, cleared: bool) -> None:
         raise UnusableItemError(f"quarantined: {reason}; look at it, then list it in --cleared")
     if "PixelData" not in dataset:
         raise UnusableItemError("DICOM file without pixels")
+    # Frames may be slices, times or echoes, and the file says which in many ways.
     if int(dataset.get("NumberOfFrames", 1) or 1) > 1:
         raise UnusableItemError("several frames in one DICOM file; split it into single frames")
     photometric = str(dataset.PhotometricInterpretation)
@@ -175,6 +186,7 @@ def _check_header(dataset: Any, cleared: bool) -> None:
     if not 0 < num_pixels <= MAX_IMAGE_PIXELS:
         raise UnusableItemError(f"image of {dataset.Rows} x {dataset.Columns} pixels refused")
     compressed = dataset.file_meta.TransferSyntaxUID.is_compressed
+    # Told here, with a reason, and not by a decoder in the middle of the volume.
     if not compressed and len(dataset.PixelData) < num_pixels * int(dataset.BitsAllocated) // 8:
         raise UnusableItemError("DICOM pixels are cut off")
 
@@ -182,6 +194,7 @@ def _check_header(dataset: Any, cleared: bool) -> None:
 def _quarantine(dataset: Any) -> str | None:
     """Why a person must look at the pixels first."""
     sop_class = str(dataset.get("SOPClassUID", ""))
+    # Each rule is about pixels: the list of allowed attributes cannot help against a name in them.
     if str(dataset.get("BurnedInAnnotation", "")).strip().upper() == "YES":
         return "burned-in annotation"
     if sop_class.startswith(ULTRASOUND) or str(dataset.get("Modality", "")) in ("US", "IVUS"):
@@ -190,13 +203,6 @@ def _quarantine(dataset: Any) -> str | None:
     if is_capture or str(dataset.get("Modality", "")) in QUARANTINED_MODALITIES:
         return "secondary capture"
     return None
-
-
-def _check_same(slices: Sequence[Any]) -> None:
-    for name in SAME_IN_A_SERIES:
-        values = {str(one.get(name, "")) for one in slices}
-        if len(values) > 1:
-            raise UnusableItemError(f"slices of one series differ in {name}")
 
 
 def _stack(slices: list[Any]) -> tuple[list[Any], np.ndarray | None, bool]:
@@ -209,16 +215,28 @@ def _stack(slices: list[Any]) -> tuple[list[Any], np.ndarray | None, bool]:
         one.get("ImageOrientationPatient") is None or one.get("ImagePositionPatient") is None
         for one in slices
     ):
+        # The file's name is no order: sorted by name, 10 comes before 2.
         return sorted(slices, key=lambda one: int(one.get("InstanceNumber", 0) or 0)), None, True
     directions = np.array([one.ImageOrientationPatient for one in slices], dtype=np.float64)
     positions = np.array([one.ImagePositionPatient for one in slices], dtype=np.float64)
+    # A scout in another direction would be a slice in the middle of the volume.
     if np.abs(directions - directions[0]).max() > 1e-3:
         raise UnusableItemError("slices of one series lie in different directions")
     along_columns, along_rows = directions[0, :3], directions[0, 3:]
     normal = np.cross(along_columns, along_rows)
     depths = positions @ normal
+    # By place in the patient: instance numbers may run against it, or be missing.
     order = np.argsort(depths, kind="stable")
-    step, even = _step(depths[order], slices[0])
+    if len(depths) == 1:
+        step, even = float(slices[0].get("SliceThickness", 1.0) or 1.0), True
+    else:
+        steps = np.diff(depths[order])
+        if steps.min() < 1e-3:
+            raise UnusableItemError(
+                "several images at one place: time points or echoes in one series"
+            )
+        # The median, as one missing slice doubles a step; a tenth is the rounding of positions.
+        step, even = float(np.median(steps)), bool(steps.max() <= 1.1 * steps.min())
     row_mm, column_mm = (float(mm) for mm in slices[0].get("PixelSpacing", (1.0, 1.0)))
     lps = np.eye(4)
     lps[:3, 0], lps[:3, 1], lps[:3, 2] = (
@@ -230,17 +248,6 @@ def _stack(slices: list[Any]) -> tuple[list[Any], np.ndarray | None, bool]:
     # DICOM counts to the left and to the back, the affine here to the right and to the front.
     affine = check_affine(np.diag([-1.0, -1.0, 1.0, 1.0]) @ lps)
     return [slices[k] for k in order], affine, even
-
-
-def _step(depths: np.ndarray, first: Any) -> tuple[float, bool]:
-    """Millimetres between slices, and whether they are equal. Raises UnusableItemError for several
-    images at one place."""
-    if len(depths) == 1:
-        return float(first.get("SliceThickness", 1.0) or 1.0), True
-    steps = np.diff(depths)
-    if steps.min() < 1e-3:
-        raise UnusableItemError("several images at one place: time points or echoes in one series")
-    return float(np.median(steps)), bool(steps.max() <= 1.1 * steps.min())
 
 
 def _values(dataset: Any) -> np.ndarray:
@@ -266,6 +273,7 @@ def _stated_range(dataset: Any) -> Range | None:
     center, width = dataset.get("WindowCenter"), dataset.get("WindowWidth")
     if center is None or width is None:
         return None
+    # A file may list several windows.
     center, width = (float(np.atleast_1d(value)[0]) for value in (center, width))
     function = str(dataset.get("VOILUTFunction", "LINEAR"))
     if function == "LINEAR" and width > 1:

@@ -39,14 +39,25 @@ def read_nifti(path: Path, assumed: str | None = None) -> Volume:
             warnings.simplefilter("ignore")  # of header fields that are not used here
             image = nibabel.load(path)
             shape = _checked_shape(path, image)
+            # As stored, with slope and intercept beside: scaling at once makes float64 of 16-bit
+            # voxels.
             voxels = np.asanyarray(image.dataobj.get_unscaled()).reshape(shape)
     except damage as error:
         raise UnusableItemError("NIfTI file unreadable or cut off") from error
+    header = image.header
+    if int(header["sform_code"]) == 0 and int(header["qform_code"]) == 0:
+        # nibabel makes an affine up here: left and right would be a guess.
+        if assumed is None:
+            raise UnusableItemError("orientation unknown; state it with --assume-orientation")
+        zooms = [float(zoom) for zoom in header.get_zooms()[:3]]
+        affine = affine_of_codes(assumed, tuple([*zooms, 1.0][:3]))
+    else:
+        affine = check_affine(np.asarray(image.affine, dtype=np.float64))
     return Volume(
         voxels=voxels,
         slope=float(image.dataobj.slope),
         intercept=float(image.dataobj.inter),
-        affine=_affine(image, assumed),
+        affine=affine,
         shown=None,
         inverted=False,
     )
@@ -67,6 +78,8 @@ def read_label_volume(path: Path, image: Volume, assumed: str | None = None) -> 
     values = labels.voxels
     if (labels.slope, labels.intercept) != (1.0, 0.0) or values.dtype.kind == "f":
         exact = values.astype(np.float64) * labels.slope + labels.intercept
+        # Some programs save labels as floating point numbers; whole ones are labels, fractions are
+        # not.
         values = np.rint(exact)
         if not np.isfinite(exact).all() or np.abs(values - exact).max() > 1e-3:
             raise UnusableItemError("label volume holds fractions")
@@ -78,6 +91,7 @@ def _checked_shape(path: Path, image: Any) -> tuple[int, ...]:
     dtype, shape = image.header.get_data_dtype(), image.header.get_data_shape()
     if dtype.kind not in "iuf":
         raise UnusableItemError(f"voxels of type {dtype} are not plain numbers")
+    # Some programs write a volume as a series of one time point.
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
     if len(shape) > 3:
@@ -87,6 +101,7 @@ def _checked_shape(path: Path, image: Any) -> tuple[int, ...]:
     shape = (*shape, 1) if len(shape) == 2 else shape
     if len(shape) != 3 or min(shape) < 1:
         raise UnusableItemError(f"shape {list(shape)} is not that of a volume")
+    # Python's own integers: a damaged shape overflows 64 bits and then looks small.
     num_bytes = int(np.prod([int(n) for n in shape], dtype=object)) * dtype.itemsize
     packed = path.stat().st_size * (DEFLATE_LIMIT if path.suffix == ".gz" else 1)
     if num_bytes > MAX_VOLUME_BYTES:
@@ -94,13 +109,3 @@ def _checked_shape(path: Path, image: Any) -> tuple[int, ...]:
     if num_bytes > packed:
         raise UnusableItemError("the header promises more voxels than the file can hold")
     return shape
-
-
-def _affine(image: Any, assumed: str | None) -> np.ndarray:
-    header = image.header
-    if int(header["sform_code"]) == 0 and int(header["qform_code"]) == 0:
-        if assumed is None:
-            raise UnusableItemError("orientation unknown; state it with --assume-orientation")
-        zooms = [float(zoom) for zoom in header.get_zooms()[:3]]
-        return affine_of_codes(assumed, tuple([*zooms, 1.0][:3]))
-    return check_affine(np.asarray(image.affine, dtype=np.float64))

@@ -38,6 +38,8 @@ TURNS: dict[str, tuple[Image.Transpose | None, Callable[[np.ndarray], np.ndarray
 """Name -> (what Pillow does to the image, what numpy does to a mask [H, W]). The eight symmetries
 of a rectangle; rotations are counter-clockwise."""
 
+# A half turn would bring the spine down too, and mirror left and right: `reviewed` says whether
+# somebody looked at the sides.
 _SPINE_UP = Orientation(
     "flip_vertical",
     False,
@@ -118,6 +120,7 @@ def turn_image(data: bytes, turn: str) -> bytes:
     with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
         image.load()
         if operation is None:
+            # The very bytes, so that a JPEG is not compressed a second time.
             return data
         image.transpose(operation).save(buffer, format="PNG")
     return buffer.getvalue()
@@ -134,6 +137,7 @@ def sides_agree(targets: list[tuple[str, np.ndarray]]) -> list[bool]:
     For every pair "right X" and "left X": whether the right one lies nearer the left border, as the
     radiological convention has it. Masks are bool [H, W].
     """
+    # The middle of the columns and not of the pixels: a large organ may bulge over the midline.
     columns = {name: np.flatnonzero(mask.any(axis=0)).mean() for name, mask in targets}
     return [
         bool(columns[name] < columns["left" + name.removeprefix("right")])

@@ -57,7 +57,10 @@ def read_questions(files: list[Path], places: dict[str, ImagePlace]) -> Iterator
                 if not data:
                     yield Asked("", name, None, "no image", {})
                     continue
+                # The path beside the bytes is no name: in these copies images have lost theirs.
                 digest = hashlib.sha256(data).hexdigest()
+                # The place of the first copy, not the bytes: a release of images would not fit into
+                # memory.
                 places.setdefault(digest, ImagePlace(str(file), group, index, digest))
                 yield asked(digest, name, str(row["question"] or ""), str(row["answer"] or ""))
 
@@ -65,6 +68,7 @@ def read_questions(files: list[Path], places: dict[str, ImagePlace]) -> Iterator
 def image_bytes(place: ImagePlace) -> bytes:
     """Encoded bytes of an image. Raises UnusableItemError when the file has changed since."""
     data = bytes(_images(place.file, place.row_group)[place.row].as_py())
+    # A row number means nothing in another version of the file.
     if hashlib.sha256(data).hexdigest() != place.sha256:
         raise UnusableItemError("the parquet file changed while it was read")
     return data

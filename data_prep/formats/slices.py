@@ -53,7 +53,9 @@ def oriented(array: np.ndarray, affine: np.ndarray | None, plane: str) -> np.nda
     """[I, J, K] -> view [slices, H, W] in the order of PLANES; without affine as it is."""
     if affine is None:
         return array
-    return np.asarray(_nibabel().apply_orientation(array, _transform(affine, plane)))
+    orientations = import_medical("nibabel.orientations")
+    # Permuted and flipped, never interpolated: a mask that is resampled loses one-pixel lesions.
+    return np.asarray(orientations.apply_orientation(array, _transform(affine, plane)))
 
 
 def spacing_of(affine: np.ndarray, plane: str) -> tuple[float, float, float]:
@@ -82,6 +84,8 @@ def range_shown(volume: Volume, modality: str, window: str | Range | None) -> Ra
     for CT, else percentiles of the whole volume. Raises UnusableItemError when that says nothing.
     """
     if window is None:
+        # Hounsfield units have the same meaning everywhere; the numbers of MRI have none of their
+        # own.
         window = "file" if volume.shown else CT_WINDOW if modality == "ct" else "percentile"
     if window == "file":
         if volume.shown is None:
@@ -97,6 +101,7 @@ def range_shown(volume: Volume, modality: str, window: str | Range | None) -> Ra
 def slice_values(volume: Volume, plane: str) -> Iterator[np.ndarray]:
     """Slices in display order, float32 [H, W], in the units of the modality."""
     for values in oriented(volume.voxels, volume.affine, plane):
+        # One slice at a time: the whole volume as float32 may be twice the voxels as stored.
         yield values.astype(np.float32) * volume.slope + volume.intercept
 
 
@@ -118,6 +123,7 @@ def png_of(grey: np.ndarray) -> bytes:
 
 def check_affine(affine: np.ndarray) -> np.ndarray:
     """Raises UnusableItemError for an affine that maps to a plane or to nowhere."""
+    # Such a header still opens; which axis is which would then be an accident of rounding.
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise UnusableItemError("orientation unusable: the affine is singular or not finite")
     return affine
@@ -125,7 +131,7 @@ def check_affine(affine: np.ndarray) -> np.ndarray:
 
 def affine_of_codes(codes: str, zooms: tuple[float, ...]) -> np.ndarray:
     """ "RAS" and millimetres -> affine [4, 4]; the letters say where each stored axis grows to."""
-    ornt = _nibabel().axcodes2ornt(tuple(codes))
+    ornt = import_medical("nibabel.orientations").axcodes2ornt(tuple(codes))
     affine = np.eye(4)
     affine[:3, :3] = 0.0
     for axis, (world, sign) in enumerate(ornt):
@@ -134,7 +140,7 @@ def affine_of_codes(codes: str, zooms: tuple[float, ...]) -> np.ndarray:
 
 
 def _transform(affine: np.ndarray, plane: str) -> np.ndarray:
-    orientations = _nibabel()
+    orientations = import_medical("nibabel.orientations")
     stored = orientations.io_orientation(affine)
     wanted = orientations.axcodes2ornt(tuple(PLANES[plane]))
     return np.asarray(orientations.ornt_transform(stored, wanted))
@@ -142,6 +148,8 @@ def _transform(affine: np.ndarray, plane: str) -> np.ndarray:
 
 def _percentiles(volume: Volume) -> Range:
     flat = volume.voxels.reshape(-1)
+    # Of the whole volume and not of a slice, or the same tissue would change its grey between
+    # slices.
     sample = flat[:: 1 + flat.size // NUM_SAMPLES].astype(np.float32)
     sample = sample[np.isfinite(sample)]
     ends = np.percentile(sample, PERCENTILES) if sample.size else np.zeros(2)
@@ -151,12 +159,9 @@ def _percentiles(volume: Volume) -> Range:
     return (low, high)
 
 
-def _nibabel() -> Any:
-    return import_medical("nibabel.orientations")
-
-
 def import_medical(name: str) -> Any:
     """A module of the extra [medical]. Raises ValueError that says how to install it."""
+    # Only volumes need these packages; every other converter must run without them.
     import importlib
 
     try:

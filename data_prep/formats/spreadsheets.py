@@ -26,14 +26,17 @@ def read_sheet(path: Path) -> list[dict[str, str]]:
     """Rows of the first sheet: column letters -> text; empty cells are absent.
 
     Raises ValueError for what is not an .xlsx file, and for one with a document type of its own,
-    which no spreadsheet program writes and which can define entities that expand without end.
+    which no spreadsheet program writes.
     """
     try:
         with SafeArchive(path) as archive:
             sheets = [name for name in archive.names() if SHEET.fullmatch(name)]
             if not sheets:
                 raise ValueError(f"{path} holds no worksheet; expected an .xlsx file")
-            texts = _texts(archive) if SHARED_TEXTS in archive else []
+            texts = []
+            if SHARED_TEXTS in archive:  # a workbook of numbers alone has none
+                shared = _parse(archive.read(SHARED_TEXTS))
+                texts = [_text(item) for item in shared.iter(f"{NAMESPACE}si")]
             first = min(sheets, key=lambda name: int(SHEET.fullmatch(name)[1]))  # type: ignore[index]
             root = _parse(archive.read(first))
         rows = root.iter(f"{NAMESPACE}row")
@@ -43,14 +46,10 @@ def read_sheet(path: Path) -> list[dict[str, str]]:
 
 
 def _parse(data: bytes) -> ElementTree.Element:
+    # Before parsing: entities that refer to one another expand without end.
     if b"<!DOCTYPE" in data or b"<!ENTITY" in data:
         raise UnusableItemError("it declares a document type")
     return ElementTree.fromstring(data)
-
-
-def _texts(archive: SafeArchive) -> list[str]:
-    items = _parse(archive.read(SHARED_TEXTS)).iter(f"{NAMESPACE}si")
-    return [_text(item) for item in items]
 
 
 def _text(item: ElementTree.Element) -> str:
@@ -63,6 +62,7 @@ def _cells(row: ElementTree.Element, texts: list[str]) -> list[tuple[str, str]]:
     for cell in row.iter(f"{NAMESPACE}c"):
         column = COLUMN.match(cell.get("r", ""))
         value = cell.findtext(f"{NAMESPACE}v", "")
+        # The commonest form: the cell holds the number of a text that stands in a list of its own.
         if cell.get("t") == "s" and value:
             value = texts[int(value)]
         elif cell.get("t") == "inlineStr":

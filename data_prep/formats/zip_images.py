@@ -38,6 +38,7 @@ class ImageFinder:
         if not source.is_dir():
             raise ValueError(f"{source} is not a folder; --source is the folder of the raw release")
         self._places: dict[str, Place] = {}
+        # Sorted, so that of two archives with one name the same is taken on every machine.
         packed = sorted(source.glob(archives))
         for path in packed:
             with SafeArchive(path) as archive:
@@ -45,6 +46,7 @@ class ImageFinder:
                     name = PurePosixPath(member).name
                     self._places.setdefault(name, Place(path.name, member))
         found = [folder for folder in folders if (source / folder).is_dir()]
+        # The first folder wins, so that it is written last.
         for folder in reversed(found):
             for name in os.listdir(source / folder):
                 self._places[name] = Place(f"{folder}/{name}" if folder else name, "")
@@ -55,6 +57,7 @@ class ImageFinder:
 
     def place(self, path: str) -> Place | None:
         """Place of an image by the last part of its path; None when it is nowhere."""
+        # By the last part alone: what stands before it depends on how a user unpacked the release.
         return self._places.get(PurePosixPath(path.replace("\\", "/")).name)
 
 

@@ -51,6 +51,7 @@ class Patient(NamedTuple):
         if self.anchor_age is None or year is None:
             return None
         age = self.anchor_age + year - self.anchor_year
+        # An impossible age is one of a wrong join, and a wrong age is worse than none.
         return float(age) if 0 < age <= MAX_AGE else None
 
 
@@ -90,17 +91,21 @@ def _races(path: Path) -> dict[str, str]:
             strange[row[column]] += 1
     if strange:
         note(f"races taken for unknown, not in the table: {dict(strange)}")
+    # Admissions of one patient may disagree: then nobody but the patient knows, and it stays
+    # unknown.
     return {subject: next(iter(races)) for subject, races in stated.items() if len(races) == 1}
 
 
 def race_of(stated: str) -> str | None:
     """What one admission states -> race in records; None when unknown."""
     plain = stated.strip().lower()
+    # By its beginning: the release writes subgroups behind it, "ASIAN - CHINESE".
     return next((race for start, race in RACES.items() if plain.startswith(start)), None)
 
 
 def year_of(date: str) -> int | None:
     """Year of a date YYYYMMDD, which some programs saved as a number with a point."""
+    # "21800506.0", and dates with dashes, from tables that a program has read and written again.
     digits = date.strip().partition(".")[0].replace("-", "")
     return int(digits[:4]) if len(digits) == 8 and digits.isdigit() else None
 

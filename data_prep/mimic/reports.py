@@ -56,14 +56,18 @@ def report_sections(report: str) -> Sections | None:
     that is not administrative is the findings. Line breaks inside a section become blanks; the
     release's "___" for removed words stays.
     """
+    # A preliminary reading above it may say the contrary of the final one.
     final = FINAL_REPORT.split(report)[-1]
     found: dict[str, list[str]] = {"findings": [], "impression": [], "other": []}
     for header, body in _split(RULE.sub("", final)):
         kind = _kind(header)
         paragraphs = [" ".join(part.split()) for part in BLANK_LINE.split(body)]
         if kind == "administrative":
+            # One paragraph of the reason or technique; what follows without a header describes the
+            # image.
             kind, paragraphs = "other", paragraphs[1:]
         found[kind] += [paragraph for paragraph in paragraphs if paragraph]
+    # Only without either header: beside them, other text is history and no description.
     if not (found["findings"] or found["impression"]):
         found["findings"] = found["other"]
     sections = Sections(" ".join(found["findings"]), " ".join(found["impression"]))
@@ -73,7 +77,12 @@ def report_sections(report: str) -> Sections | None:
 def _split(text: str) -> list[tuple[str, str]]:
     """[(header, text up to the next header)]; what stands before the first has an empty one."""
     found = ((match[1] or match[2], match) for match in HEADER.finditer(text))
-    marks = [(words, match.start(), match.end()) for words, match in found if _is_header(words)]
+    marks = [
+        (words, match.start(), match.end())
+        for words, match in found
+        # Capitals make a header of anything; other writing only of a known one.
+        if words.isupper() or _kind(words) != "other"
+    ]
     starts = [0, *(end for _, _, end in marks)]
     ends = [*(start for _, start, _ in marks), len(text)]
     headers = ["", *(words for words, _, _ in marks)]
@@ -81,16 +90,12 @@ def _split(text: str) -> list[tuple[str, str]]:
     return list(zip(headers, bodies, strict=True))
 
 
-def _is_header(words: str) -> bool:
-    """Capitals make a header of anything; other writing only of a known one."""
-    return words.isupper() or _kind(words) != "other"
-
-
 def _kind(header: str) -> str:
     """findings | impression | administrative | other."""
     plain = " ".join(header.lower().replace("(s)", "s").split())
     if plain in ADMINISTRATIVE:
         return "administrative"
+    # "FINDINGS AND IMPRESSION" is one section; its first word says where it goes.
     first = re.split(r" and |/|&|,", plain)[0].strip()
     for kind in ("findings", "impression"):
         if difflib.SequenceMatcher(None, first, kind).ratio() >= MIN_LIKENESS:

@@ -38,8 +38,10 @@ def code_fingerprint(convert: Callable[..., Any], about: list[Any]) -> str:
     imports of this project, and whatever else decides the result."""
     function = convert.func if isinstance(convert, functools.partial) else convert
     digest = hashlib.sha256()
+    # Sorted and by content alone: the same checkout in another folder has the same fingerprint.
     for path in sorted(sources_of(Path(inspect.getfile(function)))):
         digest.update(path.read_bytes())
+    # One module may hold two converters.
     digest.update(stable_form([about, function.__qualname__]).encode())
     return digest.hexdigest()
 
@@ -47,8 +49,7 @@ def code_fingerprint(convert: Callable[..., Any], about: list[Any]) -> str:
 def options_of(convert: Callable[..., Any]) -> dict[str, str]:
     """The bound arguments of a functools.partial: name -> value as JSON; {} for a plain function.
 
-    A NamedTuple counts as its fields. Manifests travel with the records, so that of a path (made
-    absolute first: its spelling does not matter) and of a long value only "#" and a digest is kept.
+    A NamedTuple counts as its fields. Of a path and of a long value only "#" and a digest is kept.
     """
     if not isinstance(convert, functools.partial):
         return {}
@@ -57,18 +58,26 @@ def options_of(convert: Callable[..., Any]) -> dict[str, str]:
     for argument, value in bound.arguments.items():
         parts = value._asdict() if hasattr(value, "_asdict") else {argument: value}
         for name, part in parts.items():
-            options[name if name not in options else f"{argument}.{name}"] = _option(part)
+            is_text_path = isinstance(part, str) and os.path.isabs(part)
+            if is_text_path or isinstance(part, os.PathLike):
+                # Digests of paths, because manifests travel with the records and a path may name
+                # a person or a hospital; absolute first, as its spelling does not matter.
+                text = f"#{_digest(os.path.abspath(part))}"
+            else:
+                text = json.dumps(part, sort_keys=True, ensure_ascii=False, default=_without_paths)
+                text = text if len(text) <= MAX_OPTION else f"#{_digest(text)}"
+            options[name if name not in options else f"{argument}.{name}"] = text
     return options
 
 
 def changed_options(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """What to tell the user of options that differ. One that only the older or only the newer code
-    knows is a change of code."""
+    """What to tell the user of options that differ."""
     return [
         f"{name} is another one"
         if before[name][0] == now[name][0] == "#"
         else f"{name} was {_quoted(before[name])}, is {_quoted(now[name])}"
         for name in now
+        # What only one side knows came with another version of the code, which is told elsewhere.
         if name in before and before[name] != now[name]
     ]
 
@@ -76,9 +85,11 @@ def changed_options(before: Mapping[str, str], now: Mapping[str, str]) -> list[s
 def sources_of(path: Path, known: Iterable[Path] = ()) -> set[Path]:
     """A source file and what it imports of this project, directly or not."""
     found = {*known, path.resolve()}
+    # Parsed and not imported: a module of optional packages must not be needed for its name.
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and node.module:
+            # `from package import module` names a file only as the two together.
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         for name in names:
             module = PROJECT / name.replace(".", "/")
@@ -86,14 +97,6 @@ def sources_of(path: Path, known: Iterable[Path] = ()) -> set[Path]:
                 if imported not in found and imported.is_file():
                     found |= sources_of(imported, found)
     return found
-
-
-def _option(value: Any) -> str:
-    is_path = isinstance(value, os.PathLike) or (isinstance(value, str) and os.path.isabs(value))
-    if is_path:
-        return f"#{_digest(os.path.abspath(value))}"
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=_without_paths)
-    return text if len(text) <= MAX_OPTION else f"#{_digest(text)}"
 
 
 def _without_paths(value: Any) -> Any:
@@ -123,6 +126,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, bytes):
         return value.hex()
     if isinstance(value, (set, frozenset)):
+        # The order of a set of strings differs between processes.
         return sorted(value)
     raise ValueError(
         f"items and arguments of a converter are paths, strings, numbers and tuples, lists, dicts "

@@ -43,6 +43,8 @@ class Ledger:
         """Note an item that is left out. The line is in the file when this returns."""
         self.num_skipped += 1
         with self.path.open("a", encoding="utf-8") as file:
+            # Opened for each line: skipped items are few, and the line is there when the process
+            # dies next.
             file.write(json.dumps({"item": item, "reason": reason}, ensure_ascii=False) + "\n")
 
 
@@ -66,8 +68,11 @@ def check_skipped(path: Path, *, num_items: int, limit: float) -> None:
     if not 0 <= limit <= 1:
         raise ValueError(f"--max-skipped is a share between 0 and 1, got {limit}")
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    # A share and no number: one bad file in ten is a misunderstanding, one in a million is a bad
+    # file.
     if len(lines) <= limit * num_items:
         return
+    # The commonest reasons say what is wrong with the source; the single items stand in the file.
     reasons = Counter(json.loads(line)["reason"] for line in lines).most_common(3)
     common = "; ".join(f"{n} x {reason}" for reason, n in reasons)
     num_others = len(lines) - sum(n for _, n in reasons)

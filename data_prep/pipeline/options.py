@@ -106,26 +106,42 @@ class Splits(NamedTuple):
         """Raises ValueError for a bad pattern, list or share."""
         shares = {"test": args.test_share, "val": args.val_share}
         drawn_split("", shares)  # tells impossible shares
+        # An item in no list would be drawn, and an official test image could land in train.
         if args.split_list and any(shares.values()):
             raise ValueError("--split-list and --test-share / --val-share: choose one")
-        return cls(_read_lists(args.split_list), shares, _pattern(args.patient_regex))
+        text, pattern = args.patient_regex, None
+        if text is not None:
+            try:
+                pattern = re.compile(text)
+            except re.error as error:
+                raise ValueError(
+                    f"--patient-regex {text!r} is not a regular expression: {error}"
+                ) from error
+            # Without a group the whole match would be the patient, slice numbers included.
+            if pattern.groups < 1:
+                raise ValueError(
+                    f"--patient-regex {text!r} needs a group: (...) around the patient"
+                )
+        return cls(_read_lists(args.split_list), shares, pattern)
 
     def of(self, name: str, patient: str | None) -> str | None:
         """Split of an item; None when there are lists and none names it.
 
         `name` is a path without suffix; a list may give it with or without folders and suffix.
-        Drawn splits follow the patient, so that no patient is in two.
         """
         if not self.lists:
+            # By the patient, so that no patient is in two splits.
             return drawn_split(patient or name, self.shares)
         found = {self.lists[key] for key in (name, Path(name).name) if key in self.lists}
+        # Two folders may hold the same file name, and a list of bare names cannot tell them apart.
         if len(found) > 1:
             raise ValueError(f"{name!r} is in the lists of {sorted(found)}; give full paths there")
         return found.pop() if found else None
 
     def check_lists(self, names: Iterable[str]) -> None:
         """Raises ValueError when a list holds what is none of `names`, the paths of all items
-        without suffix: a misspelt line would move its item to no split."""
+        without suffix."""
+        # A misspelt line of the test list would leave its item out of every split, unnoticed.
         known = {key for name in names for key in (name, Path(name).name)}
         unknown = [name for name in self.lists if name not in known]
         if unknown:
@@ -137,11 +153,11 @@ class Splits(NamedTuple):
             )
 
     def patient_in(self, path: str) -> str | None:
-        """Patient in a path. Raises ValueError when a pattern was given and does not match: a
-        missing patient would be drawn into a split alone."""
+        """Patient in a path. Raises ValueError when a pattern was given and does not match."""
         if self.pattern is None:
             return None
         match = self.pattern.search(path)
+        # No default: an image without its patient would be drawn into a split alone.
         if match is None or not match[1]:
             raise ValueError(
                 f"--patient-regex {self.pattern.pattern!r} finds no patient in {path!r}"
@@ -166,8 +182,10 @@ def group_by_split(
     splits.check_lists(map(name_of, items))
     groups: dict[str | None, list[Item]] = {}
     for item in items:
+        # The study at least: images of one examination show the same finding.
         drawn = patient_of(item) or study_of(item)
         groups.setdefault(splits.of(name_of(item), drawn), []).append(item)
+    # Left out and told: a list is a statement about which items belong to the study.
     unlisted = groups.pop(None, [])
     if unlisted:
         note(f"{source}: {len(unlisted)} {what} are in no --split-list, left out")
@@ -277,16 +295,27 @@ def cut_masks(
             "mask is coloured: name its colours, --labels '#ff0000=liver', or store label numbers"
         )
     if coloured and values.ndim == 2:
+        # `read_label_map` makes grey of three equal channels, also where a colour happens to be
+        # grey.
         values = np.repeat(values[..., None], 3, axis=2)
     if coloured:
         channels = values.astype(np.int64)
         values = channels[..., 0] << 16 | channels[..., 1] << 8 | channels[..., 2]
-    numbers = {_number(key): name for key, name in labels.items() if key is not None}
+    numbers = {
+        key[0] << 16 | key[1] << 8 | key[2] if isinstance(key, tuple) else key: name
+        for key, name in labels.items()
+        if key is not None
+    }
     if None in labels:
         masks = [(labels[None], (values != 0) & ~np.isin(values, list(ignored)))]
     else:
         masks = [(name, values == number) for number, name in numbers.items()]
-        _check_values(values, {0, *ignored, *numbers}, coloured)
+        # A value without a name is a structure that would silently become background. Sorting 10^7
+        # pixels to count their values is slow, asking for what is not known is not.
+        rest = np.unique(values[~np.isin(values, [0, *ignored, *numbers])])
+        if len(rest):
+            shown = [f"#{value:06x}" if coloured else str(value) for value in rest[:5]]
+            raise UnusableItemError(f"mask holds values that --labels does not name: {shown}")
     return [(name, mask) for name, mask in masks if mask.any()]
 
 
@@ -303,6 +332,7 @@ def sex_of(text: str) -> str | None:
     plain = text.strip().lower()
     if plain in UNKNOWN:
         return None
+    # Not "unknown": a misread code would be missing from every audit by sex.
     if plain not in SEXES:
         raise ValueError(f"sex {text!r} is none of {', '.join(sorted(SEXES))}, nor unknown")
     return SEXES[plain]
@@ -312,21 +342,6 @@ def split_name(text: str) -> str:
     """Split in the spelling of records: train, val, test, or another word as it is."""
     plain = text.strip().lower()
     return SPLIT_SYNONYMS.get(plain, plain)
-
-
-def _check_values(values: np.ndarray, known: set[int], coloured: bool) -> None:
-    # Sorting 10^7 pixels to count their values is slow, asking for what is not known is not.
-    rest = np.unique(values[~np.isin(values, list(known))])
-    if len(rest):
-        shown = [f"#{value:06x}" if coloured else str(value) for value in rest[:5]]
-        raise UnusableItemError(f"mask holds values that --labels does not name: {shown}")
-
-
-def _number(key: Value) -> int:
-    if isinstance(key, tuple):
-        return key[0] << 16 | key[1] << 8 | key[2]
-    assert key is not None
-    return key
 
 
 def _value(text: str) -> Value:
@@ -352,20 +367,6 @@ def _modality(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _pattern(text: str | None) -> re.Pattern[str] | None:
-    if text is None:
-        return None
-    try:
-        pattern = re.compile(text)
-    except re.error as error:
-        raise ValueError(
-            f"--patient-regex {text!r} is not a regular expression: {error}"
-        ) from error
-    if pattern.groups < 1:
-        raise ValueError(f"--patient-regex {text!r} needs a group: (...) around the patient")
-    return pattern
-
-
 def _read_lists(items: Sequence[str]) -> dict[str, str]:
     """["train=train.txt", ...] -> {name: split}."""
     lists: dict[str, str] = {}
@@ -373,6 +374,7 @@ def _read_lists(items: Sequence[str]) -> dict[str, str]:
         split, separator, file = item.partition("=")
         if not separator or not Path(file).is_file():
             raise ValueError(f"--split-list takes SPLIT=FILE with a file that exists; got {item!r}")
+        # Editors on Windows begin a file with a mark, which would be part of the first name.
         for line in Path(file).read_text(encoding="utf-8-sig").splitlines():
             name = stem_of(line.strip().replace("\\", "/"))
             if name and lists.setdefault(name, split_name(split)) != split_name(split):

@@ -20,6 +20,7 @@ def run_program(main: Callable[[], None]) -> None:
         main()
     except KeyboardInterrupt:
         print("interrupted; the same command goes on with what is missing", file=sys.stderr)
+        # 128 + SIGINT, as shells and schedulers expect of a program that was interrupted.
         sys.exit(130)
     except (ValueError, OSError) as error:
         sys.exit(str(error))

@@ -51,5 +51,6 @@ class _RateColumn(ProgressColumn):
     """Items per second."""
 
     def render(self, task: Task) -> Text:
+        # Items, because a user plans by them: shards differ in length and volumes in slices.
         rate = task.finished_speed or task.speed
         return Text("" if rate is None else f"{rate:,.1f} items/s")

@@ -76,6 +76,7 @@ def find_file(folder: Path, *names: str) -> Path:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; --source is the folder of the raw release")
     present = sorted(path.name for path in folder.iterdir())
+    # Releases are often renamed when they are unpacked; what is there tells how.
     hint = did_you_mean(names[0], present) or f"; it holds {present[:8]}"
     raise ValueError(f"{folder} has no {' or '.join(names)}{hint} See --help for the layout")
 
@@ -98,30 +99,32 @@ def read_numbered(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dic
     Raises ValueError when one of `columns` is missing, when a row is longer than the header, and
     for anything that is not UTF-8 text.
     """
+    # Python stops at 131,072 characters of its own accord.
     csv.field_size_limit(MAX_FIELD)
     opened = gzip.open if path.suffix == ".gz" else open
     try:
         with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, delimiter="\t" if ".tsv" in path.suffixes else ",")
-            _check_columns(path, reader.fieldnames or [], columns)
+            header = list(reader.fieldnames or [])
+            missing = [name for name in columns if name not in header]
+            if missing:
+                near = did_you_mean(missing[0], header)
+                raise ValueError(f"{path} lacks the columns {missing}; it has {header}{near}")
             for row in reader:
+                # The commonest damage of question tables, and it shifts every later column of the
+                # row.
                 if None in row:
                     raise ValueError(
                         f"{path}:{reader.line_num}: more fields than the header has columns; "
                         "is a text with commas not quoted?"
                     )
                 values = {name: value or "" for name, value in row.items()}
+                # The reader stands at the row's last line; who looks for it in an editor needs its
+                # first.
                 inner_lines = sum(value.count("\n") for value in values.values())
                 yield reader.line_num - inner_lines, values
     except (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error) as error:
         raise ValueError(f"{path} is not a readable CSV table: {error}") from error
-
-
-def _check_columns(path: Path, found: Sequence[str], expected: Sequence[str]) -> None:
-    missing = [name for name in expected if name not in found]
-    if missing:
-        near = did_you_mean(missing[0], found)
-        raise ValueError(f"{path} lacks the columns {missing}; it has {list(found)}{near}")
 
 
 def number_of(text: str, where: str) -> float:
@@ -145,6 +148,7 @@ def read_json(path: Path, kind: type) -> Any:
 
 def file_inside(folder: Path, relative: str) -> Path:
     """An existing file below `folder`. Raises UnusableItemError for others."""
+    # Resolved first: a link or ".." in a table must not lead to files of the user's own.
     path = (folder / relative).resolve()
     if not relative or not path.is_relative_to(folder.resolve()):
         raise UnusableItemError("path leaves the source" if relative else "entry without a path")
@@ -157,8 +161,7 @@ def read_image(source: Path | bytes) -> EncodedImage:
     """An image file or its bytes, as records hold it.
 
     A PNG or JPEG keeps its bytes; palette PNG and the other FORMATS are re-encoded as PNG without
-    loss (a file of several frames has no single image and is refused). Everything is decoded once,
-    so that a truncated file is found here.
+    loss (a file of several frames has no single image and is refused).
 
     Raises UnusableItemError with the reason.
     """
@@ -167,22 +170,21 @@ def read_image(source: Path | bytes) -> EncodedImage:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # size is judged below; damaged EXIF is not our concern
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                return _encode(image, data)
+                width, height = image.size
+                # By the header, before a pixel is decoded: a bomb is small on disk only.
+                if width * height > MAX_IMAGE_PIXELS:
+                    raise UnusableItemError("image has too many pixels")
+                # Palette PNGs are rewritten: their indices are no brightness.
+                kept = image.format in KEPT_FORMATS and image.mode != "P"
+                if not kept and getattr(image, "n_frames", 1) > 1:
+                    raise UnusableItemError("image has several frames")
+                # Also where the bytes are kept: a truncated file is found here and not in a run.
+                image.load()
+                return EncodedImage(data if kept else png_bytes(image), height, width)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise UnusableItemError("image unreadable") from error
     except Image.DecompressionBombError as error:
         raise UnusableItemError("image has too many pixels") from error
-
-
-def _encode(image: Image.Image, data: bytes) -> EncodedImage:
-    width, height = image.size
-    if width * height > MAX_IMAGE_PIXELS:
-        raise UnusableItemError("image has too many pixels")
-    kept = image.format in KEPT_FORMATS and image.mode != "P"
-    if not kept and getattr(image, "n_frames", 1) > 1:
-        raise UnusableItemError("image has several frames")
-    image.load()
-    return EncodedImage(data if kept else png_bytes(image), height, width)
 
 
 def png_bytes(image: Image.Image) -> bytes:
@@ -191,6 +193,7 @@ def png_bytes(image: Image.Image) -> bytes:
     if mode not in PNG_MODES:
         raise UnusableItemError(f"image of mode {image.mode} has no lossless PNG")
     if image.mode == "P" and "transparency" in image.info:
+        # Or the transparent pixels would show the colour that happens to lie below them.
         mode = "RGBA"
     buffer = io.BytesIO()
     (image if mode == image.mode else image.convert(mode)).save(buffer, format="PNG")

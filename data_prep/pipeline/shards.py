@@ -167,6 +167,8 @@ def run(args: argparse.Namespace, releases: Iterable[Release]) -> None:
             try:
                 _prepare(args, release, crew, console)
             except ReleaseError as error:
+                # The others go on: a night of work should not end at the first of a hundred sub-
+                # datasets.
                 problems.append(f"{release.source}/{release.split}: {error}")
     if problems:
         raise ValueError("\n".join(problems))
@@ -181,7 +183,9 @@ def plan_release(release: Release, output: Path, items_per_shard: int) -> Plan:
     about = [FORMAT_VERSION, __version__, release.source, release.split]
     code = code_fingerprint(release.convert, about)
     said = {"version": release.version, "licence": release.licence}
+    # Version and licence too: they stand in the manifest, so that other ones are another folder.
     options = options_of(release.convert) | {key: json.dumps(said[key]) for key in said}
+    # Every shard's name carries code and options: after a change of either no older shard is taken.
     seed = f"{code} {stable_form(options)}".encode()
     whole, shard = hashlib.sha256(), hashlib.sha256(seed)
     folder = Path(output).absolute() / release.source / release.split
@@ -193,6 +197,8 @@ def plan_release(release: Release, output: Path, items_per_shard: int) -> Plan:
         if number % items_per_shard == 0 or number == len(release.items):
             name = f"{len(shard_folders):05d}-{shard.hexdigest()[:16]}"
             shard_folders.append(_shelf(folder) / name)
+            # Begun anew: a shard depends on its own items, so that a release that grew keeps the
+            # others.
             shard = hashlib.sha256(seed)
     return Plan(release, folder, shard_folders, items_per_shard, whole.hexdigest(), code, options)
 
@@ -203,6 +209,7 @@ def convert_shard(task: ShardTask, advance: Callable[[int], None]) -> None:
     An error of the converter is raised with the name of the item, and leaves nothing behind.
     """
     release: Release = task.release
+    # A name of its own for each process, as two jobs may convert the same shard after a crash.
     partial = scratch_folder(task.folder)
     part = PartWriter(partial, source=release.source, split=release.split)
     try:
@@ -216,7 +223,9 @@ def convert_shard(task: ShardTask, advance: Callable[[int], None]) -> None:
             num_left_out=num_left_out,
             num_skipped=ledger.num_skipped,
         )
-        _publish(partial, task.folder)
+        # A twin of another process may have been faster: the same fingerprint, the same bytes.
+        with contextlib.suppress(FileExistsError):
+            claim_name(partial, task.folder)
     finally:
         part.abandon()
         shutil.rmtree(partial, ignore_errors=True)
@@ -230,6 +239,7 @@ def join(plan: Plan, max_skipped: float) -> str:
     """
     try:
         parts = [read_part(folder) for folder in plan.shard_folders]
+        # Before joining: a folder that exists counts as accepted.
         facts = _check_ledger(plan, parts, len(plan.release.items), max_skipped)
         assemble(
             parts,
@@ -262,7 +272,15 @@ def _prepare(args: argparse.Namespace, release: Release, crew: Crew, console: Co
         return
     plan = plan_release(release, args.output, args.items_per_shard)
     if args.overwrite:
-        _set_aside(plan, console)
+        # Shards are forgotten; the older folder is kept until the new one is complete, because a
+        # converter may fail on its last item.
+        shutil.rmtree(_shelf(plan.folder), ignore_errors=True)
+        if plan.folder.exists():
+            previous = _previous(plan.folder)
+            shutil.rmtree(previous, ignore_errors=True)
+            plan.folder.rename(previous)
+            told = f"the older folder is {previous} until the new one is complete"
+            console.print(f"{plan.name}: {told}")
     if _is_prepared(plan, console):
         console.print(f"{plan.name}: prepared before, left as it is")
         return
@@ -279,10 +297,12 @@ def _prepare(args: argparse.Namespace, release: Release, crew: Crew, console: Co
 
 def _convert_shards(args: argparse.Namespace, plan: Plan, crew: Crew, console: Console) -> None:
     """Convert the shards of this job that do not exist yet."""
+    # Every n-th and no contiguous part: where large volumes come first, all jobs get some of them.
     mine = range(args.job_index, len(plan.shard_folders), args.num_jobs)
     tasks = (
         ShardTask(plan.shard(k), plan.shard_folders[k])
         for k in mine
+        # Asked when the task is taken: another job may have finished this shard, or joined all.
         if not plan.shard_folders[k].exists() and not plan.folder.exists()
     )
     num_skipped, allowed = 0, args.max_skipped * len(plan.release.items)
@@ -291,10 +311,12 @@ def _convert_shards(args: argparse.Namespace, plan: Plan, crew: Crew, console: C
     with ShardBar(plan.name, total, total - ahead, console) as bar:
         for task in crew.completed(tasks, bar.in_flight):
             bar.complete(len(task.release.items))
+            # During the work: a wrong --source is known after minutes, not after all of a release.
             num_skipped += read_part(task.folder).notes["num_skipped"]
             if num_skipped > allowed:
                 break  # whatever the rest holds, the limit is passed
     if num_skipped > allowed:
+        # The ledger is written for what was seen, because the error points to it.
         parts = [read_part(folder) for folder in plan.shard_folders if folder.exists()]
         try:
             _check_ledger(plan, parts, len(plan.release.items), args.max_skipped)
@@ -312,12 +334,14 @@ def _convert_item(release: Release, item: Any, part: PartWriter, ledger: Ledger)
         for record in [records] if isinstance(records, Record) else records:
             part.write(record)
     except UnusableItemError as reason:
+        # Half a volume in the records and its name in the ledger would contradict each other.
         assert len(part) == before, f"{release.name_of(item)}: unusable after its first record"
         ledger.skip(release.name_of(item), str(reason))
     except (ValueError, OSError) as error:  # a full disk, a file that may not be read
         kind = ValueError if isinstance(error, ValueError) else OSError
         raise kind(f"{release.source}, item {release.name_of(item)}: {error}") from error
     except Exception as error:
+        # Not skipped like an unusable item: an error that nobody expected is one of the converter.
         message = f"{release.source}, item {release.name_of(item)}: {type(error).__name__}: {error}"
         raise RuntimeError(message) from error
     return True
@@ -331,6 +355,7 @@ def _check_ledger(
     facts = {name: sum(part.notes[name] for part in parts) for name in names}
     path = ledger_path(plan.folder)
     merge_ledgers([part.folder / SKIPPED for part in parts if part.notes["num_skipped"]], path)
+    # What the user left out is no item, or --suspects exclude would widen the limit.
     num_items -= facts["num_left_out"]
     check_skipped(path, num_items=num_items, limit=max_skipped)
     return facts
@@ -359,6 +384,7 @@ def _is_prepared(plan: Plan, console: Console | None = None) -> bool:
     if not plan.folder.exists():
         return False
     manifest = plan.folder / MANIFEST
+    # A folder without a manifest is somebody else's: it is told below and never overwritten.
     text = manifest.read_text(encoding="utf-8") if manifest.is_file() else "{}"
     preparation = json.loads(text).get("preparation", {})
     changed = changed_options(preparation.get("options", {}), plan.options)
@@ -372,19 +398,10 @@ def _is_prepared(plan: Plan, console: Console | None = None) -> bool:
             f"{plan.folder} exists already and was not prepared from these items; give --overwrite "
             "or another --output"
         )
+    # Told, no error: a new comment in the code is no reason to convert for a day.
     if console is not None and preparation.get("code") != plan.code_fingerprint:
         console.print(f"{plan.name}: an earlier converter prepared it; --overwrite does it again")
     return True
-
-
-def _set_aside(plan: Plan, console: Console) -> None:
-    """Start anew: forget shards, and keep an older folder until the new one is complete."""
-    shutil.rmtree(_shelf(plan.folder), ignore_errors=True)
-    if plan.folder.exists():
-        previous = _previous(plan.folder)
-        shutil.rmtree(previous, ignore_errors=True)
-        plan.folder.rename(previous)
-        console.print(f"{plan.name}: the older folder is {previous} until the new one is complete")
 
 
 def _shelf(folder: Path) -> Path:
@@ -394,12 +411,6 @@ def _shelf(folder: Path) -> Path:
 
 def _previous(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.previous")
-
-
-def _publish(partial: Path, folder: Path) -> None:
-    """Give a complete shard its name; a twin of another process is as good."""
-    with contextlib.suppress(FileExistsError):
-        claim_name(partial, folder)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -415,6 +426,7 @@ def _check(args: argparse.Namespace) -> None:
             f"--num-workers is at least 0 and --items-per-shard at least 1, got {args.num_workers} "
             f"and {args.items_per_shard}"
         )
+    # Each job starts by removing shards, and none knows when the others do.
     if args.overwrite and args.num_jobs > 1:
         raise ValueError(
             "--overwrite with several jobs: each would throw away what the others did; remove the "

@@ -81,21 +81,36 @@ class Crew:
         waiting: dict[Future[None], tuple[ShardTask, int]] = {}
         try:
             while True:
+                # Only as many tasks as there are workers: each carries the items of its shard.
                 while free and (task := next(source, None)) is not None:
                     slot = free.pop()
                     waiting[self._submit(task, slot)] = task, slot
                 if not waiting:
                     return
+                # With a timeout, so that the bar moves while all shards are in flight.
                 finished, _ = wait(waiting, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
                 for future in finished:
                     task, slot = waiting.pop(future)
-                    _result(future)
+                    try:
+                        future.result()
+                    except BrokenProcessPool as error:
+                        raise RuntimeError(
+                            "a worker process died (out of memory, or killed); complete shards are "
+                            "kept: start again, with fewer --num-workers or --items-per-shard if "
+                            "memory was short"
+                        ) from error
+                    # Its items are complete now and counted by the caller, so no longer in flight.
                     self._done[slot] = 0
                     free.append(slot)
                     yield task
                 advance(sum(self._done[: self._num_workers]))
         finally:
-            self._drop(waiting)
+            # After an error workers give up the shards in flight, and are ready for another
+            # release: the next one starts while this pool lives.
+            self._done[self._num_workers] = STOP
+            wait(waiting)
+            for slot in range(self._num_workers + 1):
+                self._done[slot] = 0
 
     def _submit(self, task: ShardTask, slot: int) -> Future[None]:
         if self._pool is None:
@@ -108,23 +123,6 @@ class Crew:
             )
         return self._pool.submit(_work, self._convert, task, slot)
 
-    def _drop(self, waiting: Iterable[Future[None]]) -> None:
-        """Let workers give up the shards in flight, and be ready for another release."""
-        self._done[self._num_workers] = STOP
-        wait(list(waiting))
-        for slot in range(self._num_workers + 1):
-            self._done[slot] = 0
-
-
-def _result(future: Future[None]) -> None:
-    try:
-        future.result()
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            "a worker process died (out of memory, or killed); complete shards are kept: start "
-            "again, with fewer --num-workers or --items-per-shard if memory was short"
-        ) from error
-
 
 _DONE: Any = None  # this worker's view of the shared counters
 
@@ -133,19 +131,22 @@ def _start_worker(done: Any) -> None:
     global _DONE
     _DONE = done
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides, see STOP
+    # A worker whose main process was killed would wait for tasks for ever.
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A worker whose main process was killed would wait for tasks for ever."""
+    """End this worker when its main process is gone."""
     parent = parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])
+        # Not `sys.exit`, which in a thread ends the thread alone.
         os._exit(1)
 
 
 def _work(convert: Convert, task: ShardTask, slot: int) -> None:
     def advance(num_items: int) -> None:
+        # Asked per item, because a future that runs cannot be cancelled.
         if _DONE[len(_DONE) - 1] == STOP:
             raise InterruptedShardError
         _DONE[slot] = num_items
@@ -157,6 +158,7 @@ def _on_ray(convert: Convert, tasks: Iterable[ShardTask]) -> Iterator[ShardTask]
     ray = _import_ray()
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
+    # A shard may be tried again: it appears by a rename, so that half of one never counts.
     remote = ray.remote(max_retries=3)(_ray_work)
     # A few more than CPUs, so that no machine waits for the driver.
     in_flight = 2 + int(ray.cluster_resources().get("CPU", 1))
@@ -170,11 +172,8 @@ def _on_ray(convert: Convert, tasks: Iterable[ShardTask]) -> Iterator[ShardTask]
 
 
 def _ray_work(convert: Convert, task: ShardTask) -> None:
-    convert(task, _ignore)
-
-
-def _ignore(num_items: int) -> None:
-    """Nobody on the driver hears items of a task that runs on another machine."""
+    # Nobody on the driver hears items of a task that runs on another machine.
+    convert(task, lambda num_items: None)
 
 
 def _next_on_ray(ray: Any, waiting: dict[Any, ShardTask]) -> ShardTask:
@@ -183,6 +182,7 @@ def _next_on_ray(ray: Any, waiting: dict[Any, ShardTask]) -> ShardTask:
     try:
         ray.get(reference)
     except ray.exceptions.RayTaskError as error:
+        # The converter's own error, as the other two ways of working raise it.
         raise error.cause or error from None
     return task
 

@@ -130,6 +130,7 @@ def pair(question: str, answer: str, kind: str) -> list[Turn]:
 
 def draw_for(record_id: str) -> random.Random:
     """The random numbers that belong to one record; the same for the same id, anywhere."""
+    # Python's own generator, whose sequence for a seed does not change between versions of numpy.
     return random.Random(int.from_bytes(_digest(record_id)[:8], "big"))
 
 
@@ -142,6 +143,7 @@ def drawn_split(key: str, shares: Mapping[str, float], rest: str = "train") -> s
     """
     if not (all(share >= 0 for share in shares.values()) and sum(shares.values()) <= 1):
         raise ValueError(f"held-out shares are numbers from 0 with a sum up to 1, got {shares}")
+    # Another hash than that of wordings, or the split would tell how its questions are worded.
     position = int.from_bytes(_digest(f"split: {key}")[:8], "big") / 2**64
     for split, share in shares.items():
         if position < share:
@@ -152,6 +154,7 @@ def drawn_split(key: str, shares: Mapping[str, float], rest: str = "train") -> s
 
 def closed_answer(answer: str) -> str | None:
     """ "Yes", "NO." -> "yes", "no"; None for anything that is not a plain yes or no."""
+    # Nothing more is stripped: "no, it is normal" is an answer with a reason, and stays open.
     word = one_line(answer).lower().rstrip(".!")
     return word if word in ("yes", "no") else None
 
@@ -174,6 +177,7 @@ def question_of(text: str, answer: str, kind: str | None = None) -> Question:
     kind = kind.strip().lower()
     if kind not in ("closed", "open"):
         raise ValueError(f"question of unknown type {kind!r}")
+    # A release calls "left or right?" closed as well; its answer keeps its words.
     if kind == "closed" and canonical is not None:
         answer = canonical
     return Question(text=text, answer=answer, kind=kind)
@@ -183,6 +187,7 @@ def asked(
     image: str, name: str, text: str, answer: str, kind: str | None = None, **facts: Any
 ) -> Asked:
     """A row of a release; what `question_of` refuses becomes the reason."""
+    # Also of a row that is refused: the ledger can then name it.
     stated = facts_of(**facts)
     try:
         return Asked(image, name, question_of(text, answer, kind), "", stated)
@@ -213,6 +218,8 @@ def gather(rows: Iterable[Asked], seen: Iterable[tuple[str, Question]] = ()) -> 
     for row in rows:
         if row.question is None:
             refused.append(Refused(row.name, row.reason))
+        # The answer is part of the question here: two answers to one question are both kept, and
+        # the linter tells of them.
         elif (row.image, row.question) in known:
             num_repeated += 1
         else:
@@ -248,6 +255,7 @@ def name_of(item: ImageQuestions | Refused) -> str:
 def choice_of(question: str, options: Sequence[str], right: int) -> Question:
     """A question with its options, of which the one at position `right` is the answer. Raises
     ValueError when another option reads the same: an answer must mean one of them."""
+    # Other options may repeat one another, as some releases do: the answer still means one.
     if options.count(options[right]) > 1:
         raise ValueError("several choices have the text of the answer")
     return Question(question, options[right], "choice", tuple(options))
@@ -259,6 +267,7 @@ def choice_turns(
     """A multiple-choice question with its options in drawn order, so that the position of the right
     one says nothing."""
     options = list(options)
+    # `sample` and not `shuffle`, which would change the caller's list.
     shuffled = draw.sample(options, len(options))
     return turns_of([choice_of(question, shuffled, shuffled.index(answer))])
 
