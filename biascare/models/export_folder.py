@@ -252,7 +252,7 @@ def build_network(
 
 def load_vision_weights(pathway: VisionPathway, path: Path) -> LoadReport:
     """Start the vision pathway from an exported folder (stage 1's) of the same architecture, or
-    from a file or folder of foreign weights (`checkpoints.LAYOUTS`)."""
+    from a file or folder of foreign weights (`weights.vision.LAYOUTS`)."""
     if not _is_export(path):
         return load_vision_checkpoint(pathway, path)
     config = read_export_config(path)["vision"]

@@ -108,7 +108,7 @@ def released_to_ours(state: Mapping[str, Tensor]) -> ReleasedParts:
             part[new] = tensor
     if strangers:
         raise ValueError(
-            f"not a released DualPathNetwork checkpoint: {len(strangers)} tensors are unknown "
+            f"not a released BiasCareVL checkpoint: {len(strangers)} tensors are unknown "
             f"({listed(sorted(strangers))}); expected SEG.*, VL.*, {', '.join(QUERY_RENAMES)}"
         )
     parts.dropped.update({label: Dropped(n, why) for (label, why), n in dropped.items()})
