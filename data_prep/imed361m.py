@@ -297,7 +297,6 @@ def _inside(folder: Path, relative: str | None) -> Path:
     """Existing file of a list entry, written relative to the sub-dataset or to its parent."""
     if not relative:
         raise UnusableItemError("entry without a path")
-    # Sub-datasets write their paths in either way.
     prefixed = Path(relative).parts[0] == folder.name and not (folder / relative).exists()
     path = ((folder.parent if prefixed else folder) / relative).resolve()
     if not path.is_relative_to(folder):

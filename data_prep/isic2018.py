@@ -101,7 +101,8 @@ def read_items(table: Path, lesions: dict[str, str]) -> Iterator[Item]:
     """Rows of one table. Raises ValueError for a value that is neither 0 nor 1."""
     for row in read_table(table, ("image", *CODES)):
         strange = {code: row[code] for code in CODES if row[code] not in VALUES}
-        # Not one image's fault: probabilities in the columns mean that this is another table.
+        # Not one image's fault: values between, such as probabilities, mean that this is another
+        # table.
         if strange:
             raise ValueError(f"{table}: {row['image']}: expected 0 or 1, got {strange}")
         hot = tuple(code.lower() for code in CODES if VALUES[row[code]])

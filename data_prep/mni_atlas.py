@@ -253,7 +253,6 @@ def main(arguments: list[str] | None = None) -> None:
                 split=split,
                 version="ICBM 2009a nonlinear symmetric; neuromorphometrics",
                 licence=LICENCE,
-                # Plain tuples: items are fingerprinted as JSON, which knows no classes.
                 items=[tuple(place) for place in places],
                 convert=functools.partial(convert, split),
                 name_of=str,

@@ -161,7 +161,7 @@ def _columns(path: Path, header: list[dict[str, str]]) -> dict[str, str]:
 
 
 def _meaning(path: Path, name: str, value: float | None, table: dict[int, str]) -> str | None:
-    # A code that the release does not define would be somebody's sex or diagnosis.
+    # Not unknown: a code that the release does not define means that the column is another one.
     if value is not None and value not in table:
         raise ValueError(f"{path}: {name} is one of {table}, got {value:g}")
     return None if value is None else table[int(value)]

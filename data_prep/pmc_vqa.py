@@ -180,7 +180,7 @@ def convert(
         sex=None,
         age=None,
         race=None,
-        # The article ties figures that show one patient; the id of a patient is nowhere.
+        # Figures of one article may show one patient, and no other id is there.
         extra={"article": article[1]} if article else {},
     )
 

@@ -287,7 +287,7 @@ def _split_of(row: Row, splits: Splits) -> str:
         return split_name(row.cells["split"])
     image = row.cells["image"]
     split = splits.of(stem_of(image), row.cells["patient_id"] or None)
-    # An error and not left out, as with folders: a table is complete or it is misspelt.
+    # No split is guessed: drawn instead, a test image could land in train.
     if split is None:
         raise ValueError(f"line {row.line}: image {image!r} is in no --split-list")
     return split
@@ -301,7 +301,7 @@ def _age(text: str | None) -> float | None:
         age = float(text)
     except ValueError as error:
         raise ValueError(f"age {text!r} is no number of years, like 61 or 0.5") from error
-    # A birth year in the column of ages is the usual mistake.
+    # A birth year in the column of ages would pass as a number.
     if not 0 <= age <= MAX_AGE:
         raise ValueError(f"age {text!r} is not between 0 and {MAX_AGE} years")
     return age

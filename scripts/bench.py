@@ -58,10 +58,10 @@ def alternate(runs: Sequence[Run], repeats: int) -> list[list[float]]:
 def compare(first: Run, second: Run, repeats: int) -> tuple[float, float, float]:
     """(median seconds of each, median of the paired ratios first / second), alternating."""
     rounds = alternate((first, second), repeats)
-    # The ratio is of pairs and not of medians: what slows the machine slows both of a pair.
     first_seconds, second_seconds = (
         statistics.median(column) for column in zip(*rounds, strict=True)
     )
+    # Of the ratios in pairs, not of the medians: what slows the machine slows both of a pair.
     return first_seconds, second_seconds, statistics.median(a / b for a, b in rounds)
 
 
@@ -209,7 +209,7 @@ def make_batch(mllm_folder: str, image_size: int, num_images: int) -> Batch:
         masks = torch.zeros(2, image_size, image_size, dtype=torch.uint8)
         masks[0, 20:60, 20:60] = masks[1, 50:70, 50:90] = 1
         ask = chat.sequence([Turn("user", "Segment the liver.", "segmentation")])
-        # As many questions as images, as a run draws them at its ratio.
+        # As many questions as images, as `data.ratio` has it by default.
         question = [
             Turn("user", "Is there a lesion?", "closed"),
             Turn("assistant", "yes", "closed"),
@@ -267,7 +267,7 @@ def joint_step(repeats: int) -> None:
                 mllm=folder,
                 lora=paper_adapter(),
             )
-        # What the paper trains: the language model by LoRA, both pathways and what couples them.
+        # Frozen is what `train.trainable` leaves out by default.
         frozen = ("mllm_vision_tower", "embeddings")
         model.set_trainable({part.name: part.name not in frozen for part in PARTS})
         step = TrainStep(

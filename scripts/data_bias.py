@@ -71,7 +71,6 @@ def run(options: argparse.Namespace) -> None:
     from biascare.reports import composition
 
     if options.config:
-        # Only masks are counted for the groups: a folder read for its questions trains no target.
         config = load_config(options.config, options.items)
         uses = sources_of(config)
         data, shares = config.data, config.eval
@@ -81,6 +80,7 @@ def run(options: argparse.Namespace) -> None:
             target_power=data.target_sampling_power,
         )
         sources = composition.describe_sources(uses)
+        # A folder that is read for its questions alone trains no target.
         counted = [use.records for use in uses if use.task == "segmentation"]
     else:
         shares = EvalConfig()

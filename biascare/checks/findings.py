@@ -37,7 +37,7 @@ CODES: dict[str, tuple[str, str]] = {
     "leak-image": ("error", "the same pixels stand in several splits"),
     "leak-near": ("warning", "nearly the same image stands in several splits; see the sheet"),
     "shared-patient-id": ("warning", "unrelated sources of several splits use one patient id"),
-    # Warnings from here on where a release cannot do better: an error would fail it for ever.
+    # A warning: a release that names no patients could else never pass.
     "no-patient": ("warning", "records without patient id: leaks by patient cannot be seen"),
     "image-twice": ("warning", "the same pixels occur more than once in one split"),
     "near-between-sources": ("warning", "nearly the same image in two sources of one split"),

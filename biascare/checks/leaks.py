@@ -95,7 +95,7 @@ def cross_findings(
     comparable = np.flatnonzero(np.concatenate([scan.comparable for scan in scans]))
     near = _near(hashes[comparable], exact[comparable], rows.select(comparable))
     near = comparable[near]
-    # Two sources of one split are told too: a later split by chance would part such a pair.
+    # Two sources of one split are told too: a later split by hash could part such a pair.
     crossing = rows.split[near[:, 0]] != rows.split[near[:, 1]]
     report.pairs("leak-near", near[crossing])
     report.pairs("near-between-sources", near[~crossing])

@@ -146,7 +146,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"record folder {folder} does not exist; prepare it with a data_prep program"
         )
     if not path.is_file():
-        # The commonest mistake is the folder above: prepared/btcv instead of prepared/btcv/train.
+        # Often the folder above is named: prepared/btcv instead of prepared/btcv/train.
         inside = sorted(p.parent.name for p in folder.glob(f"*/{MANIFEST}"))
         hint = f"; did you mean one of its folders {inside}?" if inside else ""
         raise ValueError(f"{folder} has no {MANIFEST}: not a finished record folder{hint}")

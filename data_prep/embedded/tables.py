@@ -22,7 +22,7 @@ AVAILABILITY = {
     "mri": 0.17,
     "dermoscopy": 0.12,
     "ultrasound": 0.08,
-    # Shares fall by a quarter to a third each: the rare modalities are meant to be learned badly.
+    # The last shares are small on purpose: rare modalities are meant to be learned badly.
     "fundus": 0.06,
     "endoscopy": 0.04,
 }

@@ -65,7 +65,7 @@ class Facts(NamedTuple):
 def read_key(path: Path) -> bytes:
     """The secret of the pseudonyms. Raises ValueError when there is none or it is short."""
     key = path.read_bytes() if path.is_file() else b""
-    # Patient ids are short numbers: with a key that can be tried, all of them can be tried too.
+    # Patient ids are short numbers: who guesses a weak key can try all of them.
     if len(key.strip()) < MIN_KEY_BYTES:
         raise ValueError(
             f"{path} must hold a secret of at least {MIN_KEY_BYTES} bytes; make one with: "

@@ -62,7 +62,7 @@ def _cells(row: ElementTree.Element, texts: list[str]) -> list[tuple[str, str]]:
     for cell in row.iter(f"{NAMESPACE}c"):
         column = COLUMN.match(cell.get("r", ""))
         value = cell.findtext(f"{NAMESPACE}v", "")
-        # The commonest form: the cell holds the number of a text that stands in a list of its own.
+        # Spreadsheet programs keep each text once, in a list of its own; the cell holds its number.
         if cell.get("t") == "s" and value:
             value = texts[int(value)]
         elif cell.get("t") == "inlineStr":

@@ -111,8 +111,7 @@ def read_numbered(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dic
                 near = did_you_mean(missing[0], header)
                 raise ValueError(f"{path} lacks the columns {missing}; it has {header}{near}")
             for row in reader:
-                # The commonest damage of question tables, and it shifts every later column of the
-                # row.
+                # An unquoted comma does this, and it shifts every later column of the row.
                 if None in row:
                     raise ValueError(
                         f"{path}:{reader.line_num}: more fields than the header has columns; "
