@@ -186,6 +186,7 @@ def _name(item: Item) -> str:
 def convert(images: Path, source: str, split: str, judged: list[str], item: Item) -> Record:
     """One image with its labels. Raises UnusableItemError with the reason."""
     if item.problem:
+        # Here and not when the table is read, so that the ledger counts it like any other item.
         raise UnusableItemError(item.problem)
     # By its ids, unless the path of the table, with or without "files/", leads to a file of the
     # same name: another image under a stated path would carry this one's labels.

@@ -172,8 +172,10 @@ def convert(source: Source, split: str, item: Item) -> Record:
             raise UnusableItemError("image and mask differ in size")
         labels: dict[Value, str] = dict(source.labels) if source.labels else {None: target}
         targets += cut_masks(values, labels, source.ignored)
+    # Healthy, or annotated by nobody? Only the user knows, and says so by --keep-empty.
     if not (targets or source.keep_empty):
         raise UnusableItemError("no mask has a pixel")
+    # By one table for image and masks, after their sizes were compared as stored.
     data = turn_image(image.data, source.turn)
     height, width = image_size(data)
     return Record(

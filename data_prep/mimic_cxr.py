@@ -102,6 +102,7 @@ def plan(source: Path, reports: Path, mimic_iv: Path | None) -> list[Release]:
         items[SPLITS[row["split"]]].append(_item(row, metadata, patients, findings))
     for split, found in items.items():
         note_count(f"MIMIC-CXR {split} images", len(found), NUM_IMAGES[split])
+        # Told: for an audit by sex or race these patients are not there.
         missing = unknown_subjects((item.subject_id for item in found), patients)
         if mimic_iv and missing:
             note(f"{missing:,} {split} patients are not in MIMIC-IV")

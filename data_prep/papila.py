@@ -113,6 +113,7 @@ def plan(source: Path, shares: dict[str, float], expert: int, suspects: str) -> 
             split=split,
             version="PAPILA",
             licence=LICENCE,
+            # Both eyes side by side: the tables list right eyes first, then all left ones.
             items=sorted(found, key=lambda item: (int(item.patient), item.eye)),
             convert=partial(convert, source, split, expert, suspects),
             name_of=image_name,

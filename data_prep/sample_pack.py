@@ -239,6 +239,8 @@ def _label_turns(line: dict[str, Any], draw: random.Random) -> list[Turn]:
         turns += choice_turns(wording, list(question.options.values()), labels[0], draw)
     if "findings" in line["labels"]:
         turns += pair(draw.choice(FINDING_QUESTIONS), ", ".join(labels), "open")
+    # NIH's labels cover fourteen findings of every image: one that is not listed was not found in
+    # the report.
     if line["source"] == "nih":
         # One present finding among absent ones, so that exactly one option is right.
         answer = draw.choice(labels)

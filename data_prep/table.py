@@ -196,6 +196,7 @@ def convert(source: Source, split: str, item: Item) -> Record:
         open_member(source.images, item.image) if packed else file_inside(source.images, item.image)
     )
     try:
+        # Here and not when the table is read: an impossible age costs its image and not the table.
         sex, age = sex_of(known.get("sex", "")), _age(known.get("age"))
         modality = canonical_modality(known.get("modality", source.modality))
     except ValueError as error:

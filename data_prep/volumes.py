@@ -255,6 +255,7 @@ def _label_slices(source: Source, item: Item, volume: Volume) -> np.ndarray:
 
 def _source(args: argparse.Namespace) -> Source:
     """Raises ValueError for options that do not fit together."""
+    # Window, flips and the check of sides depend on it: a default would be wrong in silence.
     if args.nifti and not args.modality:
         raise ValueError("--nifti needs --modality: the file does not say")
     # A value without a name cannot be a target, and a name without masks finds none.

@@ -83,6 +83,7 @@ def run(options: argparse.Namespace) -> None:
         # A folder that is read for its questions alone trains no target.
         counted = [use.records for use in uses if use.task == "segmentation"]
     else:
+        # Without a run its defaults: the groups are those that a run would make.
         shares = EvalConfig()
         # A folder that is named twice is still one folder.
         counted = [Records(folder) for folder in dict.fromkeys(options.items)]

@@ -64,6 +64,7 @@ def save_untrained(folder: Path, seed: int = 0, **weights: Any) -> Path:
     from biascare.models.export_folder import build_network, save_network
     from biascare.models.language.pathway import load_processor
 
+    # Seeded, so that the demo's table is the same when it is run again.
     torch.manual_seed(seed)
     save_network(build_network(**weights), folder)
     load_processor(weights["mllm"]).save_pretrained(folder / "processor")
@@ -135,12 +136,14 @@ def results_table(metrics: dict[str, dict[str, Any]]) -> str:
 def embedded(folder: Path) -> dict[str, Path]:
     """Both stages on the embedded data. Returns the models to compare, by title."""
     data, base, random_base = folder / "data", folder / "base", folder / "random_base"
+    # Cores that this process may use: in a container the machine has more of them.
     workers = len(os.sched_getaffinity(0))
     make_data = f"data_prep/demo.py --output {data} --size small --seed 0 --bias both"
     run("python", *f"{make_data} --num-workers {workers}".split())
     make_base = f"scripts/make_base_mllm.py --records {data}/train --output"
     run("python", *f"{make_base} {base}".split())
     run("python", *f"{make_base} {random_base} --steps 0".split())
+    # Stage 2 starts from the vision weights of stage 1.
     train("configs/demo_stage1.yaml")
     train("configs/demo_stage2.yaml")
     sizes: dict[str, Any] = {"vision": "tiny", "image_size": 128, "query_heads": 4}

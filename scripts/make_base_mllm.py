@@ -169,6 +169,7 @@ def build_batch(
         geometry = Geometry.full(row["height"], row["width"], settings.image_size)
         pixels = chat.image_inputs(read_image(row["image"], geometry))
         sequence = chat.sequence(shuffled_turns(lesson, row, settings, rng)) | {"image": pixels}
+        # Nothing for the vision pathway: a base knows images through its own tower alone.
         samples.append(Sample([sequence], None, None, None, None, facts=[]))
     return collate(samples, seed=0, pad_token_id=chat.tokenizer.pad_token_id)
 

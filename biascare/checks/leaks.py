@@ -119,16 +119,14 @@ def _all_rows(records: Sequence[Records]) -> _Rows:
     splits = sorted({r.manifest["split"] for r in records})
     sources = sorted({r.manifest["source"] for r in records})
     lengths = [len(r) for r in records]
-
-    def spread(values: Iterable[int]) -> NDArray[np.int64]:
-        return np.repeat(np.array(list(values), np.int64), lengths)
-
-    return _Rows(
-        folder=spread(range(len(records))),
-        row=np.concatenate([np.arange(n) for n in lengths]),
-        split=spread(splits.index(r.manifest["split"]) for r in records),
-        source=spread(sources.index(r.manifest["source"]) for r in records),
-    )
+    # Numbers instead of names, as every row of every folder has them.
+    of_folder = {
+        "folder": list(range(len(records))),
+        "split": [splits.index(r.manifest["split"]) for r in records],
+        "source": [sources.index(r.manifest["source"]) for r in records],
+    }
+    columns = {name: np.repeat(numbers, lengths) for name, numbers in of_folder.items()}
+    return _Rows(row=np.concatenate([np.arange(n) for n in lengths]), **columns)
 
 
 def _near(hashes: NDArray[np.uint64], exact: NDArray[np.uint64], rows: _Rows) -> NDArray[np.int64]:

@@ -281,20 +281,16 @@ def _conversation_problems(turns: list[Turn]) -> Iterable[str]:
 def question_problems(turns: Sequence[Turn]) -> Iterable[str]:
     """What is wrong with options and facts of alternating turns."""
     for index, turn in enumerate(turns):
-        yield from _fact_problems(index, turn)
+        for key, value in turn.facts.items():
+            if key not in FACTS:
+                yield unknown(f"fact of turn {index}", key, FACTS)
+            if not isinstance(value, str) or not value.strip():
+                yield f"fact {key!r} of turn {index} must be a text, got {value!r}; or leave it out"
+        # On both turns they could contradict each other, and readers look at the question's alone.
+        if index % 2 and (turn.facts or turn.options):
+            yield f"turn {index} is an answer; facts and options belong to the question before it"
     for index in range(0, len(turns) - 1, 2):
         yield from _option_problems(index, turns[index], turns[index + 1].text)
-
-
-def _fact_problems(index: int, turn: Turn) -> Iterable[str]:
-    for key, value in turn.facts.items():
-        if key not in FACTS:
-            yield unknown(f"fact of turn {index}", key, FACTS)
-        if not isinstance(value, str) or not value.strip():
-            yield f"fact {key!r} of turn {index} must be a text, got {value!r}; or leave it out"
-    # On both turns they could contradict each other, and readers look at the question's alone.
-    if index % 2 and (turn.facts or turn.options):
-        yield f"turn {index} is an answer; facts and options belong to the question before it"
 
 
 def _option_problems(index: int, question: Turn, answer: str) -> Iterable[str]:

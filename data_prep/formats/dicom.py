@@ -125,6 +125,7 @@ def read_series(folder: Path, files: Sequence[str], cleared: bool = False) -> tu
         raise UnusableItemError(f"volume of {num_bytes:,} bytes is above {MAX_VOLUME_BYTES:,}")
     slices, affine, even = _stack(slices)
     volume = Volume(
+        # Rescaled slice by slice: in PET each has a slope of its own.
         voxels=np.stack([_values(one) for one in slices]),
         slope=1.0,
         intercept=0.0,
@@ -174,6 +175,7 @@ def _check_header(dataset: Any, cleared: bool) -> None:
     reason = None if cleared else _quarantine(dataset)
     if reason:
         raise UnusableItemError(f"quarantined: {reason}; look at it, then list it in --cleared")
+    # Reports and plans are DICOM files as well.
     if "PixelData" not in dataset:
         raise UnusableItemError("DICOM file without pixels")
     # Frames may be slices, times or echoes, and the file says which in many ways.
@@ -284,6 +286,7 @@ def _stated_range(dataset: Any) -> Range | None:
 
 
 def _facts(dataset: Any) -> Facts:
+    # By the list alone: the dataset at hand holds the patient's name too.
     words = {name: str(dataset.get(name, "") or "").strip() for name in ALLOWED}
     try:
         sex = sex_of(words["PatientSex"])

@@ -72,6 +72,7 @@ def check_even(volume: Volume, plane: str) -> None:
     if (
         volume.affine is not None
         and not volume.even
+        # Along their own axis the slices are whole; only other planes cross the gaps between them.
         and _transform(volume.affine, plane)[0, 0] != 0
     ):
         raise UnusableItemError(f"slices are missing: no {plane} images can be cut from the others")

@@ -90,6 +90,7 @@ def _races(path: Path) -> dict[str, str]:
         elif row[column].strip().lower() not in UNKNOWN_RACES:
             strange[row[column]] += 1
     if strange:
+        # Told, as a later version of MIMIC-IV may use words that nobody has reviewed.
         note(f"races taken for unknown, not in the table: {dict(strange)}")
     # Admissions of one patient may disagree: then nobody but the patient knows, and it stays
     # unknown.

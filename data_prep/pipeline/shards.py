@@ -267,6 +267,7 @@ def join(plan: Plan, max_skipped: float) -> str:
 
 
 def _prepare(args: argparse.Namespace, release: Release, crew: Crew, console: Console) -> None:
+    # A split of a release may be empty, and is then no folder; the others go on.
     if not len(release.items):
         console.print(f"{release.source}/{release.split}: the release lists no items")
         return
@@ -282,6 +283,7 @@ def _prepare(args: argparse.Namespace, release: Release, crew: Crew, console: Co
             told = f"the older folder is {previous} until the new one is complete"
             console.print(f"{plan.name}: {told}")
     if _is_prepared(plan, console):
+        # The same command may be given again at any time, and does what is missing.
         console.print(f"{plan.name}: prepared before, left as it is")
         return
     _convert_shards(args, plan, crew, console)

@@ -169,6 +169,7 @@ def question_of(text: str, answer: str, kind: str | None = None) -> Question:
     Raises ValueError when question or answer is empty, or the kind is another word.
     """
     text, answer = one_line(text), one_line(answer)
+    # After the placeholders are gone: "<image>" alone is no question.
     if not (text and answer):
         raise ValueError("question or answer is empty")
     canonical = closed_answer(answer)
@@ -201,6 +202,7 @@ def facts_of(**stated: Any) -> dict[str, str]:
     facts = {
         key: one_line(", ".join(map(str, value)) if isinstance(value, list) else str(value))
         for key, value in stated.items()
+        # A fact that says "not known" in words would be counted as an answer type of its own.
         if value is not None
     }
     return {key: text for key, text in facts.items() if text and text not in UNSTATED}
