@@ -92,7 +92,7 @@ TRANSFORMERS_RENAME = (
 
 LAYOUTS = {
     "released_biascarevl": Layout(
-        "DualPathNetwork as released by its authors: SEG.* is an IMIS-Net without text tower",
+        "BiasCareVL as released by its authors: SEG.* is an IMIS-Net without text tower",
         r"(^|\.)SEG\.",
         rename=((r"^.*?\bSEG\.(?:modules_to_save\.default\.)?", ""), *IMIS_RENAME),
         drop={"": "language side, opened as the MLLM pathway"} | IMIS_DROP,
