@@ -318,7 +318,7 @@ class MLLMPathway(nn.Module):
 
     @classmethod
     def restore(cls, folder: Path, path: str, **keywords: Any) -> MLLMPathway:
-        """Base model at `path` with what `save` wrote to `folder`; what was trained stays trainable."""
+        """Base model at `path` with what `save` wrote to `folder`, trained parts trainable."""
         adapter = folder / "adapter"
         pathway = cls.load(path, adapter=adapter if adapter.is_dir() else None, **keywords)
         trained = folder / "mllm_trained.safetensors"
