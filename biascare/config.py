@@ -45,11 +45,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     bad_keys = {*result.bad_keys, *(problem.key for problem in tree.problems if problem.key)}
     if result.value is not None:
         for keys, message in (*_across_keys(result.value), *_paths(result.value)):
-            if not any(_overlap(key, bad) for key in keys for bad in bad_keys):
+            # What lies inside a key that is wrong, or around it, would only repeat the problem.
+            if not any(
+                all(a == b for a, b in zip(_location(key), _location(bad), strict=False))
+                for key in keys
+                for bad in bad_keys
+            ):
+                # At the key that stands in the file; a default has no line to point to.
                 key = next((key for key in keys if _location(key) in tree.origins), keys[0])
                 problems.append(Problem(tree.where(_location(key)), key, message))
     if problems or result.value is None:
         raise ConfigError(sorted(problems, key=_file_and_line))
+    # After all errors: a warning about a run that does not start would only distract.
     for message in _skipped_settings(result.value):
         warnings.warn(message, UserWarning, stacklevel=2)
     return result.value
@@ -73,6 +80,7 @@ def describe_config() -> list[KeyHelp]:
 
 def resolve_deepspeed(path: str) -> Path:
     """The DeepSpeed file, looked for in the working directory, then in the repository root."""
+    # A run outside the checkout has no ds_config.json beside it and takes the one that ships.
     local = Path(path)
     return local if local.exists() else Path(__file__).parents[1] / path
 
@@ -89,13 +97,6 @@ _Finding = tuple[tuple[str, ...], str]
 
 def _location(key: str) -> tuple[str | int, ...]:
     return tuple(int(part) if part.isdigit() else part for part in re.findall(r"\w+", key))
-
-
-def _overlap(key: str, other: str) -> bool:
-    """Whether one key is the other or lies inside it."""
-    ours, theirs = _location(key), _location(other)
-    shared = min(len(ours), len(theirs))
-    return ours[:shared] == theirs[:shared]
 
 
 def _across_keys(config: Config) -> Iterator[_Finding]:
@@ -123,6 +124,7 @@ def _across_keys(config: Config) -> Iterator[_Finding]:
 
 def _batch(config: Config) -> Iterator[_Finding]:
     micro, total, ratio = config.train.micro_batch, config.train.global_batch, config.data.ratio
+    # Every micro-batch has the same composition: ZeRO-3 needs the same calls on every rank.
     parts = sum(ratio)
     if parts == 0:
         yield ("data.ratio",), "got [0, 0], a batch of nothing; the paper's is [1, 1]"
@@ -131,6 +133,7 @@ def _batch(config: Config) -> Iterator[_Finding]:
         fix = f"set train.micro_batch={-(-micro // parts) * parts}"
         keys = ("train.micro_batch", "data.ratio")
         yield keys, f"train.micro_batch = {micro} {split}; {fix}"
+    # Of one rank; how many there are only the launcher knows, and the engine checks it.
     if total % micro:
         keys = ("train.global_batch", "train.micro_batch")
         fix = f"set train.global_batch={-(-total // micro) * micro}"
@@ -160,6 +163,7 @@ def _stage(config: Config) -> Iterator[_Finding]:
         yield ("data.ratio", "train.stage"), f"{message}; use [1, 0]"
     if data.language:
         yield ("data.language", "train.stage"), "the vision stage has no language items; remove it"
+    # Without an LLM nothing reads the text, so a row with text alone has no prompt at all.
     if prompts.text > 0 and not prompts.point + prompts.box + prompts.point_and_box:
         message = "text alone cannot prompt the vision stage; give a point or box a share"
         yield ("data.prompts", "train.stage"), message
@@ -179,6 +183,8 @@ def _paths(config: Config) -> Iterator[_Finding]:
                 contents = "masks" if task == "segmentation" else "questions or reports"
                 yield (key,), f"{source.path!r} holds no {contents}; remove it from data.{name}"
             seen.add(path)
+    # A name with a slash may be on the Hub, which nobody asks here; a path that is written as one
+    # can only be a folder.
     mllm, weights, resume = config.model.mllm, config.model.vision_weights, config.train.resume
     if mllm is not None and not Path(mllm).is_dir():
         if mllm.startswith((".", "/", "~")) or Path(mllm).exists():
@@ -210,12 +216,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
+        return {}  # opened later, it is told with the file's own error
     return value if isinstance(value, dict) else {}
 
 
 def _run_files(train: TrainConfig) -> Iterator[_Finding]:
     output = Path(train.output_dir)
+    # The folder itself need not exist, but nothing on the way to it may be a file.
     blocking = next((path for path in (output, *output.parents) if path.exists()), output)
     if not blocking.is_dir():
         yield ("train.output_dir",), f"{blocking} is a file; a folder must be made here"
@@ -234,6 +241,7 @@ def _absent(what: str, path: str) -> str:
     parent = Path(path).parent
     kinds = {"folder": Path.is_dir, "file": Path.is_file}
     siblings = filter(kinds.get(what, Path.exists), sorted(parent.glob("*")))
+    # One level down only: a wrong folder further up would need a search of the whole disk.
     near = did_you_mean(Path(path).name, (sibling.name for sibling in siblings))
     place = "" if Path(path).is_absolute() else f" (looked for in {Path.cwd()})"
     return f"no {what} {path!r}{place}{near}"
@@ -242,6 +250,7 @@ def _absent(what: str, path: str) -> str:
 def _skipped_settings(config: Config) -> Iterator[str]:
     """Settings a user may have made for nothing."""
     data = config.data
+    # Warned of, not refused: an ablation switches a part off without rewriting the rest.
     if config.hitl.enabled and data.ratio[0] == 0:
         yield "hitl.enabled has no effect: data.ratio has no segmentation part"
     for part, name in enumerate(("segmentation", "language")):

@@ -1,13 +1,12 @@
-"""Uncertainty, row weights and the training objective: Eqs. 3-7 and 9-12 of the paper.
+"""Row weights and the training objective: Eqs. 7 and 9-12 of the paper.
 
     dice = dice_loss_per_row(prediction.mask_logits, masks)
-    vector = mask_weighted_embedding(image_embedding, mask_probs, row_image=row_image)
-    semantic = semantic_uncertainty(vector, text_embedding)
     weight = row_weight(semantic, dice, beta_vl=..., lambda_u=..., ...)
     loss = total_objective([(1.0, weighted_dice(dice, weight, valid, "sum")), (1.0, vlm)])
 
 The paper is "Bias-constrained multimodal intelligence for equitable and reliable clinical AI"
-(BiasCareVL, arXiv 2604.16884). Everything here is a pure function of tensors. Three rules hold:
+(BiasCareVL, arXiv 2604.16884); its Eqs. 3-6, which need no labels, are in
+`biascare.uncertainty`. Everything here is a pure function of tensors. Three rules hold:
 
 - fp32 inside, whatever dtype comes in: bf16 resolves only 0.004 near 1, where Dice and cosine live.
 - No host synchronisation: rows without a mask are silenced by `torch.where`, never by indexing.
@@ -63,24 +62,24 @@ def dice_loss_per_row(mask_logits: Tensor, masks: Tensor, *, eps: float = DICE_E
     Raises:
         ValueError: the shapes differ.
     """
-    mask_logits, masks = _without_channel(mask_logits), _without_channel(masks)
+    mask_logits, masks = (x.squeeze(1) if x.ndim == 4 else x for x in (mask_logits, masks))
     if mask_logits.shape != masks.shape or mask_logits.ndim != 3:
         raise ValueError(
             f"dice_loss_per_row got mask_logits {list(mask_logits.shape)} and masks "
             f"{list(masks.shape)}, expected the same [R, H, W]; resize the logits to the labels"
         )
     probs, target = mask_logits.float().sigmoid(), masks.float()
+    # Per row, not over the batch: pooled, a lesion of one pixel would drown in another row's liver.
     overlap = (probs * target).sum(dim=(1, 2))
     size = probs.sum(dim=(1, 2)) + target.sum(dim=(1, 2))
+    # In both places: an empty mask answered with nothing is right, and its loss is 0, not NaN.
     return 1 - (2 * overlap + eps) / (size + eps)
 
 
 def uncertainty_weight(uncertainty: Tensor, lambda_u: float) -> Tensor:
-    """Eq. 7: w = exp(lambda_u * u), `[R]` fp32.
-
-    Deliberately without a batch maximum in it: subtracting one that carries gradient turns the
-    gradient of the hardest row negative as soon as a few rows are hard.
-    """
+    """Eq. 7: w = exp(lambda_u * u), `[R]` fp32."""
+    # Deliberately without a batch maximum: subtracting one that carries gradient turns the gradient
+    # of the hardest row negative as soon as a few rows are hard. u is bounded, so exp is too.
     return (lambda_u * uncertainty.float()).exp()
 
 
@@ -95,14 +94,15 @@ def row_weight(
 ) -> Tensor:
     """Eqs. 6-7 as the training step uses them: `[R]` fp32, or ones when weighting is switched off.
 
-    `detach` treats the weight as a number. `full` is the literal autograd reading; it keeps the
-    sign of every gradient, since d/dl [l exp(l)] = (1 + l) exp(l) > 0.
+    `detach` treats the weight as a number, `full` is the literal autograd reading.
     """
     if weight_gradient not in WEIGHT_GRADIENTS:
         raise ValueError(unknown("weight_gradient", weight_gradient, WEIGHT_GRADIENTS))
     if not enabled:
         return torch.ones_like(dice, dtype=torch.float32)
     uncertainty = joint_uncertainty(semantic, dice, beta_vl)
+    # A weight says which rows matter; it is no path for gradients, or a row could lower its loss by
+    # becoming certain. `full` is safe too: d/dl [l exp(l)] = (1 + l) exp(l) > 0.
     if weight_gradient == "detach":
         uncertainty = uncertainty.detach()
     return uncertainty_weight(uncertainty, lambda_u)
@@ -123,14 +123,15 @@ def weighted_dice(dice: Tensor, weight: Tensor, valid: Tensor, reduction: str) -
 def refinement_loss(dice_rounds: Sequence[Tensor], valid: Tensor, reduction: str) -> Tensor:
     """Eq. 10: L_hitl = sum over the refined rows H of their Dice loss, averaged over rounds.
 
-    Rounds are averaged, not summed, so that `num_rounds` changes what the model sees and not how
-    much refinement counts in Eq. 12. With one round this is the paper's formula.
+    With one round this is the paper's formula.
 
     Args:
         dice_rounds: one `[k]` per round, the same rows in each.
         valid: `[k]` bool, see `biascare.hitl.clicks.selection_valid`.
         reduction: `sum`, or `mean` to divide by |H|.
     """
+    # Averaged, not summed: `num_rounds` changes what the model sees, not how much refinement counts
+    # in Eq. 12.
     rounds = [_reduce(dice, valid, reduction) for dice in dice_rounds]
     return torch.stack(rounds).mean()
 
@@ -163,15 +164,19 @@ def alignment_loss(
         raise ValueError(unknown("alignment", kind, ALIGNMENTS))
     if kind == "none":
         return torch.zeros((), device=image_vector.device)
+    # Before any cosine: a NaN in a row without a mask would reach the others through the gradient.
     image_vector = torch.where(valid[:, None], image_vector.float(), 0.0)
     text_vector = torch.where(valid[:, None], _mean_query(text_vector), 0.0)
     if kind == "cosine":
         return _reduce(semantic_uncertainty(image_vector, text_vector), valid, "mean")
+    # Two livers in two images are no negatives: pushed apart, they would unlearn what liver means.
     own = torch.eye(len(valid), dtype=torch.bool, device=valid.device)
     compared = own | ((group[:, None] != group[None, :]) & valid[:, None] & valid[None, :])
+    # Autocast would take the product in bf16, and a small temperature magnifies its error.
     with torch.autocast(image_vector.device.type, enabled=False):
         similarity = _unit(image_vector) @ _unit(text_vector).T / temperature
     similarity = similarity.masked_fill(~compared, float("-inf"))
+    # Symmetric: the text must find its region, and the region its text.
     both = similarity.logsumexp(dim=1) + similarity.logsumexp(dim=0)
     return _reduce(both / 2 - similarity.diagonal(), valid, "mean")
 
@@ -179,9 +184,9 @@ def alignment_loss(
 def quality_loss(predicted_dice: Tensor, dice_loss: Tensor, valid: Tensor) -> Tensor:
     """Mean squared error of the quality head against the Dice of its own mask. Not in the paper.
 
-    The target `1 - dice_loss` is detached: the head learns to judge the mask, the mask does not
-    learn to please the head. All arguments `[R]`; mean over valid rows.
+    All arguments `[R]`; mean over valid rows.
     """
+    # The target is detached: the head learns to judge the mask, the mask not to please the head.
     error = predicted_dice.float() - (1 - dice_loss.float()).detach()
     return _reduce(torch.where(valid, error, 0.0).square(), valid, "mean")
 
@@ -205,20 +210,19 @@ def language_loss(
 ) -> Tensor:
     """Eq. 11, normalised over the optimizer step and not over the micro-batch.
 
-    The engine averages gradients over M = ranks x accumulation micro-batches. Each one therefore
-    contributes `nll_sum * M / N`, with N the answer tokens of all of them, and the average is the
-    sum of all token losses over the number of all tokens: a long report and a one-word answer
-    count per token, wherever they land.
-
     Args:
         nll_sum: scalar of this micro-batch, `token_nll_sum`.
         num_tokens_global: N; 0 is allowed and gives 0.
         num_micro_batches_global: M.
     """
+    # N = 0 is a step of masks alone: 0 over 1, with a graph for the backward pass of every rank.
     if isinstance(num_tokens_global, int):
         num_tokens: Tensor | int = max(num_tokens_global, 1)
     else:
         num_tokens = num_tokens_global.clamp(min=1)
+    # The engine averages gradients over the M micro-batches of ranks and accumulation. With
+    # nll_sum * M / N each, the average is the sum of all token losses over the number of all
+    # tokens: a long report and a one-word answer count per token, wherever they land.
     return nll_sum.float() * num_micro_batches_global / num_tokens
 
 
@@ -244,7 +248,9 @@ class _TokenNLL(torch.autograd.Function):
         chunk_rows = max(1, NLL_CHUNK_ELEMENTS // logits.shape[1])
         log_norm = torch.cat([c.float().logsumexp(dim=-1) for c in logits.split(chunk_rows)])
         counted = tokens != IGNORE_INDEX
+        # IGNORE_INDEX is negative and no index: it points to token 0 here and is masked below.
         picked = logits.gather(1, torch.where(counted, tokens, 0)[:, None]).squeeze(1).float()
+        # One number per token: probabilities kept in fp32 would be twice the logits themselves.
         ctx.save_for_backward(logits, tokens, log_norm)
         ctx.chunk_rows = chunk_rows
         return torch.where(counted, log_norm - picked, 0.0).sum()
@@ -268,10 +274,6 @@ def _reduce(values: Tensor, valid: Tensor, reduction: str) -> Tensor:
     """Sum or mean of `[R]` fp32 values over valid rows; 0 with a graph when there is none."""
     if reduction not in REDUCTIONS:
         raise ValueError(unknown("reduction", reduction, REDUCTIONS))
+    # where, not values[valid]: an index of unknown length would wait for the device.
     total = torch.where(valid, values.float(), 0.0).sum()
     return total if reduction == "sum" else total / valid.sum().clamp(min=1)
-
-
-def _without_channel(masks: Tensor) -> Tensor:
-    """`[R, 1, H, W]` -> `[R, H, W]`; anything else is returned as it is."""
-    return masks.squeeze(1) if masks.ndim == 4 else masks

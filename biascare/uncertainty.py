@@ -35,9 +35,7 @@ def mask_weighted_embedding(
 ) -> Tensor:
     """Eq. 3: the image embedding averaged under the predicted mask.
 
-    The paper upsamples the embedding to the mask and sums. Bilinear upsampling is linear, so the
-    same sum is taken on the small grid with its adjoint applied to the mask; `[C, H, W]` never
-    exists. Gradients reach both arguments; detach the probabilities to train the embedding alone.
+    Gradients reach both arguments; detach the probabilities to train the embedding alone.
 
     Args:
         image_embedding: `[R, C, h, w]`, or `[S, C, h, w]` together with `row_image`.
@@ -60,6 +58,8 @@ def mask_weighted_embedding(
     # Autocast would run these matrix products in bf16.
     with torch.autocast(image_embedding.device.type, enabled=False):
         probs, embedding = mask_probs.float(), image_embedding.float().flatten(2)
+        # The paper upsamples the embedding to the mask and sums. Bilinear upsampling is linear, so
+        # its adjoint on the mask gives the same sum on the small grid: [C, H, W] never exists.
         rows = bilinear_matrix(height, probs.shape[1], device=probs.device)
         columns = bilinear_matrix(width, probs.shape[2], device=probs.device)
         share = (rows.T @ probs @ columns).flatten(1)  # [R, h*w], the adjoint of upsampling
@@ -81,6 +81,7 @@ def bilinear_matrix(
     Pixel centres sit at half-integers and the border value is repeated, as in `F.interpolate`.
     """
     target = torch.arange(num_target, device=device, dtype=torch.float32)
+    # Clamped: beyond the outermost centres there is nothing to interpolate with.
     centre = ((target + 0.5) * (num_source / num_target) - 0.5).clamp(0, num_source - 1)
     source = torch.arange(num_source, device=device, dtype=torch.float32)
     return (1 - (centre[:, None] - source[None, :]).abs()).clamp(min=0)
@@ -97,6 +98,7 @@ def semantic_uncertainty(image_vector: Tensor, text_vector: Tensor) -> Tensor:
         `[R]` fp32 in [0, 2]; 1 where a vector is zero.
     """
     cosine = (_unit(image_vector) * _unit(_mean_query(text_vector))).sum(dim=-1)
+    # Rounding can leave a cosine a little outside, and u_vl is promised to lie in [0, 2].
     return 1 - cosine.clamp(-1, 1)
 
 
@@ -132,9 +134,11 @@ def label_free(
     former in place of the Dice loss. Without a text there is nothing to compare with, and the joint
     one is the quality head's alone.
     """
+    # The quality head stands in for the truth: it was trained to predict the Dice of its own mask.
     predicted_loss = 1 - prediction.predicted_dice
     if features.text_embedding is None or features.image_embedding is None:
         return {"joint_label_free": predicted_loss, "predicted_dice_loss": predicted_loss}
+    # Under the predicted mask, unlike in the alignment term: there is no other at inference.
     vector = mask_weighted_embedding(
         features.image_embedding, prediction.mask_logits.sigmoid(), row_image=row_image
     )

@@ -50,6 +50,7 @@ def answer_text(question: Turn, answer: Turn) -> str:
     """An answer as the model is to say it: of a choice the option with its letter, "B: MR"."""
     if not question.options:
         return answer.text
+    # Letter and words: the letter alone would teach nothing about what it stands for.
     return _lettered(question)[question.options.index(answer.text)]
 
 
@@ -72,6 +73,7 @@ def segmentation_instruction(target: str, modality: str | None, key: int | None 
     without a modality the first that names none."""
     phrasing = 0 if key is None else key % len(SEGMENTATION_INSTRUCTIONS)
     if modality is None:
+        # "this None image" would be read as words.
         silent = (text for text in SEGMENTATION_INSTRUCTIONS if "{modality}" not in text)
         return next(silent).format(target=target)
     written = MODALITY_WORDS.get(modality, modality)
@@ -90,29 +92,19 @@ class ChatBuilder:
         self.image_token_id: int = self.tokenizer.convert_tokens_to_ids(self.image_token)
         # Once, from the processor itself: how many tokens an image becomes depends on its size and
         # on the family, and every image has the same size here.
-        probe = self._probe(image_size)
-        self.tokens_per_image = int((probe["input_ids"] == self.image_token_id).sum())
-        self.extra_keys = [k for k in ("mm_token_type_ids", "token_type_ids") if k in probe]
-        self._check_expansion(probe)
-
-    def _probe(self, image_size: int) -> Any:
-        """What the processor itself makes of a blank image and a short question."""
-        text = self._render([Turn("user", "Is it blank?", "closed")], add_generation_prompt=True)
-        blank = np.zeros((image_size, image_size, 3), np.uint8)
-        return self.processor(
+        turns = [Turn("user", "Is it blank?", "closed")]
+        text = self._render(turns, add_generation_prompt=True)
+        probe = self.processor(
             text=[text],
-            images=[blank],
+            images=[np.zeros((image_size, image_size, 3), np.uint8)],
             return_tensors="pt",
             add_special_tokens=self._adds_special_tokens(text),
         )
-
-    def _adds_special_tokens(self, text: str) -> bool:
-        """Whether the tokenizer must add its own; some templates write the first token already."""
-        bos = self.tokenizer.bos_token
-        return bos is None or not text.startswith(bos)
-
-    def _check_expansion(self, probe: Any) -> None:
-        ours = self.sequence([Turn("user", "Is it blank?", "closed")])
+        self.tokens_per_image = int((probe["input_ids"] == self.image_token_id).sum())
+        self.extra_keys = [k for k in ("mm_token_type_ids", "token_type_ids") if k in probe]
+        # Images are expanded here, sequence by sequence; were it done otherwise than the model is
+        # used to, every answer would be a little worse and nothing would say so.
+        ours = self.sequence(turns)
         for name in ("input_ids", *self.extra_keys):
             if not torch.equal(ours[name], probe[name][0]):
                 raise ValueError(
@@ -120,11 +112,22 @@ class ChatBuilder:
                     f"project does not know ({name} differs from its own output)"
                 )
 
+    def _adds_special_tokens(self, text: str) -> bool:
+        """Whether the tokenizer must add its own; some templates write the first token already."""
+        bos = self.tokenizer.bos_token
+        return bos is None or not text.startswith(bos)
+
     def _render(self, turns: Sequence[Turn], *, add_generation_prompt: bool) -> str:
         """Chat-template text; the first user turn shows the image."""
         messages = []
         for i, (turn, text) in enumerate(zip(turns, written(turns), strict=True)):
-            self._check_text(text)
+            # A control token inside a text would end a turn, or ask for an image that is not there.
+            found = [token for token in self.tokenizer.all_special_tokens if token in text]
+            if found:
+                raise ValueError(
+                    f"the text {text[:60]!r} holds {found[0]!r}, a control token of this model; "
+                    "remove it when preparing the records"
+                )
             content: list[dict[str, str]] = [{"type": "text", "text": text}]
             if i == 0:
                 content.insert(0, {"type": "image"})
@@ -132,15 +135,6 @@ class ChatBuilder:
         return self.processor.apply_chat_template(
             messages, add_generation_prompt=add_generation_prompt, tokenize=False
         )
-
-    def _check_text(self, text: str) -> None:
-        """A control token inside a text would end a turn or ask for an image that is not there."""
-        found = [token for token in self.tokenizer.all_special_tokens if token in text]
-        if found:
-            raise ValueError(
-                f"the text {text[:60]!r} holds {found[0]!r}, a control token of this model; "
-                "remove it when preparing the records"
-            )
 
     def _pieces(self, turns: Sequence[Turn]) -> list[tuple[str, bool]]:
         """(text, is answer) in order; prompts end where the model starts to speak."""
@@ -171,8 +165,7 @@ class ChatBuilder:
         bool (tokens before the first answer) and the processor's extra per-token keys. A
         conversation that ends with a user turn ends ready for generation.
 
-        Raises ValueError for a text with control tokens, and for too long a conversation: cutting
-        it could cut the answer.
+        Raises ValueError for a text with control tokens, and for too long a conversation.
         """
         ids: list[int] = []
         labels: list[int] = []
@@ -184,6 +177,7 @@ class ChatBuilder:
             tokens = self.tokenizer(text, add_special_tokens=special)["input_ids"]
             ids += tokens
             labels += tokens if is_answer else [IGNORE_INDEX] * len(tokens)
+        # Never cut: what would be lost is the end, and the end is the answer.
         if len(ids) > self.max_tokens:
             raise ValueError(
                 f"the conversation that starts with {turns[0].text[:60]!r} has {len(ids)} tokens, "

@@ -12,7 +12,7 @@ that are marked.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,6 +47,7 @@ def check_held_out(training: Sequence[Records], held_out: Sequence[Records]) -> 
 
 def refuse_trained(trained: dict[str, str], held_out: Sequence[Records]) -> None:
     """`trained`: content hash -> what a person calls these training records."""
+    # By content, not by name: a copy of a folder under another path is still trained on.
     for source in held_out:
         twin = trained.get(source.manifest["content_hash"])
         if twin is not None:
@@ -135,6 +136,7 @@ class HeldOut(Dataset, ABC):
             samples.append(sample)
             items += mine
             repeated += [index < 0] * len(mine)
+        # Through the collator of training, so that evaluation sees what training saw.
         pad = self.chat.tokenizer.pad_token_id if self.chat else 0
         batch = collate(samples, seed=0, pad_token_id=pad, padding_side=self.padding_side)
         return [HeldOutBatch(batch=batch, items=items, repeated=repeated)]
@@ -167,6 +169,7 @@ class HeldOutImages(HeldOut):
 
     def case_keys(self) -> list[list[str]]:
         ids = self._key_starts()
+        # From the table's columns: image bytes of a whole benchmark need not be read for names.
         names = [source.table["targets"] for source in self.records]
         return [
             [f"{ids[r][row]}/{target['name']}" for target in names[r][row].as_py()]
@@ -188,6 +191,9 @@ class HeldOutImages(HeldOut):
                 turn = Turn("user", text, "segmentation")
                 sequences.append(self.chat.sequence([turn]) | {"image": pixels})
         # Prompts are placed on the native mask: at the model's size a thin target may have moved.
+        by_box = self.prompt == "box"
+        boxes = [box_from_mask(mask).tolist() if by_box else None for mask in native]
+        clicks = [[] if by_box else [first_point(mask)] for mask in native]
         items = [
             MaskItem(
                 id=f"{row['id']}/{target['name']}",
@@ -196,11 +202,15 @@ class HeldOutImages(HeldOut):
                 width=width,
                 truth=target["rle"],
                 instruction=text if self.chat else None,
-                **self._prompt_of(mask),
+                points=[(float(x), float(y), POINT_POSITIVE) for x, y in points],
+                box=None if box is None else (box[0], box[1], box[2], box[3]),
             )
-            for target, mask, text in zip(row["targets"], native, instructions, strict=True)
+            for target, box, points, text in zip(
+                row["targets"], boxes, clicks, instructions, strict=True
+            )
         ]
-        if self.prompt == "box":
+        # Geometry moves points, and a box is two of them, as SAM's prompt encoder has it.
+        if by_box:
             corners = np.array([item.box for item in items], np.float32).reshape(-1, 2, 2)
             labels = torch.tensor([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT]).expand(len(items), -1).clone()
         else:
@@ -216,17 +226,11 @@ class HeldOutImages(HeldOut):
         )
         return sample, items
 
-    def _prompt_of(self, mask: np.ndarray) -> dict[str, Any]:
-        if self.prompt == "box":
-            x0, y0, x1, y1 = box_from_mask(mask).tolist()
-            return {"points": [], "box": (x0, y0, x1, y1)}
-        x, y = first_point(mask)
-        return {"points": [(float(x), float(y), POINT_POSITIVE)], "box": None}
-
 
 class HeldOutQuestions(HeldOut):
     """Questions without their answers, padded for generation."""
 
+    # Generation goes on at the end of every row, so padding cannot stand there.
     padding_side = "left"
 
     def _units(self, source: Records) -> Sequence[tuple[int, int]]:
@@ -247,6 +251,7 @@ class HeldOutQuestions(HeldOut):
         row = source[number]
         image, _ = self._image(row)
         question, answer = (Turn(**t) for t in row["conversations"][turn : turn + 2])
+        # The question alone: the answer is what the model is asked for.
         sequence = self.chat.sequence([question]) | {"image": self.chat.image_inputs(image)}
         item = QuestionItem(
             id=f"{row['id']}/{turn}",
@@ -257,7 +262,7 @@ class HeldOutQuestions(HeldOut):
         )
         sample = Sample(
             sequences=[sequence],
-            image=None,
+            image=None,  # a question costs the segmentation pathway nothing
             masks=None,
             point_coords=None,
             point_labels=None,
@@ -281,18 +286,15 @@ def heldout_loader(
     num_workers: int = 0,
 ) -> DataLoader:
     """Batches of this rank's share of the chosen units; the same number on every rank."""
+    shares = []
+    for start in range(0, len(indices), batch_size * world_size):
+        begin = start + rank * batch_size
+        # Without a share of its own a rank repeats what another computes: under ZeRO-3 a rank that
+        # makes fewer calls leaves the others waiting.
+        shares.append(list(indices[begin : begin + batch_size]) or [-1 - indices[start]])
     return DataLoader(
         items,
-        batch_sampler=list(_shares(indices, batch_size, rank, world_size)),
+        batch_sampler=shares,
         collate_fn=first,
         num_workers=num_workers,
     )
-
-
-def _shares(
-    indices: Sequence[int], batch_size: int, rank: int, world_size: int
-) -> Iterator[list[int]]:
-    for start in range(0, len(indices), batch_size * world_size):
-        begin = start + rank * batch_size
-        # Without a share of its own a rank repeats what another computes.
-        yield list(indices[begin : begin + batch_size]) or [-1 - indices[start]]

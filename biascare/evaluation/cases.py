@@ -135,7 +135,15 @@ def read_lines(path: Path, *, finished: bool) -> tuple[Header, list[FinishedCase
     if not lines:
         raise ValueError(f"{path} holds no header; evaluate again with --overwrite")
     header = _read_header(path, lines[0])
-    return header, [_read_case(path, n, line) for n, line in enumerate(lines[1:], 2)]
+    cases: list[FinishedCase] = []
+    for number, line in enumerate(lines[1:], 2):
+        try:
+            found = json.loads(line)
+            cases.append(_READERS[found.pop("case")].validate_python(found))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            # With its number: one line of thousands was edited or damaged, and a person can look.
+            raise ValueError(f"{path}, line {number}: not a case ({error})") from error
+    return header, cases
 
 
 def _read_header(path: Path, line: str) -> Header:
@@ -155,15 +163,6 @@ def _read_header(path: Path, line: str) -> Header:
         return _HEADER.validate_python(found)
     except ValidationError as error:
         raise ValueError(f"{path}: its header is damaged ({error})") from error
-
-
-def _read_case(path: Path, number: int, line: str) -> FinishedCase:
-    try:
-        found = json.loads(line)
-        case: FinishedCase = _READERS[found.pop("case")].validate_python(found)
-        return case
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path}, line {number}: not a case ({error})") from error
 
 
 class CaseWriter:

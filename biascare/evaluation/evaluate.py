@@ -325,21 +325,18 @@ def _begin(path: Path, header: Header, overwrite: bool) -> set[str]:
             file.unlink()
             continue
         found, cases = read_lines(file, finished=False)
-        _check_same(file, found, header)
+        theirs, ours = asdict(found), asdict(header)
+        differing = [name for name in ours if theirs[name] != ours[name]]
+        # Other weights, data or prompts: cases of both in one file would be of no model at all.
+        if differing:
+            name = differing[0]
+            shown = f": {theirs[name]!r} there, {ours[name]!r} here"
+            raise ValueError(
+                f"{file} holds another evaluation, which differs in {', '.join(differing)}"
+                f"{shown if len(shown) < 200 else ''}; name another --output, or --overwrite it"
+            )
         done |= {_key(case) for case in cases}
     return done
-
-
-def _check_same(file: Path, found: Header, wanted: Header) -> None:
-    theirs, ours = asdict(found), asdict(wanted)
-    differing = [name for name in ours if theirs[name] != ours[name]]
-    if differing:
-        name = differing[0]
-        shown = f": {theirs[name]!r} there, {ours[name]!r} here"
-        raise ValueError(
-            f"{file} holds another evaluation, which differs in {', '.join(differing)}"
-            f"{shown if len(shown) < 200 else ''}; name another --output, or --overwrite it"
-        )
 
 
 def _join(path: Path, header: Header, order: dict[str, int]) -> None:
@@ -354,6 +351,7 @@ def _join(path: Path, header: Header, order: dict[str, int]) -> None:
     with CaseWriter(partial, header) as writer:
         writer.append([cases[key] for key in sorted(cases, key=lambda key: order[key])])
     put_in_place(partial, path)
+    # Only now: killed before, the shares are still all there is.
     for file in files:
         if file != path:
             file.unlink()

@@ -28,8 +28,6 @@ from biascare.records import Turn
 
 DEFAULT_MAX_NEW_TOKENS = 64
 
-_CASES = (str, str.lower, str.capitalize, str.upper)
-
 
 class Case(NamedTuple):
     """What a model is asked, before anything is resized or tokenised."""
@@ -149,8 +147,7 @@ class Answerer:
         """Per option, the token sequences that say it, as answers begin in training.
 
         Case is varied only where that keeps options apart. Where one option's tokens begin
-        another's ("no", "no finding"), all of them end with the token that ends an answer: the
-        shorter would otherwise be credited with the longer.
+        another's ("no", "no finding"), all of them end with the token that ends an answer.
         """
         variants = [
             {
@@ -164,13 +161,20 @@ class Answerer:
         if len(set().union(*variants)) < sum(map(len, variants)):
             variants = [{text, f" {text}"} for text in texts]
         tokens = [self._tokens(variant, "") for variant in variants]
-        # All or none get the end token: it has a probability of its own, which must not favour the
-        # options that lack it.
-        if _one_begins_another(tokens):
+        # "no" would otherwise be credited with every "no finding". All or none get the end token:
+        # it has a probability of its own, which must not favour the options that lack it.
+        flat = [(k, sequence) for k, said in enumerate(tokens) for sequence in said]
+        begins = any(
+            k != other and longer[: len(shorter)] == shorter
+            for k, shorter in flat
+            for other, longer in flat
+        )
+        if begins:
             tokens = [self._tokens(variant, self.chat.end_of_answer) for variant in variants]
         return tokens
 
     def _tokens(self, texts: set[str], end: str) -> list[list[int]]:
+        # A set: two spellings of the same tokens must not be counted twice.
         found = {
             tuple(self.chat.tokenizer(text + end, add_special_tokens=False)["input_ids"])
             for text in texts
@@ -190,12 +194,3 @@ def spoken(question: Turn, options: Sequence[str]) -> list[str]:
     if not question.options:
         return list(options)
     return [answer_text(question, Turn("assistant", option, question.kind)) for option in options]
-
-
-def _one_begins_another(tokens: list[list[list[int]]]) -> bool:
-    flat = [(k, tuple(t)) for k, variants in enumerate(tokens) for t in variants]
-    return any(
-        k != other and longer[: len(shorter)] == shorter
-        for k, shorter in flat
-        for other, longer in flat
-    )

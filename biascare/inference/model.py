@@ -76,6 +76,7 @@ class BiasCareVL:
         Raises ValueError when the folder is no export, or something of it is missing.
         """
         network, facts = open_network(folder, mllm=mllm, dtype=dtype)
+        # Once, before the first image: a person's click must not wait for gigabytes to move.
         network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         chat = None
         if network.mllm is not None:
@@ -117,6 +118,7 @@ class BiasCareVL:
         pixels = as_pixels(image)
         if labels is None:
             labels = [POINT_POSITIVE] * len(points)
+        # SAM has more labels (padding, corners of a box) than a person may give by a click.
         if len(labels) != len(points) or not set(labels) <= {0, 1}:
             raise ValueError(
                 f"labels: got {list(labels)} for {len(points)} points, expected one 1 (inside the "

@@ -103,5 +103,6 @@ class Segmenter:
             encoded.row_image,
             mask_prompt=previous,
         )
+        # With every mask: after each click a person sees whether it helped.
         uncertainty = label_free(encoded.features, prediction, encoded.row_image, self.beta_vl)
         return Decoded(prediction=prediction, uncertainty=uncertainty)

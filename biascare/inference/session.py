@@ -62,6 +62,7 @@ class Segmentation:
         """The first mask of an encoded image. Raises ValueError for prompts outside it."""
         check_prompts(clicks, box, size)
         prompts = prompts_of(clicks, box, size, segmenter.image_size)
+        # No mask prompt for the first: there is no mask yet that it could correct.
         return cls(
             segmenter=segmenter,
             encoded=encoded,

@@ -73,6 +73,7 @@ def save_network(
         )
     if not merge and network.mllm is not None and network.mllm.path == FOLDED:
         raise ValueError("this model's adapter is folded into its base; save with merge=True")
+    # Both are refused before a file is written: half an export looks like one.
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # safetensors wants plain tensors on the CPU; a GPU's would keep its memory until written.
@@ -98,6 +99,7 @@ def save_network(
         config["mllm"] = {"path": str(base.absolute() if base.is_dir() else base)}
         if merge:
             config["mllm"] = {"path": MERGED_FOLDER, "merged": True}
+            # In place and after all else: the language model is not copied, it would not fit twice.
             fold_adapter(network.mllm)
             save_plain(network.mllm, folder / MERGED_FOLDER, max_shard_size=max_shard_size)
         else:
@@ -121,12 +123,19 @@ def open_network(
     config = read_export_config(folder)
     facts = None if config["training"] is None else TrainingFacts(**config["training"])
     vision = VisionPathway(**config["vision"])
+    # Loaded as stored, cast after: rounding belongs to the reader, not to the file.
     _load_part(vision, folder / VISION_FILE)
     vision.to(dtype)
     if "mllm" not in config:
         return DualPathNetwork(vision).eval(), facts
     base = _base_path(folder, config["mllm"], mllm)
-    pathway = _restore_mllm(folder, base, dtype, attention)
+    try:
+        pathway = MLLMPathway.restore(folder, base, dtype=dtype, attention=attention)
+    except ValueError as error:
+        # Exports travel between machines, and the base model lies elsewhere on the next one.
+        raise ValueError(
+            f"{error}. The export {folder} was trained on it; if it moved, pass mllm=NEW_PLACE"
+        ) from error
     query_attention = CrossModalQueryAttention(
         pathway.hidden_size, vision.prompt_dim, **config["query_attention"]
     )
@@ -171,21 +180,13 @@ def _base_path(folder: Path, config: dict[str, Any], mllm: str | None) -> str:
     """Where the base model of an export lies: inside it, where the user says, or where it lay."""
     if not config.get("merged"):
         return mllm or str(config["path"])
+    # Taken, it would answer with a base that never saw the adapter, and no error would follow.
     if mllm is not None:
         raise ValueError(
             f"{folder} holds its own language model with the adapter folded in; leave out "
             f"mllm={mllm!r}, which lacks it"
         )
     return str(folder / config["path"])
-
-
-def _restore_mllm(folder: Path, path: str, dtype: torch.dtype, attention: str) -> MLLMPathway:
-    try:
-        return MLLMPathway.restore(folder, path, dtype=dtype, attention=attention)
-    except ValueError as error:
-        raise ValueError(
-            f"{error}. The export {folder} was trained on it; if it moved, pass mllm=NEW_PLACE"
-        ) from error
 
 
 def _load_part(module: nn.Module, path: Path, *, only_if_it_fits: bool = False) -> bool:
@@ -195,6 +196,7 @@ def _load_part(module: nn.Module, path: Path, *, only_if_it_fits: bool = False) 
     """
     try:
         found = load_file(path)
+        # Compared first: a failed load has already filled a part of the module.
         if only_if_it_fits and _shapes(found) != _shapes(module.state_dict()):
             return False
         module.load_state_dict(found)
@@ -225,6 +227,7 @@ def build_network(
 
     Without `lora` the language model has no adapter."""
     pathway = VisionPathway(vision, image_size, activation_checkpointing)
+    # Without text some of the decoder is never read, and must not count as trainable.
     pathway.reads_text = mllm is not None
     if vision_weights is not None:
         report = load_vision_weights(pathway, Path(vision_weights))
@@ -243,6 +246,7 @@ def build_network(
     query_attention = CrossModalQueryAttention(
         language.hidden_size, pathway.prompt_dim, num_queries, query_heads
     )
+    # Of a stage-2 export: the query attention continues too, where the new LLM has its sizes.
     if vision_weights is not None and (Path(vision_weights) / QUERY_FILE).is_file():
         fits = load_query_attention(query_attention, Path(vision_weights))
         did = "loaded too" if fits else "of another size (another MLLM?), left out"
@@ -253,10 +257,16 @@ def build_network(
 def load_vision_weights(pathway: VisionPathway, path: Path) -> LoadReport:
     """Start the vision pathway from an exported folder (stage 1's) of the same architecture, or
     from a file or folder of foreign weights (`weights.vision.LAYOUTS`)."""
-    if not _is_export(path):
+    # A folder without any weights tries to be an export, and is told what it lacks as one.
+    foreign = not path.is_dir() or (
+        not (path / VISION_FILE).exists()
+        and any(file.name.endswith(SUFFIXES) for file in path.iterdir())
+    )
+    if foreign:
         return load_vision_checkpoint(pathway, path)
     config = read_export_config(path)["vision"]
     wanted = {"architecture": pathway.architecture, "image_size": pathway.image_size}
+    # Position embeddings are of one size; resized in silence, they would start another model.
     if config != wanted:
         raise ValueError(
             f"model.vision_weights {path} holds {config}, but this run builds {wanted}; "
@@ -279,12 +289,3 @@ def load_query_attention(query_attention: CrossModalQueryAttention, folder: Path
     if read_export_config(folder)["query_attention"] != ours:
         return False
     return _load_part(query_attention, folder / QUERY_FILE, only_if_it_fits=True)
-
-
-def _is_export(path: Path) -> bool:
-    """Whether a folder is, or tries to be, one of our exports."""
-    return path.is_dir() and ((path / VISION_FILE).exists() or not _holds_weights(path))
-
-
-def _holds_weights(folder: Path) -> bool:
-    return any(file.name.endswith(SUFFIXES) for file in folder.iterdir())

@@ -55,7 +55,7 @@ def run(config: Config) -> None:
 
     # From here on the folder is this run's.
     if train.resume == "never":
-        store.set_aside()
+        from_rank_zero(store.set_aside)
     from_rank_zero(lambda: save_run_files(config, groups, segmentation, language))
     finished = start_step >= train.max_steps
     log.open(start_step, tensorboard=train.tensorboard, evaluates_again=finished)

@@ -31,15 +31,6 @@ TAG = "engine"
 """Subfolder that DeepSpeed fills."""
 
 
-def _trusted_globals() -> list[Any]:
-    """Classes inside DeepSpeed's checkpoint files, besides tensors and containers."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
-
-
 class SafeCheckpointEngine(TorchCheckpointEngine):
     """DeepSpeed's writer with flushed files and its reader without arbitrary unpickling."""
 
@@ -48,18 +39,31 @@ class SafeCheckpointEngine(TorchCheckpointEngine):
         self.problem: str | None = None
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Keep a failure for `CheckpointStore.save`: raising here, between DeepSpeed's barriers,
-        would leave the other ranks waiting."""
+        """Write and flush one file; a failure is kept in `problem`."""
         try:
             with open(path, "wb") as file:
                 torch.save(state_dict, file)
                 file.flush()
+                # The manifest vouches for these bytes: after a power cut they must be there.
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:
-            self.problem = f"{path}: {_cause(error)}"
+            # torch covers a full disk with complaints about its own archive: the first OSError on
+            # the way tells a person what to do.
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            # Raised here, between DeepSpeed's barriers, it would leave the other ranks waiting.
+            self.problem = f"{path}: {cause or error}"
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        with torch.serialization.safe_globals(_trusted_globals()):
+        """One file, of tensors, containers and the few classes that DeepSpeed puts there."""
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        # DeepSpeed itself would unpickle anything: a checkpoint from elsewhere could run code.
+        trusted = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+        with torch.serialization.safe_globals(trusted):
             return torch.load(path, map_location=map_location, weights_only=True)
 
 
@@ -82,9 +86,21 @@ class CheckpointStore:
         partial = final.with_name(final.name + PARTIAL)
         try:
             from_rank_zero(lambda: self._begin(partial))
-            self._write(engine, partial, client_state)
+            engine.checkpoint_engine = writer = SafeCheckpointEngine()
+            engine.save_checkpoint(
+                str(partial),
+                tag=TAG,
+                client_state=client_state,
+                save_latest=False,  # ours names a folder that is whole
+                exclude_frozen_parameters=True,  # gigabytes that model.mllm has already
+            )
+            # Also the moment at which every rank has written and flushed.
+            problems = [problem for problem in gather_objects(writer.problem) if problem]
+            if problems:
+                raise OSError("; ".join(problems))
             from_rank_zero(lambda: self._publish(partial, final, step, fingerprint))
         except OSError as error:
+            # Half a checkpoint is of no use, and takes the space that the next one needs.
             from_rank_zero(lambda: shutil.rmtree(partial, ignore_errors=True))
             raise OSError(
                 f"the checkpoint of step {step} could not be written to {self.folder} ({error}). "
@@ -99,20 +115,6 @@ class CheckpointStore:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         (partial / TAG).mkdir(parents=True)
 
-    def _write(self, engine: Any, partial: Path, client_state: dict[str, Any]) -> None:
-        engine.checkpoint_engine = writer = SafeCheckpointEngine()
-        engine.save_checkpoint(
-            str(partial),
-            tag=TAG,
-            client_state=client_state,
-            save_latest=False,
-            exclude_frozen_parameters=True,
-        )
-        # Also the moment at which every rank has written and flushed.
-        problems = [problem for problem in gather_objects(writer.problem) if problem]
-        if problems:
-            raise OSError("; ".join(problems))
-
     def _publish(self, partial: Path, final: Path, step: int, fingerprint: dict[str, Any]) -> None:
         files = {
             str(path.relative_to(partial)): {"size": path.stat().st_size, "sha256": _sha256(path)}
@@ -120,17 +122,21 @@ class CheckpointStore:
             if path.is_file()
         }
         manifest = {"step": step, "world_size": world_size(), "files": files} | fingerprint
+        # Last into the folder: a folder without it was never finished.
         write_json(partial / "manifest.json", manifest)
+        # Before the rename: a file system may bring the new name to disk before the bytes.
         flush_tree(partial)
         put_in_place(partial, final)  # the name is taken where a fall back repeats this step
         replace_text(self.folder / "latest", final.name + "\n")
         for replaced in self.folder.glob(f"step_*{REPLACED}"):  # of a save that crashed
             shutil.rmtree(replaced)
+        # Only now: until the new one had its name, the old ones were all there was.
         for old in self._all()[: -self.keep]:
             shutil.rmtree(old)
 
     def _all(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
+        # What a crash left aside as replaced counts too: it may be the only whole one of its step.
         return sorted(path for path in self.folder.glob("step_*") if path.suffix != PARTIAL)
 
     def newest(self) -> Path | None:
@@ -139,6 +145,7 @@ class CheckpointStore:
         Raises ValueError when checkpoints exist and none verifies: starting afresh over them is
         never the silent answer. A fallback to an older one is announced.
         """
+        # One rank hashes and decides: ranks that fell back to different steps would not notice.
         path: Path | None = from_rank_zero(self._newest)
         return path
 
@@ -157,12 +164,13 @@ class CheckpointStore:
         return None
 
     def set_aside(self) -> None:
-        """Keep an earlier run's checkpoints under another name when the user starts afresh."""
-        from_rank_zero(self._set_aside)
+        """Keep an earlier run's checkpoints under another name when the user starts afresh.
 
-    def _set_aside(self) -> None:
+        Call on one rank.
+        """
         if not self._all():
             return
+        # Never deleted here: days of computing against one wrong word on a command line.
         number = 1
         while (aside := self.folder.with_name(f"{self.folder.name}.before-{number}")).exists():
             number += 1
@@ -178,8 +186,10 @@ class CheckpointStore:
         something exact resume depends on.
         """
         manifest: dict[str, Any] = from_rank_zero(lambda: _checked_manifest(path, fingerprint))
+        # Not strict: frozen parameters are in no checkpoint, they come from model.mllm.
         engine.checkpoint_engine = SafeCheckpointEngine()
         loaded, client_state = engine.load_checkpoint(str(path), tag=TAG, load_module_strict=False)
+        # DeepSpeed only warns, and the run would go on from its initial weights.
         if loaded is None:
             raise ValueError(f"DeepSpeed found nothing to load in {path}")
         return manifest["step"], client_state
@@ -190,6 +200,7 @@ def _checked_manifest(path: Path, fingerprint: dict[str, Any]) -> dict[str, Any]
     if problem is not None:
         raise ValueError(f"checkpoint {path} is damaged: {problem}")
     manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text())
+    # DeepSpeed cuts optimizer states by rank, so another number of ranks cannot read them.
     wanted = fingerprint | {"world_size": world_size()}
     differing = [
         f"{key} {manifest.get(key)!r} there, {value!r} here"
@@ -212,8 +223,10 @@ def verify(path: Path) -> str | None:
             file = path / name
             if not file.is_file():
                 return f"{name} is missing"
+            # Before the hash: a truncated file of gigabytes is found without reading it.
             if file.stat().st_size != expected["size"]:
                 return f"{name} has {file.stat().st_size} bytes instead of {expected['size']}"
+            # torch loads a flipped byte without a word.
             if _sha256(file) != expected["sha256"]:
                 return f"{name} has changed since it was written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -226,11 +239,11 @@ def trained_weights(path: Path) -> dict[str, Tensor]:
 
     At ZeRO 0-2 they stand whole, in training precision, in one file. At ZeRO 3 they are put
     together from the fp32 partitions of all ranks; rounded to training precision they are what the
-    run computed with. DeepSpeed's own `zero_to_fp32` gives the same but unpickles whatever the
-    files hold; here nothing is read before its hash, nor with foreign classes.
+    run computed with.
 
     Raises ValueError when the checkpoint is damaged.
     """
+    # Everything is hashed before anything is read.
     problem = verify(path)
     if problem is not None:
         raise ValueError(f"checkpoint {path} is damaged: {problem}")
@@ -239,6 +252,7 @@ def trained_weights(path: Path) -> dict[str, Tensor]:
     if manifest["zero_stage"] < 3:
         whole: dict[str, Tensor] = load(str(folder / "mp_rank_00_model_states.pt"), "cpu")["module"]
         return whole
+    # DeepSpeed's own zero_to_fp32 gives the same, but unpickles whatever the files hold.
     model = load(str(folder / "zero_pp_rank_0_mp_rank_00_model_states.pt"), "cpu")
     shapes = {name: shape for group in model["param_shapes"] for name, shape in group.items()}
     partitions = []
@@ -246,34 +260,21 @@ def trained_weights(path: Path) -> dict[str, Tensor]:
         (file,) = folder.glob(f"*zero_pp_rank_{number}_mp_rank_00_optim_states.pt")
         groups = load(str(file), "cpu")["optimizer_state_dict"]["fp32_flat_groups"]
         partitions.append(torch.cat(groups))
-    buffers = {name: model["module"][name] for name in model["buffer_names"]}
-    return _joined(partitions, shapes) | buffers
-
-
-def _joined(partitions: list[Tensor], shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """Parameters from one flat tensor per rank; each parameter is padded to equal shares."""
-    whole, offset = {}, 0
+    joined, offset = {name: model["module"][name] for name in model["buffer_names"]}, 0
     for name, shape in shapes.items():
+        # ZeRO-3 cuts every parameter by itself and pads it to equal shares; the padding goes.
         share = -(-shape.numel() // len(partitions))
         parts = [partition[offset : offset + share] for partition in partitions]
-        whole[name] = torch.cat(parts)[: shape.numel()].view(shape)
+        joined[name] = torch.cat(parts)[: shape.numel()].view(shape)
         offset += share
+    # What is left over would mean that a shape is missing, and all after it are shifted.
     assert all(len(partition) == offset for partition in partitions)
-    return whole
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The first OSError on the way to an error: torch covers a full disk with complaints about its
-    own archive."""
-    link: BaseException | None = error
-    while link is not None and not isinstance(link, OSError):
-        link = link.__context__
-    return link or error
+    return joined
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         digest = hashlib.sha256()
-        while block := file.read(1 << 22):
+        while block := file.read(1 << 22):  # optimizer states are larger than memory
             digest.update(block)
     return digest.hexdigest()

@@ -5,7 +5,7 @@
 
 The JSON file holds ZeRO and communication; every "auto" in it is resolved here from the run's own
 settings, because DeepSpeed itself does not. Learning rates follow one LambdaLR with one factor for
-all groups: DeepSpeed's own schedulers take a scalar and would overwrite the ratio between pathways.
+all groups, so that the ratio between the pathways stays.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ def resolve_deepspeed_config(
     for section, home in FOREIGN_SECTIONS.items():
         if section in config:
             raise ValueError(f'{path}: remove "{section}"; it belongs to {home}')
+    # Before any model is loaded: a batch that does not divide is known from three numbers.
     per_forward = micro_batch * world_size()
     if global_batch % per_forward:
         raise ValueError(
@@ -72,13 +73,14 @@ def resolve_deepspeed_config(
             f'{path}: "auto" cannot be resolved for {", ".join(left)}; write a value, or leave the '
             "key out for DeepSpeed's default"
         )
-    config.setdefault("steps_per_print", 10**9)
+    config.setdefault("steps_per_print", 10**9)  # the run has a progress line of its own
     return config
 
 
 def _settle(path: str | Path, section: dict[str, Any], prefix: str, **values: Any) -> None:
     """Put the run's values where the file says "auto" or nothing."""
     for key, value in values.items():
+        # A number in both files would be right in one of them only: an error, not a precedence.
         if section.get(key, "auto") not in ("auto", value):
             raise ValueError(
                 f'{path}: "{prefix}{key}" is {section[key]!r}, but the YAML of the run makes it '
@@ -97,11 +99,9 @@ def _auto_keys(section: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 @contextmanager
 def fp32_buffers(module: nn.Module) -> Iterator[None]:
-    """Restore fp32 buffers that a cast of the whole module rounds to bf16.
-
-    Rotary frequencies and SAM's Fourier matrix are positions, not activations: in bf16 they would
-    misplace tokens and clicks.
-    """
+    """Restore fp32 buffers that a cast of the whole module rounds to bf16."""
+    # Rotary frequencies and SAM's Fourier matrix are positions, not activations: in bf16 they would
+    # misplace tokens and clicks.
     kept = {n: b.clone() for n, b in module.named_buffers() if b.dtype == torch.float32}
     yield
     for name, buffer in module.named_buffers():
@@ -117,6 +117,8 @@ def build_engine(
 ) -> Any:
     """The DeepSpeed engine around the training step."""
     optimizer = AdamW(groups, betas=settings.betas)
+    # One factor for all groups: DeepSpeed's own schedulers take a scalar and would overwrite the
+    # ratio between the pathways.
     schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, settings))
     with fp32_buffers(step):
         engine, *_ = deepspeed.initialize(
@@ -126,15 +128,13 @@ def build_engine(
 
 
 class GradientGuard:
-    """Notices a non-finite gradient on this rank without waiting for the device.
-
-    Tensor hooks see every gradient before ZeRO reduces or partitions it, at every stage.
-    """
+    """Notices a non-finite gradient on this rank without waiting for the device."""
 
     def __init__(self, module: nn.Module):
         self.bad = torch.zeros((), device=local_device())
         for parameter in module.parameters():
             if parameter.requires_grad:
+                # Hooks see every gradient before ZeRO reduces or partitions it, at every stage.
                 parameter.register_hook(self._look)
 
     def _look(self, grad: Tensor) -> None:
@@ -143,6 +143,7 @@ class GradientGuard:
 
     def take(self) -> Tensor:
         """Number of bad gradients since the last call, a scalar on the device."""
+        # A new tensor: zeroed in place, the caller's count would vanish with it.
         found, self.bad = self.bad, torch.zeros_like(self.bad)
         return found
 
@@ -150,6 +151,7 @@ class GradientGuard:
 def apply_gradients(engine: Any) -> None:
     """The engine's update, with the gradient norm on record at every ZeRO stage."""
     if not hasattr(engine.optimizer, "_global_grad_norm"):  # a bare optimizer keeps none
+        # fp32: in bf16 a sum of many squares stops growing at its largest ones.
         grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
         engine._global_grad_norm = torch.stack([grad.float().norm() for grad in grads]).norm()
     engine.step()
@@ -158,8 +160,7 @@ def apply_gradients(engine: Any) -> None:
 def discard_gradients(engine: Any) -> None:
     """Forget the accumulated gradients and count the optimizer step as taken, at any ZeRO stage.
 
-    Weights and optimizer moments stay; the schedule moves on, because the rate of a step depends on
-    its number alone. Call where `engine.step()` would have updated.
+    Weights and optimizer moments stay. Call where `engine.step()` would have updated.
     """
     optimizer = engine.optimizer
     optimizer.zero_grad(set_to_none=True)
@@ -174,6 +175,7 @@ def discard_gradients(engine: Any) -> None:
     with warnings.catch_warnings():
         # torch takes a first step without an update for a mistake.
         warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)`")
+        # The schedule moves on all the same: a step's rate depends on its number alone.
         engine.lr_scheduler.step()
     engine.micro_steps += 1
     engine.global_steps += 1
@@ -198,11 +200,14 @@ def gathered_state(
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if not wanted(name, parameter):
             continue
+        # One by one: gathered all at once, a model that is partitioned for its size would not fit.
+        # Every rank comes here, although one keeps the copy: gathering is collective.
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             if rank() == 0:
                 state[name] = parameter.detach().cpu().clone()
     if rank() != 0:
         return None
+    # What a state dict leaves out on purpose (rotary frequencies) stays out of the export too.
     persistent = module.state_dict().keys()
     for name, buffer in module.named_buffers():
         if name in persistent:

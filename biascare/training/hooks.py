@@ -65,15 +65,6 @@ class LogHook:
         self.tokens = torch.zeros((), device=local_device())  # of the positions, not padding
 
     def __call__(self, state: StepState) -> None:
-        self.collect(state)
-        if state.step % self.every and state.step not in (1, self.max_steps):
-            return
-        values = self.summarise(state)
-        self.log.record("train", state.step, values)
-        self.log.say(progress_line(state.step, self.max_steps, values, summed=self.summed))
-        self.reset()
-
-    def collect(self, state: StepState) -> None:
         self.num_steps += 1
         self.num_skipped += state.skipped
         self.seconds += state.seconds
@@ -86,20 +77,38 @@ class LogHook:
                 self.tokens += mask.sum()
             if state.skipped:  # its NaN would hide the steps around it
                 continue
+            # Tensors of the device: read here, each would make every step wait for it.
             self.terms.append({"total": outcome["loss"]} | outcome["terms"])
             if outcome["rows"] is not None:
                 self.meter.add(outcome["rows"], batch.facts)
+        if state.step % self.every and state.step not in (1, self.max_steps):
+            return
+        values = self.summarise(state)
+        self.log.record("train", state.step, values)
+        self.log.say(progress_line(state.step, self.max_steps, values, summed=self.summed))
+        self.reset()
 
     def summarise(self, state: StepState) -> dict[str, Any]:
         """Collective. Throughput of the interval is over all ranks; what it waited for, its padding
         and its memory are of rank 0."""
+        sums: dict[str, float] = {}
+        for terms in self.terms:
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+        num_micro_batches, totals = 0, dict[str, float]()
+        for num, mine in gather_objects((len(self.terms), sums)):
+            num_micro_batches += num
+            for name, total in mine.items():
+                totals[name] = totals.get(name, 0.0) + total
+        # Every rank draws the same mix of samples, so rank 0 stands for the padding of all.
         tokens, samples = float(self.tokens), self.samples * world_size()
         by = self.meter.take()
         num_rows = sum(cell["num"] for cell in by["modality"].values())
         return {
-            "loss": self.mean_terms(),
+            # A micro-batch without a term adds 0 to it, as it does to the objective.
+            "loss": {name: total / num_micro_batches for name, total in totals.items()},
             "rows_per_micro_batch": num_rows / max(1, len(self.terms) * world_size()),
-            "grad_norm": float(self.engine.get_global_grad_norm() or 0.0),
+            "grad_norm": float(self.engine.get_global_grad_norm() or 0.0),  # None before a step
             "lr": state.learning_rates,
             "skipped_steps": self.num_skipped,
             "samples_per_second": samples / self.seconds,
@@ -111,28 +120,12 @@ class LogHook:
             "by": by,
         }
 
-    def mean_terms(self) -> dict[str, float]:
-        """Every loss term over the micro-batches of all ranks.
-
-        A micro-batch without a term adds 0 to it, as it does to the objective.
-        """
-        sums: dict[str, float] = {}
-        for terms in self.terms:
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
-        total = 0
-        merged: dict[str, float] = {}
-        for num_micro_batches, mine in gather_objects((len(self.terms), sums)):
-            total += num_micro_batches
-            for name, value in mine.items():
-                merged[name] = merged.get(name, 0.0) + value
-        return {name: value / total for name, value in merged.items()}
-
 
 class LedgerHook:
     """Samples that had to be replaced: written down, and too many of them end the run."""
 
     def __init__(self, folder: Path, max_share: float):
+        # A file per rank: lines of several writers in one file would run into each other.
         self.path = folder / f"replaced_samples.rank{rank()}.jsonl"
         self.max_share = max_share
         self.seen = self.replaced = 0
@@ -149,6 +142,7 @@ class LedgerHook:
             for position, reasons in bad.items():
                 line = {"step": step, "position": position, "reasons": reasons}
                 file.write(json.dumps(line) + "\n")
+        # Not through the log, which is silent on all ranks but 0: the bad disk may be another's.
         print(f"WARNING {len(bad)} unreadable samples replaced, see {self.path}", flush=True)
         if self.replaced > self.max_share * max(self.seen, LEDGER_HORIZON):
             raise BadDataError(
@@ -175,6 +169,7 @@ class CheckpointHook:
         self.fingerprint = fingerprint
 
     def __call__(self, state: StepState) -> None:
+        # At the end whatever `every` says: a finished run can be exported and continued.
         due = self.every and state.step % self.every == 0
         if due or state.step == self.max_steps:
             self.store.save(self.engine, state.step, {"step": state.step}, self.fingerprint)
@@ -189,6 +184,7 @@ class EvalHook:
         self.max_steps = max_steps
 
     def __call__(self, state: StepState) -> None:
+        # At the end whatever `every` says: the card of the export states these numbers.
         due = self.every and state.step % self.every == 0
         if due or state.step == self.max_steps:
             self.evaluate(state.step)

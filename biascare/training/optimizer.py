@@ -27,7 +27,9 @@ class OptimizerSettings(NamedTuple):
 def learning_rate_factor(step: int, settings: OptimizerSettings) -> float:
     """Linear warm-up, then linear decay to `final_lr_ratio` at `max_steps`."""
     if step < settings.warmup_steps:
+        # From 1 / warmup_steps: a rate of 0 would spend the first batch on nothing.
         return (step + 1) / settings.warmup_steps
+    # A run that is all warm-up has nothing to decay over.
     decay_steps = max(1, settings.max_steps - settings.warmup_steps)
     progress = min(1.0, (step - settings.warmup_steps) / decay_steps)
     return 1 - (1 - settings.final_lr_ratio) * progress
@@ -41,11 +43,14 @@ def parameter_groups(
     `pathways`: the parameters of "vision" and "mllm". Norms and biases (everything below two
     dimensions) do not decay.
     """
+    # One group per rate, so that the ratio between the pathways stays whatever the schedule does.
     groups = []
     for pathway, lr in (("vision", settings.lr), ("mllm", settings.mllm_lr)):
         mine = [p for p in pathways.get(pathway, []) if p.requires_grad]
+        # ZeRO-3 flattens what it partitions and keeps the shape aside.
+        dims = [len(getattr(p, "ds_shape", p.shape)) for p in mine]
         for decays in (True, False):
-            chosen = [p for p in mine if (_ndim(p) >= 2) == decays]
+            chosen = [p for p, ndim in zip(mine, dims, strict=True) if (ndim >= 2) == decays]
             if chosen:
                 groups.append(
                     {
@@ -60,12 +65,8 @@ def parameter_groups(
     return groups
 
 
-def _ndim(parameter: nn.Parameter) -> int:
-    """Also under ZeRO-3, where a partitioned parameter is flat."""
-    return len(getattr(parameter, "ds_shape", parameter.shape))
-
-
 def learning_rates(engine: Any) -> dict[str, float]:
     """Rate of each pathway in the step that comes next."""
+    # With and without decay a pathway has one rate; a log of four would say each twice.
     groups = engine.optimizer.param_groups
     return {group["name"].removesuffix(NO_DECAY): group["lr"] for group in groups}

@@ -40,8 +40,10 @@ class GroupMeter:
         self.pending: list[tuple[torch.Tensor, list[Facts]]] = []
 
     def add(self, rows: RowOutcome, facts: list[Facts]) -> None:
+        # fp32 holds the flag exactly, and one tensor is one copy to the host later.
         columns = [rows.valid, *(getattr(rows, name) for name in ROW_VALUES)]
         values = torch.stack([column.detach().float() for column in columns], 1)
+        # Facts of language rows follow those of segmentation rows and have no value here.
         self.pending.append((values, facts[: len(values)]))
 
     def take(self) -> dict[str, dict[str, dict[str, float]]]:
@@ -50,28 +52,23 @@ class GroupMeter:
         sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0] * 4)
         for values, facts in self.pending:
             for (valid, *row), about in zip(values.cpu().tolist(), facts, strict=True):
-                if not valid:
+                if not valid:  # an empty mask has no loss to speak of
                     continue
                 for axis in AXES:
                     total = sums[axis, str(getattr(about, axis))]
                     for i, value in enumerate([1.0, *row]):
                         total[i] += value
         self.pending = []
-        return _merge(gather_objects(dict(sums)))
-
-
-def _merge(
-    per_rank: Iterable[Mapping[tuple[str, str], list[float]]],
-) -> dict[str, dict[str, dict[str, float]]]:
-    sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0] * 4)
-    for mine in per_rank:
-        for key, values in mine.items():
-            sums[key] = [a + b for a, b in zip(sums[key], values, strict=True)]
-    merged: dict[str, dict[str, dict[str, float]]] = {axis: {} for axis in AXES}
-    for (axis, group), (num, *totals) in sorted(sums.items()):
-        means = {name: total / num for name, total in zip(ROW_VALUES, totals, strict=True)}
-        merged[axis][group] = {"num": num} | means
-    return merged
+        # Sums travel, not means: ranks see a rare group a different number of times.
+        everywhere: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0] * 4)
+        for mine in gather_objects(dict(sums)):
+            for key, theirs in mine.items():
+                everywhere[key] = [a + b for a, b in zip(everywhere[key], theirs, strict=True)]
+        merged: dict[str, dict[str, dict[str, float]]] = {axis: {} for axis in AXES}
+        for (axis, group), (num, *totals) in sorted(everywhere.items()):
+            means = {name: total / num for name, total in zip(ROW_VALUES, totals, strict=True)}
+            merged[axis][group] = {"num": num} | means
+        return merged
 
 
 class RunLog:
@@ -92,25 +89,28 @@ class RunLog:
         """
         if not self.speaks:
             return
-
-        def kept(line: str) -> bool:
-            try:
-                entry = json.loads(line)
-            except ValueError:  # cut short by a crash
-                return False
-            again = evaluates_again and entry["event"] == "eval" and entry["step"] == start_step
-            return bool(entry["step"] <= start_step and not again)
-
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.path.exists() and start_step:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            replace_text(self.path, "".join(f"{line}\n" for line in lines if kept(line)))
+            kept = []
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                except ValueError:  # cut short by a crash
+                    continue
+                again = evaluates_again and entry["event"] == "eval" and entry["step"] == start_step
+                # Steps after the checkpoint come again; kept, they would stand there twice.
+                if entry["step"] <= start_step and not again:
+                    kept.append(f"{line}\n")
+            # As a whole: a crash in the middle must not cost the history before the checkpoint.
+            replace_text(self.path, "".join(kept))
         elif self.path.exists():
             number = len(list(self.folder.glob("metrics.before-*.jsonl"))) + 1
             self.path.rename(self.folder / f"metrics.before-{number}.jsonl")
         if tensorboard:
+            # Here, because it takes seconds to import and can be switched off.
             from torch.utils.tensorboard import SummaryWriter
 
+            # Purged like the file above: what an event file held beyond the checkpoint comes again.
             self.writer = SummaryWriter(
                 str(self.folder / "tensorboard"), purge_step=start_step + 1 if start_step else None
             )
@@ -119,6 +119,7 @@ class RunLog:
         """Append a line to metrics.jsonl and every number in it to TensorBoard."""
         if not self.speaks:
             return
+        # Opened each time: whoever follows the file, or a crash, finds every line that was said.
         with self.path.open("a") as file:
             file.write(json.dumps({"event": event, "step": step} | dict(values)) + "\n")
         if self.writer is not None:
@@ -145,19 +146,18 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, 
 
 def peak_memory_gib() -> float:
     """Of this process: device memory on a GPU, resident memory on CPU."""
+    # What tensors held, not what the allocator reserved: that depends on what else ran before.
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def progress_line(step: int, max_steps: int, values: Mapping[str, Any], *, summed: bool) -> str:
-    """One line: where the run is, its loss terms, its speed and what it waits for.
-
-    A term that is a sum grows with the rows of a micro-batch, so the mean of a row stands beside
-    it: only that can be compared between runs.
-    """
+    """One line: where the run is, its loss terms, its speed and what it waits for."""
     terms = " ".join(f"{name} {value:.3f}" for name, value in values["loss"].items())
     cells = values["by"]["modality"].values()
+    # A term that is a sum grows with the rows of a micro-batch, so the mean of a row stands beside
+    # it: only that can be compared between runs.
     if num_rows := sum(cell["num"] for cell in cells):
         dice = sum(cell["num"] * cell["dice_loss"] for cell in cells) / num_rows
         sums = f"sums over {values['rows_per_micro_batch']:.1f} rows, " if summed else ""

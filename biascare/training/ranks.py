@@ -31,6 +31,7 @@ def init_process_group(timeout: timedelta = PROCESS_GROUP_TIMEOUT) -> None:
     import deepspeed  # takes seconds, which a program of one process need not spend
 
     for name in ("DeepSpeed", "deepspeed"):
+        # It reports every step of its start on every rank; errors still come through.
         logging.getLogger(name).setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         # DeepSpeed would first compile a shared-memory operator: 40 s, fatal without a compiler.
@@ -39,7 +40,10 @@ def init_process_group(timeout: timedelta = PROCESS_GROUP_TIMEOUT) -> None:
         torch.cuda.set_device(local_device())
     if "RANK" not in os.environ:
         os.environ |= SINGLE_PROCESS
-        os.environ["MASTER_PORT"] = str(_free_port())
+        # Any free one: two single processes on a machine, such as tests, must not meet.
+        with socket.socket() as probe:
+            probe.bind((SINGLE_PROCESS["MASTER_ADDR"], 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
     deepspeed.init_distributed(timeout=timeout, verbose=False)
 
 
@@ -47,12 +51,6 @@ def leave_process_group() -> None:
     """Take leave of the other ranks at the end of a run."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def rank() -> int:
@@ -73,7 +71,7 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     """All-reduced copy; alone, the value itself."""
     if world_size() == 1:
         return value
-    value = value.clone()
+    value = value.clone()  # the caller's own count stays what this rank saw
     dist.all_reduce(value)
     return value
 
@@ -94,6 +92,8 @@ def from_rank_zero(compute: Callable[[], Any]) -> Any:
         try:
             outcome = [("value", compute())]
         except Exception as error:
+            # Sent on, not raised yet: the other ranks are on their way into the broadcast and
+            # would wait there until the timeout.
             outcome = [("error", error)]
     if world_size() > 1:
         dist.broadcast_object_list(outcome)

@@ -54,14 +54,17 @@ class TrainStep(nn.Module):
             objective=self.objective,
             hitl=self.hitl,
         )
+        # The same terms in the same order on every rank: ZeRO-3 gathers parameters as they come.
         terms: dict[str, tuple[float, Tensor]] = {}
         for term in TERMS:
             weight = term.weight(self.objective)
+            # Switched off, a term is not computed: 0 times a NaN would still be NaN.
             loss = term.loss(first) if weight else None
             if loss is not None:
                 terms[term.name] = (weight, loss)
         return {
             "loss": total_objective(terms.values()),
+            # Detached: logs keep them for an interval, and graphs would be kept with them.
             "terms": {name: loss.detach() for name, (_, loss) in terms.items()},
             "rows": rows and RowOutcome(*(value.detach() for value in rows)),
         }
@@ -70,6 +73,7 @@ class TrainStep(nn.Module):
         """Dice, uncertainty and weight of each row (Eqs. 3-7)."""
         settings = self.objective
         assert batch.masks is not None and features.image_embedding is not None
+        # v_i of Eq. 9: against an empty mask, Dice would only teach to answer with nothing.
         valid = batch.masks.bool().flatten(1).any(1)
         dice = dice_loss_per_row(prediction.mask_logits, batch.masks)
         if features.text_embedding is None:  # the vision stage has no text to be uncertain about
@@ -89,5 +93,6 @@ class TrainStep(nn.Module):
             weight_gradient=settings.weight_gradient,
             enabled=settings.uncertainty_weighting,
         )
+        # Ranks rows for the expert even where weighting is off; a ranking has no gradient.
         uncertainty = joint_uncertainty(semantic, dice, settings.beta_vl).detach()
         return RowOutcome(dice, semantic, weight, uncertainty, valid)

@@ -94,10 +94,13 @@ def refinement_term(first: FirstPass) -> Tensor | None:
     # From the number of rows, which every rank shares, so that all make the same calls.
     k = num_hardest(len(row_image), settings.ratio)
     index = select_hardest(rows.uncertainty, rows.valid, settings.ratio, k=k)
+    # The first pass chose by its uncertainty and is refined from its own prompts and logits.
     prompts = Prompts(*(field[index] for field in batch.prompts))
     current = Prediction(*(field[index] for field in prediction))
+    # Of the micro-batch: clicks are the same whoever runs it, in a resumed run too.
     generator = torch.Generator(device=row_image.device).manual_seed(batch.seed)
 
+    # Image and text are encoded already; a round costs a decoder pass over k rows.
     def decode(prompts: Prompts, mask_prompt: Tensor | None) -> Prediction:
         return model.decode_masks(features, prompts, row_image, rows=index, mask_prompt=mask_prompt)
 
@@ -123,6 +126,7 @@ def answer_term(first: FirstPass) -> Tensor | None:
     if batch.answer_tokens is None or hidden_states is None:
         return None
     assert first.model.mllm is not None and batch.answer_positions is not None
+    # Only where an answer token comes next: the logits of all other positions are never read.
     logits = first.model.mllm.answer_logits(hidden_states, batch.answer_positions)
     nll_sum = token_nll_sum(logits, batch.answer_tokens)
     return language_loss(nll_sum, first.num_answer_tokens, first.num_micro_batches)
@@ -136,16 +140,14 @@ def quality_term(first: FirstPass) -> Tensor | None:
 
 
 def alignment_term(first: FirstPass) -> Tensor | None:
-    """Match the text to the image under the true mask; not in the paper.
-
-    Under the predicted mask, a failed row would teach that its wrong region fits the text, and
-    u_vl would be lowest where it should be highest.
-    """
+    """Match the text to the image under the true mask; not in the paper."""
     batch, features, rows = first.batch, first.features, first.rows
     if first.objective.alignment == "none" or rows is None or features.text_embedding is None:
         return None
     assert batch.masks is not None and batch.row_target is not None
     assert features.image_embedding is not None
+    # Under the predicted mask, a failed row would teach that its wrong region fits the text, and
+    # u_vl would be lowest where it should be highest.
     true_vector = mask_weighted_embedding(
         features.image_embedding, batch.masks, row_image=batch.row_image
     )
@@ -167,6 +169,7 @@ class Term(NamedTuple):
 
 
 TERMS = (
+    # The paper's three enter with weight 1 (Eq. 12); what is ours can be switched off.
     Term("dur", lambda objective: 1.0, weighted_dice_term),
     Term("hitl", lambda objective: 1.0, refinement_term),
     Term("vlm", lambda objective: 1.0, answer_term),

@@ -8,11 +8,10 @@ Model, loader and evaluator arrive as arguments; the loop knows DeepSpeed and no
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from biascare.interfaces import Batch
 from biascare.training.engine import GradientGuard, apply_gradients, discard_gradients
@@ -56,10 +55,13 @@ class Trainer:
         batches = iter(self.loader)
         for step in range(self.start_step, self.max_steps):
             began = time.perf_counter()
-            micro_batches = [self.fetch(batches) for _ in range(self.num_micro)]
+            # All of the step first: Eq. 11 divides by the answer tokens of the whole step.
+            micro_batches = [
+                self.to_device(next(batches), local_device()) for _ in range(self.num_micro)
+            ]
             waited = time.perf_counter() - began
-            rates = learning_rates(self.engine)
-            self.engine.train()
+            rates = learning_rates(self.engine)  # before the step moves the schedule on
+            self.engine.train()  # an evaluation hook may have left it in eval mode
             outcomes, applied = self.optimizer_step(micro_batches)
             state = StepState(
                 step=step + 1,
@@ -73,20 +75,22 @@ class Trainer:
             for hook in self.hooks:
                 hook(state)
 
-    def fetch(self, batches: Iterator[Batch]) -> Batch:
-        return self.to_device(next(batches), local_device())
-
     def optimizer_step(self, micro_batches: list[Batch]) -> tuple[list[dict[str, Any]], bool]:
         """Forward and backward of every micro-batch, one update; (outcomes, update was applied)."""
-        num_tokens = self.count_answer_tokens(micro_batches)
+        counts = [len(b.answer_tokens) for b in micro_batches if b.answer_tokens is not None]
+        # Over all ranks and accumulation, and still on the device: nothing waits for it.
+        num_tokens = sum_over_ranks(torch.tensor(float(sum(counts)), device=local_device()))
         outcomes = []
         for i, batch in enumerate(micro_batches):
             outcome = self.engine(batch, num_tokens, self.num_micro * world_size())
             self.engine.backward(outcome["loss"])
+            # Detached: hooks keep it for an interval, and its graph would be kept with it.
             outcomes.append(outcome | {"loss": outcome["loss"].detach()})
+            # DeepSpeed counts micro-batches by this call; the last one waits for the verdict below.
             if i + 1 < len(micro_batches):
                 self.engine.step()
         applied = self.all_finite(outcomes)
+        # All ranks have the same answer, so they update together or not at all.
         if applied:
             apply_gradients(self.engine)
         else:
@@ -94,13 +98,9 @@ class Trainer:
             self.report_nonfinite(micro_batches)
         return outcomes, applied
 
-    def count_answer_tokens(self, micro_batches: list[Batch]) -> Tensor:
-        """Of the whole optimizer step, all ranks together; stays on the device."""
-        counts = [len(b.answer_tokens) for b in micro_batches if b.answer_tokens is not None]
-        return sum_over_ranks(torch.tensor(float(sum(counts)), device=local_device()))
-
     def all_finite(self, outcomes: list[dict[str, Any]]) -> bool:
         """The one host synchronisation of a step: losses and gradients of every rank."""
+        # Gradients too: a finite loss can have a NaN gradient, and clipping spreads it to all.
         bad = self.guard.take()
         for outcome in outcomes:
             bad = bad + 1 - outcome["loss"].isfinite().float()
@@ -109,6 +109,7 @@ class Trainer:
     def report_nonfinite(self, micro_batches: list[Batch]) -> None:
         """Say which samples it was; raise on every rank where the policy or the count asks to."""
         self.num_skipped += 1
+        # Of all ranks: the sample at fault is on one of them, and nobody knows on which.
         ids = gather_objects([f.image_id for batch in micro_batches for f in batch.facts])
         message = (
             "a loss or gradient is not finite, no weight was changed; samples of this step: "
@@ -116,6 +117,7 @@ class Trainer:
         )
         if self.nonfinite == "raise":
             raise NonFiniteError(f"{message}. train.nonfinite=skip passes over such steps")
+        # The count is the same everywhere, so every rank raises or none does.
         if self.num_skipped > self.max_skipped_steps:
             raise NonFiniteError(
                 f"{message}. train.max_skipped_steps {self.max_skipped_steps} are exceeded"

@@ -43,6 +43,7 @@ def read_choice(text: str, options: Sequence[str]) -> str | None:
 
 def is_correct(text: str, case: AnswerCase) -> bool:
     """Whether a text answers a case: by choice where options were shown, else as a whole."""
+    # Only a choice was asked with letters; "A" to an open question is just a wrong word.
     if case.facts.kind == "choice" and case.options:
         return read_choice(text, case.options) == case.reference
     return normalise_answer(text) == normalise_answer(case.reference)
@@ -94,6 +95,8 @@ def _accuracy_table(cases: Sequence[AnswerCase]) -> dict[str, Any]:
             for case in scored
         )
     if cases[0].facts.kind == "closed":
+        # Beside the best constant, which may be "no": to agree with every question is a failure of
+        # its own.
         table["always_yes"] = _share(normalise_answer(case.reference) == "yes" for case in cases)
     return table
 

@@ -59,6 +59,7 @@ def mask_scores(case: MaskCase, header: Header) -> dict[str, float]:
 
 def disc(height: int, width: int, center: Sequence[float], area: float) -> np.ndarray:
     """[H, W] bool disc of `area` pixels around `center` (x, y): the trivial answer to a click."""
+    # May be cut by the border of the image, as the structures that it stands for are.
     y, x = np.ogrid[:height, :width]
     return (x - center[0]) ** 2 + (y - center[1]) ** 2 <= area / np.pi
 
@@ -88,6 +89,7 @@ def fit_disc(
         areas[target].append(float(mask.mean()))
     if not scores:
         return None
+    # The best of a few sizes on training masks: fitted on test masks it would be no baseline.
     best = int(np.mean(scores, axis=0).argmax())
     return DiscBaseline(
         share=DISC_SHARES[best],
@@ -134,5 +136,6 @@ def summarise_segmentation(cases: Sequence[MaskCase], header: Header) -> dict[st
     for name in cases[0].predictions[0].uncertainty if cases else ():
         values = [case.predictions[0].uncertainty[name] for case in cases]
         auroc = failure_auroc([score["dice"] for score in scores], values)
+        # Of the first prediction: that is what decides whom an expert sees first.
         summary[name] = {"mean": float(np.mean(values)), "failure_auroc": auroc}
     return summary

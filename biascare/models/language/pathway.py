@@ -1,4 +1,5 @@
-"""MLLM pathway: any Hugging Face image-text model with a LoRA adapter on its language model.
+"""MLLM pathway: a Hugging Face image-text model of a known family (`MLLM_FAMILIES`) with a LoRA
+adapter on its language model.
 
     mllm = MLLMPathway.load("path/or/hub-id", lora=LoraSettings(8, 16, 0.01))
     hidden = mllm.hidden_states(inputs, image_slots)      # [B, L, d]
@@ -77,6 +78,7 @@ def load_processor(path: str) -> Any:
             f"the processor in {path!r} has no chat template; add chat_template.jinja to that "
             "folder (instruction-tuned checkpoints ship one)"
         )
+    # Llama's tokenizers have none. Padding is masked everywhere, so any token serves.
     if processor.tokenizer.pad_token_id is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     return processor
@@ -94,8 +96,9 @@ def _opened(path: str, opener: Callable[..., Any], **keywords: Any) -> Any:
         ) from error
 
 
-def _check_attention(attention: str) -> None:
-    """Refuse a kernel that is not installed before gigabytes are read."""
+def open_mllm(path: str, dtype: torch.dtype, attention: str) -> tuple[Any, LoadReport | None]:
+    """The image-text model at `path`; weights missing from its files are an error."""
+    # What can be refused is refused before gigabytes are read.
     if attention == "flash_attention_2" and not is_flash_attn_2_available():
         raise ValueError(
             "model.attention: got 'flash_attention_2', but the package flash-attn (2.x, for CUDA "
@@ -103,24 +106,16 @@ def _check_attention(attention: str) -> None:
             "or set model.attention=sdpa"
         )
 
-
-def _check_family(path: str, config: dict[str, Any]) -> None:
-    """A model of the wrong kind is refused by its config.json, before its weights are read."""
+    config = _opened(path, read_config)
+    if is_original_llava(config):
+        return load_original_llava(path, dtype=dtype, attention=attention)
     family = config.get("model_type")
+    # Others would open too, with image features or positions that nobody has checked here.
     if family not in MLLM_FAMILIES:
         raise ValueError(
             f"the model at {path!r} is of type {family!r}, expected an image-text model of type "
             f"{' or '.join(MLLM_FAMILIES)}; choose another model.mllm"
         )
-
-
-def open_mllm(path: str, dtype: torch.dtype, attention: str) -> tuple[Any, LoadReport | None]:
-    """The image-text model at `path`; weights missing from its files are an error."""
-    _check_attention(attention)
-    config = _opened(path, read_config)
-    if is_original_llava(config):
-        return load_original_llava(path, dtype=dtype, attention=attention)
-    _check_family(path, config)
     model, report = _opened(
         path,
         AutoModelForImageTextToText.from_pretrained,
@@ -129,19 +124,13 @@ def open_mllm(path: str, dtype: torch.dtype, attention: str) -> tuple[Any, LoadR
         output_loading_info=True,
     )
     missing = sorted(report["missing_keys"])
+    # transformers warns and draws them at random: a run of weeks would start from half a model.
     if missing:
         raise ValueError(
             f"the weights in {path!r} lack {len(missing)} of the model's tensors, such as "
             f"{missing[0]!r}; convert the checkpoint to the names of transformers, or copy it again"
         )
     return model, None
-
-
-def _enable_checkpointing(model: Any) -> None:
-    """Recompute decoder layers in the backward pass."""
-    # Newer transformers deprecate "gradient checkpointing" for the same under this name.
-    new = getattr(model, "activation_checkpointing_enable", None)
-    (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 class _ChosenLogProbs(LogitsProcessor):
@@ -156,6 +145,7 @@ class _ChosenLogProbs(LogitsProcessor):
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         self.take(input_ids[:, -1:])
+        # fp32: a confidence is a product over tokens, and bf16 would round each of them.
         self.log_probs = scores.float().log_softmax(-1)
         return scores
 
@@ -200,6 +190,7 @@ class MLLMPathway(nn.Module):
         base, report = opener(path, dtype, attention)
         if report is not None:
             LOGGER.info("model.mllm %s\n%s", path, report)
+        # Before the adapter comes, which is what trains; `set_trainable` thaws what else shall.
         base.requires_grad_(False)
         model: nn.Module = base
         with warnings.catch_warnings():
@@ -221,7 +212,9 @@ class MLLMPathway(nn.Module):
         if activation_checkpointing:
             # After the adapter: peft would otherwise make the frozen vision tower's input require a
             # gradient, and the tower would be kept, recomputed and differentiated for nothing.
-            _enable_checkpointing(base)
+            # Newer transformers deprecate "gradient checkpointing" for the same under this name.
+            new = getattr(base, "activation_checkpointing_enable", None)
+            (new or base.gradient_checkpointing_enable)({"use_reentrant": False})
         return cls(model, path, report)
 
     @property
@@ -233,30 +226,28 @@ class MLLMPathway(nn.Module):
     def hidden_size(self) -> int:
         return self.base.config.get_text_config().hidden_size
 
-    def _image_features(self, inputs: dict[str, Tensor], image_slots: list[int]) -> dict[str, Any]:
-        """Encode distinct images once, then repeat their features per placeholder."""
-        grid = inputs.get("image_grid_thw")
-        keywords = {} if grid is None else {"image_grid_thw": grid}
-        pixels = inputs["pixel_values"].to(self.base.dtype)
-        encoded = self.base.model.get_image_features(
-            pixel_values=pixels, return_dict=True, **keywords
-        )
-        per_image = list(encoded.pooler_output)
-        placed = BaseModelOutputWithPooling(
-            pooler_output=tuple(per_image[slot] for slot in image_slots)  # type: ignore[arg-type]
-        )
-        return {"mm_encoder_outputs": {"image": placed}}
-
     def with_image_features(
         self, inputs: dict[str, Tensor], image_slots: list[int]
     ) -> dict[str, Any]:
         """Inputs with features per image placeholder in place of the distinct images' pixels."""
         if "pixel_values" not in inputs:
             return dict(inputs)
-        placed = {k: v for k, v in inputs.items() if k != "pixel_values"}
-        if "image_grid_thw" in inputs:
-            placed["image_grid_thw"] = inputs["image_grid_thw"][image_slots]
-        return placed | self._image_features(inputs, image_slots)
+        placed: dict[str, Any] = {k: v for k, v in inputs.items() if k != "pixel_values"}
+        grid = inputs.get("image_grid_thw")
+        if grid is not None:
+            # M-RoPE places every image token in its grid, so it needs one per placeholder.
+            placed["image_grid_thw"] = grid[image_slots]
+        # Each image once through the tower; K targets of an image are K sequences that show it.
+        encoded = self.base.model.get_image_features(
+            pixel_values=inputs["pixel_values"].to(self.base.dtype),
+            return_dict=True,
+            **({} if grid is None else {"image_grid_thw": grid}),
+        )
+        per_image = list(encoded.pooler_output)
+        features = BaseModelOutputWithPooling(
+            pooler_output=tuple(per_image[slot] for slot in image_slots)  # type: ignore[arg-type]
+        )
+        return placed | {"mm_encoder_outputs": {"image": features}}
 
     def hidden_states(self, inputs: dict[str, Tensor], image_slots: list[int]) -> Tensor:
         """Last hidden state after the final norm, [B, L, d]; what stands on padding is arbitrary.
@@ -267,6 +258,7 @@ class MLLMPathway(nn.Module):
         """
         placed = self.with_image_features(inputs, image_slots)
         mask = inputs["attention_mask"]
+        # No cache: nothing is generated here, and it would hold every layer's keys and values.
         if not self.packing or bool(mask.all()):
             return self.base.model(**placed, use_cache=False).last_hidden_state
         packed = pack(self.base.model, placed)
@@ -315,6 +307,7 @@ class MLLMPathway(nn.Module):
             self.model.save_pretrained(
                 str(folder / "adapter"), state_dict=inner, save_embedding_layers=False
             )
+        # The base itself is never copied: config.json says where it lies.
         trained = {
             name: state[name].contiguous()
             for name, parameter in self.named_parameters()
@@ -325,21 +318,20 @@ class MLLMPathway(nn.Module):
 
     @classmethod
     def restore(cls, folder: Path, path: str, **keywords: Any) -> MLLMPathway:
-        """Base model at `path` with what `save` wrote to `folder`.
-
-        What was trained stays trainable, so that saving again writes it again.
-        """
+        """Base model at `path` with what `save` wrote to `folder`, trained parts trainable."""
         adapter = folder / "adapter"
         pathway = cls.load(path, adapter=adapter if adapter.is_dir() else None, **keywords)
         trained = folder / "mllm_trained.safetensors"
         if trained.is_file():
             state = load_file(trained)
+            # Not strict: the file holds what was trained, the base has the rest already.
             unexpected = pathway.load_state_dict(state, strict=False).unexpected_keys
             if unexpected:
                 raise ValueError(
                     f"{trained} does not fit the model at {path!r}, which has no {unexpected[:3]}; "
                     "pass mllm= the base model it was trained on"
                 )
+            # Saved again, only what is trainable is written.
             for name in state:
                 pathway.get_parameter(name).requires_grad_(True)
         return pathway
@@ -353,7 +345,17 @@ class MLLMPathway(nn.Module):
 
     def vision_tower_parameters(self) -> list[nn.Parameter]:
         """The LLM's own vision tower and its projector, as far as anything reads them."""
-        unread = {id(p) for p in self._unread_tower_parameters()}
+        unread: set[int] = set()
+        layer = getattr(self.base.config, "vision_feature_layer", None)
+        if isinstance(layer, int):
+            # LLaVA reads an inner layer of its tower; what follows it has no gradient, and a
+            # trainable parameter without one would stop DeepSpeed's reduction.
+            tower = self.base.model.vision_tower
+            layers = tower.encoder.layers
+            # Layer numbers count the embeddings as 0, so layer n is the output of block n - 1.
+            last = layer if layer >= 0 else len(layers) + 1 + layer
+            after = (*layers[last:], tower.post_layernorm)
+            unread = {id(p) for part in after for p in part.parameters()}
         towers = self._named(".visual.", ".vision_tower.", ".multi_modal_projector.")
         return [p for p in towers if id(p) not in unread]
 
@@ -361,14 +363,3 @@ class MLLMPathway(nn.Module):
         """Parameters with one of the pieces in their name."""
         named = self.named_parameters()
         return [p for name, p in named if any(piece in name for piece in pieces)]
-
-    def _unread_tower_parameters(self) -> list[nn.Parameter]:
-        """LLaVA reads an inner layer of its vision tower; what follows it has no gradient."""
-        layer = getattr(self.base.config, "vision_feature_layer", None)
-        if not isinstance(layer, int):
-            return []
-        tower = self.base.model.vision_tower
-        layers = tower.encoder.layers
-        # Layer numbers count the embeddings as 0, so layer n is the output of block n - 1.
-        last = layer if layer >= 0 else len(layers) + 1 + layer
-        return [p for part in (*layers[last:], tower.post_layernorm) for p in part.parameters()]
