@@ -79,7 +79,11 @@ def bias_figure(
 
     columns = [[axis for axis in column if profile[axis].raw] for column in _COLUMNS]
     columns = [column for column in columns if column]
-    heights = [[_panel_height(profile[axis]) for axis in column] for column in columns]
+    # A panel grows with its bars: a long tail squeezed into a fixed height could not be read.
+    heights = [
+        [len(bars_of(profile[axis])) * _BAR_HEIGHT + _ABOVE + _BELOW for axis in column]
+        for column in columns
+    ]
     height = max(sum(column) for column in heights)
     whole = height + _TOP
     has_stream = any(distribution.stream for distribution in profile.values())
@@ -119,11 +123,6 @@ def figure_files(
     return paths
 
 
-def _panel_height(distribution: Distribution) -> float:
-    """Inches of a panel with its title and axis."""
-    return len(bars_of(distribution)) * _BAR_HEIGHT + _ABOVE + _BELOW
-
-
 def _draw_panel(
     place: Any, axis: str, distribution: Distribution, groups: Mapping[str, str], letter: str
 ) -> None:
@@ -132,7 +131,12 @@ def _draw_panel(
     counts = [count for _, count, _ in bars]
     ys = list(range(len(bars)))
     names = [_shown(axis, name) for name, _, _ in bars]
-    colors = [_color(axis, name, groups) for name, _, _ in bars]
+    colors = [
+        MISSING_COLOR
+        if name == MISSING
+        else GROUP_COLORS.get(groups.get(name, "") if axis == "target" else "", BAR_COLOR)
+        for name, _, _ in bars
+    ]
     place.barh(ys, counts, height=0.72, color=colors, linewidth=0)
     place.set_yticks(ys, names, fontsize=7)
     place.set_ylim(len(bars) - 0.5, -0.5)
@@ -186,21 +190,18 @@ def _beside(place: Any, y: int, text: str, *, inches: float, color: str) -> None
 
 def _scale(place: Any, values: Sequence[float], *, may_be_log: bool) -> None:
     """Logarithmic where the positive values span decades; else bars start at zero."""
+    from matplotlib.ticker import NullLocator
+
     positive = [value for value in values if value > 0]
     if may_be_log and positive and max(positive) / min(positive) > LOG_SPAN:
         place.set_xscale("log")
         low = 10 ** math.floor(math.log10(min(positive)) - 1e-9)
         place.set_xlim(low if min(positive) > 1 else 0.5 * min(positive), 1.3 * max(positive))
-        place.xaxis.set_minor_locator(_no_ticks())
+        # Minor ticks would print their numbers over each other in a panel this narrow.
+        place.xaxis.set_minor_locator(NullLocator())
     else:
         place.set_xlim(0, 1.08 * max(positive, default=1))
         place.locator_params(axis="x", nbins=4)
-
-
-def _no_ticks() -> Any:
-    from matplotlib.ticker import NullLocator
-
-    return NullLocator()
 
 
 def _draw_legend(
@@ -238,26 +239,18 @@ def _shown(axis: str, name: str) -> str:
     return text if len(text) <= 34 else text[:32].rstrip() + " …"
 
 
-def _color(axis: str, name: str, groups: Mapping[str, str]) -> str:
-    if name == MISSING:
-        return MISSING_COLOR
-    return GROUP_COLORS.get(groups.get(name, ""), BAR_COLOR) if axis == "target" else BAR_COLOR
-
-
 def _summary_line(distribution: Distribution) -> str:
     numbers = imbalance(distribution.raw)
     if numbers.ratio is None or numbers.effective_number is None:
         return "unknown throughout"
     if numbers.num_categories == 1:
         return "1 category"
+    # A decimal of a ratio in the hundreds would pretend to more than the counts know.
+    ratio = f"{numbers.ratio:,.0f}" if numbers.ratio >= 10 else f"{numbers.ratio:.1f}"
     return (
         f"{numbers.num_categories} categories, worth {numbers.effective_number:.1f} equal ones; "
-        f"largest : smallest {_ratio(numbers.ratio)}"
+        f"largest : smallest {ratio} : 1"
     )
-
-
-def _ratio(ratio: float) -> str:
-    return f"{ratio:,.0f} : 1" if ratio >= 10 else f"{ratio:.1f} : 1"
 
 
 # ---------------------------------------------------------------- page
