@@ -15,7 +15,6 @@ the head, medium and tail targets as training logs and evaluation use them.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,8 +62,6 @@ def sources_of(config: Config) -> list[SourceUse]:
 
 
 def run(options: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from biascare.checks.statistics import profile_folders, profile_sources
     from biascare.data.prevalence import save_prevalence, total_counts
     from biascare.records import Records
@@ -99,14 +96,8 @@ def run(options: argparse.Namespace) -> None:
         folders=[str(records.folder) for records in counted],
     )
     title = options.title or options.config or composition.title_of(sources)
-    picture, _ = composition.figure_files(profile, groups, folder, title)
-    composition.write_page(folder / "bias.html", profile, groups, sources, picture, title)
-    text = json.dumps(composition.as_json(profile, sources), indent=2, ensure_ascii=False)
-    (folder / "bias.json").write_text(text + "\n", encoding="utf-8")
-    console = Console()
-    console.print(composition.sources_table(sources))
-    console.print(composition.imbalance_table(profile))
-    console.print(f"figures, page and prevalence.json are in {folder}", highlight=False)
+    composition.write_report(folder, profile, groups, sources, title)
+    print(f"figures, page and prevalence.json are in {folder}")
 
 
 def main() -> None:

@@ -11,11 +11,13 @@ are; unknown values have their own, light bar.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from biascare.checks.statistics import MISSING, Distribution, SourceUse, imbalance
@@ -254,6 +256,23 @@ def _summary_line(distribution: Distribution) -> str:
 
 
 # ---------------------------------------------------------------- page
+
+
+def write_report(
+    folder: Path,
+    profile: Mapping[str, Distribution],
+    groups: Mapping[str, str],
+    sources: Sequence[Mapping[str, Any]],
+    title: str,
+) -> None:
+    """Figures, page and bias.json in `folder`; both tables on the terminal."""
+    picture, _ = figure_files(profile, groups, folder, title)
+    write_page(folder / "bias.html", profile, groups, sources, picture, title)
+    text = json.dumps(as_json(profile, sources), indent=2, ensure_ascii=False)
+    (folder / "bias.json").write_text(text + "\n", encoding="utf-8")
+    console = Console()
+    console.print(sources_table(sources))
+    console.print(imbalance_table(profile))
 
 
 def write_page(
