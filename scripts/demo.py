@@ -63,10 +63,14 @@ def save_untrained(folder: Path, seed: int = 0, **weights: Any) -> Path:
 
     from biascare.models.export_folder import build_network, save_network
     from biascare.models.language.pathway import load_processor
+    from biascare.runs.build import lora_settings
+    from biascare.settings.keys import ModelConfig
 
     # Seeded, so that the demo's table is the same when it is run again.
     torch.manual_seed(seed)
-    save_network(build_network(**weights), folder)
+    # With the adapter that training would add: it draws from the same generator as the query
+    # attention, which stage 2 has to start from too.
+    save_network(build_network(lora=lora_settings(ModelConfig()), **weights), folder)
     load_processor(weights["mllm"]).save_pretrained(folder / "processor")
     return folder
 
