@@ -129,7 +129,7 @@ def test_positions_begin_again_at_every_sequence(model: DualPathNetwork, mllm_fo
     """An image of n x n tokens advances Qwen's text by n positions, LLaVA's by n * n."""
     batch = uneven_batch(mllm_folder)
     mllm = pathway(model, packing=True)
-    packed = pack(mllm.base.model, mllm._with_image_features(batch.mllm_inputs, batch.image_slots))
+    packed = pack(mllm.base.model, mllm.with_image_features(batch.mllm_inputs, batch.image_slots))
     lengths = batch.mllm_inputs["attention_mask"].sum(1).tolist()
     positions = packed["position_ids"]
     plain = torch.cat([torch.arange(length) for length in lengths])
@@ -152,7 +152,7 @@ def test_a_sliding_window_is_kept(mllm_folder: Path) -> None:
     batch = uneven_batch(mllm_folder)
     mllm = pathway(model, packing=True)
     config = mllm.base.config.get_text_config()
-    inputs = mllm._with_image_features(batch.mllm_inputs, batch.image_slots)
+    inputs = mllm.with_image_features(batch.mllm_inputs, batch.image_slots)
     longest = batch.mllm_inputs["input_ids"].shape[1]
     for window, by_sequence in ((None, True), (longest, True), (longest - 1, False)):
         config.sliding_window = window
