@@ -44,6 +44,7 @@ from biascare.settings.keys import MLLM_FAMILIES
 
 
 def _qwen(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> dict[str, Any]:
+    # mrope_section is of heads of 128, which all sizes of this family have.
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
     return {
         "hidden_size": hidden,
@@ -63,7 +64,7 @@ def _qwen_vl(text: dict[str, Any], vocab_size: int, *, tied: bool) -> Qwen2_5_VL
             "hidden_size": 1280,
             "intermediate_size": 3420,
             "num_heads": 16,
-            "out_hidden_size": text["hidden_size"],
+            "out_hidden_size": text["hidden_size"],  # the merger speaks the LLM's language
         },
         tie_word_embeddings=tied,
     )
@@ -87,7 +88,7 @@ def _llava(text: PretrainedConfig, image_token: int) -> LlavaConfig:
         text_config=text,
         vision_config=_clip_large(),
         image_token_index=image_token,
-        vision_feature_layer=-2,
+        vision_feature_layer=-2,  # LLaVA reads the layer before the last
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,
     )
@@ -134,6 +135,7 @@ def known_architecture(name: str) -> str | None:
     """The name in `KNOWN_MLLMS` that a folder name or Hub id means."""
     last = name.rstrip("/").rpartition("/")[2].lower()
     fitting = [known for known in KNOWN_MLLMS if last.startswith(known.lower())]
+    # The longest: "HuatuoGPT-Vision-7B" begins the name of its Qwen2.5-VL successor too.
     return max(fitting, key=len) if fitting else None
 
 
@@ -145,6 +147,7 @@ def mllm_config(path: str) -> Any:
     """
     if (Path(path) / "config.json").is_file():
         return _read(path)
+    # Before the cache of the Hub: a plan must say the same on a machine that has the model.
     known = known_architecture(path)
     if known is not None:
         return KNOWN_MLLMS[known]()
@@ -161,6 +164,7 @@ def _read(path: str, **keywords: Any) -> Any:
     if not keywords:
         raw = read_config(path)
         if is_original_llava(raw):
+            # The conversion adds an image token; upstream marks images by a negative id instead.
             num_tokens = raw["vocab_size"] + 1
             rows = num_vocabulary_rows(raw["vocab_size"], num_tokens)
             return llava_config(
@@ -224,6 +228,7 @@ def blank_batch(model: DualPathNetwork, shape: BatchShape) -> Batch:
     size = model.vision.image_size
     num_rows = shape.num_images * shape.targets_per_image
     masks = torch.zeros(num_rows, size, size, dtype=torch.uint8)
+    # Not empty: rows without a mask are left out of the objective and would cost too little.
     masks[:, size // 4 : size // 2, size // 4 : size // 2] = 1
     batch = Batch(
         images=None,
@@ -244,6 +249,8 @@ def blank_batch(model: DualPathNetwork, shape: BatchShape) -> Batch:
     )
     if num_rows:
         batch = batch._replace(
+            # The meta device lets a step of a large model run on shapes; what the step reads as
+            # numbers (rows, slots, masks) must be real.
             images=torch.empty(shape.num_images, 3, size, size, dtype=torch.uint8, device="meta"),
             row_image=torch.arange(shape.num_images).repeat_interleave(shape.targets_per_image),
             row_target=torch.arange(num_rows),
@@ -267,6 +274,7 @@ def _sequences(model: DualPathNetwork, shape: BatchShape) -> dict[str, Any]:
     num_images = shape.num_images + shape.num_questions
     images = _image_inputs(config, num_images, model.vision.image_size)
     prompt = shape.prompt_tokens + images.tokens_per_image
+    # One length for all, as the collator pads to the longest.
     length = prompt + (shape.answer_tokens if shape.num_questions else 0)
     num_sequences = num_rows + shape.num_questions
     is_answer = torch.zeros(num_sequences, length, dtype=torch.bool)
@@ -280,6 +288,7 @@ def _sequences(model: DualPathNetwork, shape: BatchShape) -> dict[str, Any]:
         "attention_mask": attention,
     }
     if config.model_type == "qwen2_5_vl":
+        # Without it, M-RoPE would silently fall back to positions in one dimension.
         inputs["mm_token_type_ids"] = is_image.long()
     slots = torch.arange(shape.num_images).repeat_interleave(shape.targets_per_image).tolist()
     answers = is_answer.flatten().nonzero()[:, 0]
@@ -287,7 +296,7 @@ def _sequences(model: DualPathNetwork, shape: BatchShape) -> dict[str, Any]:
         "mllm_inputs": inputs,
         "image_slots": [*slots, *range(shape.num_images, num_images)],
         "prompt_mask": attention.bool() & ~is_answer,
-        "answer_positions": answers - 1,
+        "answer_positions": answers - 1,  # a token is predicted at the position before it
         "answer_tokens": torch.zeros_like(answers),
     }
 
@@ -297,12 +306,14 @@ def _image_inputs(config: Any, num_images: int, image_size: int) -> _ImageInputs
     vision = config.vision_config
     if config.model_type == "qwen2_5_vl":
         step = vision.patch_size * vision.spatial_merge_size
+        # Qwen rounds an image to whole merged patches: 256 pixels become 252.
         grid = max(1, round(image_size / step)) * vision.spatial_merge_size
         width = 3 * vision.temporal_patch_size * vision.patch_size**2
         pixels = torch.empty(num_images * grid**2, width, device="meta")
         grids = torch.tensor([[1, grid, grid]] * num_images)
         tensors = {"pixel_values": pixels, "image_grid_thw": grids}
         return _ImageInputs(tensors, grid**2 // vision.spatial_merge_size**2)
+    # CLIP resizes whatever it gets to its own size: more tokens than our pixels would need.
     size = vision.image_size
     pixels = torch.empty(num_images, 3, size, size, device="meta")
     tokens = (size // vision.patch_size) ** 2

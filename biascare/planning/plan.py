@@ -95,6 +95,7 @@ def read_zero_settings(
             f"train.global_batch {global_batch} is not a multiple of train.micro_batch "
             f"{micro_batch} x {world_size} ranks (--world-size); the nearest is {nearest}"
         )
+    # DeepSpeed's own class fills in what the file leaves out: its defaults change with versions.
     section = json.loads(Path(path).read_text(encoding="utf-8")).get("zero_optimization", {})
     for name in ("offload_optimizer", "offload_param"):
         if section.get(name, {}).get("device", "none") != "none":
@@ -107,6 +108,7 @@ def read_zero_settings(
         accumulation=global_batch // per_forward,
         bf16=precision == "bf16",
         reduce_bucket_size=int(zero.reduce_bucket_size),
+        # Two with overlap_comm: one is sent while the other fills. ZeRO-3 has a single one.
         num_buckets=(2 if zero.overlap_comm and zero.stage < 3 else 1) if staged else 0,
         round_robin=bool(zero.round_robin_gradients),
         sub_group_size=int(zero.sub_group_size),
@@ -151,6 +153,7 @@ _Sizes = list[tuple[int, bool]]  # (elements, trainable) of every parameter
 def _replicated(sizes: _Sizes, groups: Sequence[Sequence[int]], zero: ZeroSettings) -> EngineBytes:
     trained = sum(map(sum, groups))
     size, fp32 = zero.element_size, 4
+    # A world of one sends nothing.
     bucket = min(MEMORY_OPT_ALLREDUCE_SIZE, trained) if zero.world_size > 1 else 0
     return EngineBytes(
         weights=sum(n for n, _ in sizes) * size,
@@ -169,8 +172,10 @@ def _partitioned_states(
 ) -> EngineBytes:
     """ZeRO-1 and 2: a flat buffer per group, aligned to two elements per rank, cut evenly."""
     size, fp32 = zero.element_size, 4
-    flat = [_padded(sum(group), 2 * zero.world_size) for group in groups]
+    aligned = 2 * zero.world_size
+    flat = [-(-sum(group) // aligned) * aligned for group in groups]
     shards = [n // zero.world_size for n in flat]
+    # The fullest rank decides whether a run fits; the others wait for it.
     owned = max(
         sum(_owned(group, shard, rank, zero) for group, shard in zip(groups, shards, strict=True))
         for rank in range(zero.world_size)
@@ -191,6 +196,7 @@ def _partitioned_states(
 
 def _owned(group: Sequence[int], shard: int, rank: int, zero: ZeroSettings) -> int:
     """Elements of the gradients a rank keeps: of every parameter that reaches into its shard."""
+    # Dealt like cards: gradients of the last layers come first, and would all fall to one rank.
     order = list(group)
     if zero.round_robin:
         order = [n for first in range(zero.world_size) for n in group[first :: zero.world_size]]
@@ -209,7 +215,11 @@ def _partitioned_all(
     size, fp32 = zero.element_size, 4
     shards = [[-(-n // zero.world_size) for n in group] for group in groups]
     trained = sum(map(sum, shards))
-    kept_whole = _persistent([n for n, _ in sizes], zero)
+    kept_whole = 0
+    for n, _ in sizes:
+        # In this order, as DeepSpeed does: once the total is reached, later ones are cut.
+        fits_total = n + kept_whole <= zero.model_persistence_threshold
+        kept_whole += n if fits_total and n <= zero.persistence_threshold else 0
     num_states = sum(-(-sum(group) // zero.sub_group_size) for group in shards)
     largest = max(min(sum(group), zero.sub_group_size) for group in shards)
     elements = sum(n for n, _ in sizes)
@@ -222,18 +232,6 @@ def _partitioned_all(
         buckets=zero.num_buckets * zero.reduce_bucket_size * size,
         step_workspace=2 * largest * fp32,
     )
-
-
-def _persistent(sizes: Iterable[int], zero: ZeroSettings) -> int:
-    total = 0
-    for n in sizes:
-        fits = n + total <= zero.model_persistence_threshold
-        total += n if fits and n <= zero.persistence_threshold else 0
-    return total
-
-
-def _padded(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
 
 
 # ---------------------------------------------------------------- plan
@@ -262,6 +260,7 @@ class Plan(NamedTuple):
     @property
     def peak(self) -> int:
         """Bytes on the fullest GPU at its fullest moment."""
+        # Never both: activations are gone when the optimizer steps.
         moment = max(self.cost.peak, self.engine.step_workspace)
         return self.engine.lasting + moment + DEVICE_ALLOWANCE
 
@@ -289,26 +288,25 @@ def make_plan(
     """The plan of a run. `step` is a `TrainStep` on the meta device, `groups` are its AdamW groups,
     `batch` a typical micro-batch (see `dry_run`). Casts the step as the engine would."""
     for parameter in step.parameters():
+        # On the meta device this moves nothing, but sizes follow the type.
         parameter.data = parameter.data.to(torch.bfloat16 if zero.bf16 else torch.float32)
     group_sizes = [[p.numel() for p in group["params"]] for group in groups]
     mask = batch.mllm_inputs.get("attention_mask")
+    num_images = 0 if batch.images is None else len(batch.images)  # where no LLM counts them
     return Plan(
         parameters=count_parameters(step),
         zero=zero,
         engine=engine_bytes(step.parameters(), group_sizes, zero),
         cost=dry_run(step.train(), batch, part_of),
         checkpointing=checkpointing,
-        num_images=len(set(batch.image_slots)) or len(_or_empty(batch.images)),
-        num_masks=len(_or_empty(batch.masks)),
+        # Distinct ones: those of segmentation rows stand in both pathways and are one image.
+        num_images=len(set(batch.image_slots)) or num_images,
+        num_masks=0 if batch.masks is None else len(batch.masks),
         num_sequences=0 if mask is None else len(mask),
         num_tokens=0 if mask is None else int(mask.sum()),
-        num_answer_tokens=len(_or_empty(batch.answer_tokens)),
+        num_answer_tokens=0 if batch.answer_tokens is None else len(batch.answer_tokens),
         max_steps=max_steps,
     )
-
-
-def _or_empty(value: Any) -> Any:
-    return () if value is None else value
 
 
 # ---------------------------------------------------------------- tables
@@ -356,6 +354,7 @@ def memory_rows(plan: Plan) -> dict[str, int]:
         "optimizer: Adam's moments": engine.moments,
         f"communication buckets ({zero.num_buckets} x {zero.reduce_bucket_size:,})": engine.buckets,
     }
+    # Only the larger of the two, so that the rows add up to the peak that the verdict judges.
     if engine.step_workspace > plan.cost.peak:
         rows["workspace of the optimizer step"] = engine.step_workspace
     else:
@@ -421,6 +420,7 @@ def verdict(plan: Plan, gpu_memory_gib: float, remedies: Sequence[Remedy] = ()) 
     if fits(plan, gpu_memory_gib):
         left = gpu_memory_gib - needed
         return f"fits: {needed:.1f} of {gpu_memory_gib:g} GiB per GPU, {left:.1f} GiB to spare"
+    # Remedies add up, cheapest first: a person stops at the first line that fits.
     lines = [f"does not fit: {needed:.1f} of {gpu_memory_gib:g} GiB per GPU"]
     enough = False
     for number, remedy in enumerate(remedies):
@@ -479,6 +479,7 @@ def hours_table(plan: Plan, tflops: float) -> Table:
     """How long the run computes on 1, 2, 4, ... GPUs, as far as the batch divides over them."""
     table = _table(f"Hours at {tflops:g} TFLOP/s per GPU", "GPUs", "per 1,000 steps", "the run")
     total = plan.cost.total_flops * plan.num_micro_batches
+    # The batch stays what it is, so more GPUs mean less accumulation, down to one micro-batch each.
     sizes = {2**k for k in range(plan.num_micro_batches.bit_length())} | {plan.zero.world_size}
     for num_gpus in sorted(n for n in sizes if plan.num_micro_batches % n == 0):
         seconds = total / (tflops * 1e12 * num_gpus)

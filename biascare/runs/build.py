@@ -48,6 +48,7 @@ def open_training(config: Config) -> tuple[list[Records], list[Records], Mixture
     segmentation = open_sources(config.data.segmentation)
     language = open_sources(config.data.language)
     held_out = open_sources(config.data.eval_segmentation + config.data.eval_language)
+    # Before minutes go into a model: training on the test set cannot be undone afterwards.
     check_held_out(segmentation + language, held_out)
     mixture = build_mixture(config.data, segmentation, language, config.train.seed)
     mixture.check_micro_batch(config.train.micro_batch)
@@ -94,6 +95,7 @@ def build_stream(
     groups: dict[str, str],
 ) -> TrainingStream:
     """Stream positions -> batches, the same on every rank."""
+    # All randomness hangs on the seed and the position, so any rank can make any sample.
     mix = asdict(config.data.prompts)
     settings = StreamSettings(
         image_size=config.model.image_size,
@@ -116,6 +118,7 @@ def training_stream(config: Config) -> tuple[TrainingStream, ChatBuilder | None]
 
 def build_loader(config: Config, stream: TrainingStream, start_step: int) -> Any:
     """The training DataLoader of this rank, continuing after `start_step` optimizer steps."""
+    # The order does not depend on the number of ranks, and starts at a step without replaying it.
     sampler = GlobalBatchSampler(
         config.train.global_batch,
         config.train.micro_batch,
@@ -139,6 +142,7 @@ def build_network(config: Config, opener: MLLMOpener = open_mllm) -> DualPathNet
 
     `opener` opens the base image-text model; a plan gives one that reads no weights.
     """
+    # Random parts (LoRA, query attention) start equal on every rank and in every run of a seed.
     torch.manual_seed(config.train.seed)
     model = config.model
     network = export_folder.build_network(
@@ -187,6 +191,7 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
         grad_clip=config.optim.grad_clip,
         precision=train.precision,
     )
+    # Found at the first NaN, after days, it would be too late to choose.
     if train.nonfinite == "skip" and not engine.can_discard(settings):
         raise ValueError(
             f"train.nonfinite=skip cannot discard gradients that {path} offloads; set "
@@ -216,11 +221,12 @@ def count_parameters(
     rows, named = {}, set()
     for part in PARTS:
         parameters = part.parameters(network)
-        named |= {id(p) for p in parameters}
+        named |= {id(p) for p in parameters}  # by identity: tied weights have two names
         if parameters:
             trainable = sum(p.numel() for p in parameters if p.requires_grad)
             total = sum(p.numel() for p in parameters)
             rows[part.name] = (total, trainable, rates[part.pathway])
+    # The frozen base model above all; listed, so that the table adds up to the whole network.
     rest = [p for p in network.parameters() if id(p) not in named]
     rows["rest"] = (sum(p.numel() for p in rest), 0, 0.0)
     return rows

@@ -57,8 +57,10 @@ def provenance(
         key: value for key, value in _dotted(to_dict(config)) if not key.startswith(FREE_ON_RESUME)
     }
     weights = [s.weight for s in config.data.segmentation + config.data.language]
+    # By content: a folder may move between two starts, its records may not change.
     hashes = [source.manifest["content_hash"] for source in sources]
     settings["data"] = [list(pair) for pair in zip(hashes, weights, strict=True)]
+    # Decides how optimizer states are cut; the rest of the file may change.
     settings["zero_stage"] = deepspeed_config.get("zero_optimization", {}).get("stage", 0)
     return settings
 
@@ -76,6 +78,7 @@ def git_commit() -> str:
     """Commit of the code, "-dirty" appended when files differ from it; "unknown" outside git."""
     root = Path(__file__).parents[2]
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    # No git, or an installed package: unknown is better than a run that does not start.
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     return result.stdout.strip() or "unknown"
 
@@ -92,16 +95,25 @@ def save_run_files(
     folder.mkdir(parents=True, exist_ok=True)
     dump_config(config, folder / "config.yaml")
     save_prevalence_file(config, folder / "prevalence.json", segmentation)
+    copied = ("source", "split", "version", "licence")
     weights = [source.weight for source in config.data.segmentation + config.data.language]
     tasks = ["segmentation"] * len(segmentation) + ["language"] * len(language)
     about = {
         "git_commit": git_commit(),
         "prevalence_groups": groups,
+        # What the card of the model says: the records themselves may be gone when it is written.
         "data": [
-            _about_source(task, records, weight)
+            {name: records.manifest[name] for name in copied}
+            | {
+                "task": task,
+                "images": records.manifest["num_rows"],
+                "weight": weight,
+                "content": records.manifest["content_hash"],
+            }
             for task, records, weight in zip(tasks, segmentation + language, weights, strict=True)
         ],
     }
+    # At once: exported from half a file, the card would lack where its data comes from.
     replace_text(folder / "run.json", json.dumps(about, indent=2) + "\n")
 
 
@@ -113,20 +125,9 @@ def save_prevalence_file(config: Config, path: Path, segmentation: list[Records]
         folders = [str(source.folder) for source in segmentation]
         shares = config.eval.head_share, config.eval.tail_share
         save_prevalence(path, counts, *shares, folders=folders)
+    # A resumed run may name its own file, which cannot be copied onto itself.
     elif Path(given).resolve() != path.resolve():
         shutil.copyfile(given, path)
-
-
-def _about_source(task: str, records: Records, weight: float | None) -> dict[str, Any]:
-    """What the card of the model says about a record folder."""
-    manifest = records.manifest
-    copied = {name: manifest[name] for name in ("source", "split", "version", "licence")}
-    return copied | {
-        "task": task,
-        "images": manifest["num_rows"],
-        "weight": weight,
-        "content": manifest["content_hash"],
-    }
 
 
 # ---------------------------------------------------------------- read
@@ -134,6 +135,7 @@ def _about_source(task: str, records: Records, weight: float | None) -> dict[str
 
 def read_config(folder: Path, overrides: list[str]) -> Config:
     """The resolved configuration of a run. Its data need not be on this machine."""
+    # Not `load_config`, which asks for the folders of the data too.
     tree = read_tree(folder / "config.yaml", overrides)
     result = build(Config, tree)
     problems = [*tree.problems, *result.problems]
@@ -158,6 +160,7 @@ def read_run(folder: Path, step: int, config: dict[str, Any]) -> RunFacts:
     lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
     # A line that a crash cut short is never of an evaluation that had finished.
     entries = [json.loads(line) for line in lines if line.endswith("}")]
+    # What was evaluated after this step is of other weights.
     done = [entry for entry in entries if entry["event"] == "eval" and entry["step"] <= step]
     return RunFacts(
         name=folder.resolve().name,

@@ -49,6 +49,8 @@ class Planned(NamedTuple):
 
 def load_planned(path: str, overrides: list[str]) -> Planned:
     """`load_config` with every path replaced by one that exists; all other problems stand."""
+    # A plan is made where neither data nor weights are; so paths are replaced by what exists, and
+    # the one check of the configuration serves both.
     values = read_tree(path, overrides).values
     data, model, train = (
         section if isinstance(section := values.get(name), dict) else {}
@@ -59,6 +61,7 @@ def load_planned(path: str, overrides: list[str]) -> Planned:
     for task in ("segmentation", "language", "eval_segmentation", "eval_language"):
         entries = [{"path": "."}] if data.get(task) == UNSET else data.get(task)
         written = [x for x in entries if isinstance(x, dict)] if isinstance(entries, list) else []
+        # Anything else is a mistake, which the check is left to find.
         if written and all(isinstance(x.get("path"), str) for x in written):
             paths = [x["path"] for x in written]
             sources[task] = [path for path in paths if (Path(path) / "manifest.json").is_file()]
@@ -89,6 +92,7 @@ class PlanOptions(NamedTuple):
 def print_plan(planned: Planned, options: PlanOptions) -> bool:
     """Print what the run needs, the verdict first; whether it fits."""
     train = planned.config.train
+    # The paper's four, but a small batch may not divide over so many.
     most = max(1, train.global_batch // train.micro_batch)
     zero = read_zero_settings(
         resolve_deepspeed(train.deepspeed),
@@ -111,6 +115,7 @@ def plan_run(planned: Planned, zero: ZeroSettings, options: PlanOptions) -> Plan
     config, train = planned.config, planned.config.train
     mllm = planned.mllm if train.stage == "joint" else None
     opener = open_mllm if mllm is None else weightless(mllm_config(mllm))
+    # The run's own builder, so that a plan follows the code.
     with torch.device("meta"):
         network = build_network(config, opener)
         step = build_step(config, network)
@@ -121,6 +126,7 @@ def plan_run(planned: Planned, zero: ZeroSettings, options: PlanOptions) -> Plan
         num_questions=config.data.ratio[1] * share,
         prompt_tokens=options.prompt_tokens,
         answer_tokens=options.answer_tokens,
+        # A row is as wide as the widest prompt of its micro-batch; a box is two points.
         num_points=3 if prompts.point_and_box else 2 if prompts.box else 1,
     )
     return make_plan(
@@ -168,10 +174,13 @@ def _changes(config: Config, zero: ZeroSettings) -> Iterator[tuple[str, Config, 
     if not config.model.activation_checkpointing:
         config = replace(config, model=replace(config.model, activation_checkpointing=True))
         yield "model.activation_checkpointing=true", config, zero
+    # Alone there is nothing to share out.
     while zero.stage < 3 and zero.world_size > 1:
         stage = zero.stage + 1
         zero = zero._replace(stage=stage, num_buckets=1 if stage == 3 else zero.num_buckets)
         yield f'"stage": {stage} in {config.train.deepspeed}', config, zero
+    # Steps of the smallest micro-batch that keeps the ratio, and divisors of what a rank has to do:
+    # the batch that learns stays the same.
     least, rows = sum(config.data.ratio), config.train.global_batch // zero.world_size
     for micro in range(config.train.micro_batch - least, 0, -least):
         if rows % micro == 0:
@@ -185,6 +194,7 @@ def passes(planned: Planned) -> dict[str, float]:
     config, found = planned.config, {}
     for part, task in enumerate(("segmentation", "language")):
         folders = planned.sources.get(task, [])
+        # With a folder missing, passes over the rest would be told as passes over all.
         if folders and len(folders) == len(getattr(config.data, task)):
             units = sum(len(getattr(Records(folder), f"{task}_units")) for folder in folders)
             share = config.data.ratio[part] / sum(config.data.ratio)

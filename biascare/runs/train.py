@@ -40,23 +40,26 @@ def run(config: Config) -> None:
     train = config.train
     folder = Path(train.output_dir)
     init_process_group()
+    # Cheap refusals first: a wrong batch, then the data, then minutes of loading weights.
     deepspeed_config = deepspeed_settings(config)
     segmentation, language, mixture = open_training(config)
     groups = prevalence(config, segmentation)
     chat = build_chat(config)
     stream = build_stream(config, segmentation, language, mixture, chat, groups)
-    log = RunLog(folder)
+    log = RunLog(folder)  # says, but writes nothing yet
     engine = build_engine(config, build_network(config), deepspeed_config, log.say)
     evaluator = Evaluator(config, engine, chat, groups, log)
     store = CheckpointStore(folder / "checkpoints", train.keep_checkpoints)
     fingerprint = provenance(config, segmentation + language, deepspeed_config)
     start_step = resume(train.resume, store, engine, fingerprint, log)
+    # After resume: the stream begins where the checkpoint ended.
     loader = build_loader(config, stream, start_step)
 
     # From here on the folder is this run's.
     if train.resume == "never":
         from_rank_zero(store.set_aside)
     from_rank_zero(lambda: save_run_files(config, groups, segmentation, language))
+    # A run that was killed between its last checkpoint and its export is finished here.
     finished = start_step >= train.max_steps
     log.open(start_step, tensorboard=train.tensorboard, evaluates_again=finished)
     if finished or (config.eval.at_start and start_step == 0):
@@ -74,6 +77,7 @@ def run(config: Config) -> None:
                 summed=config.objective.reduction == "sum",
             ),
             LedgerHook(folder, config.data.max_bad_samples),
+            # Before the checkpoint of its step: killed between the two, both come again.
             EvalHook(evaluator, train.eval_every, train.max_steps),
             CheckpointHook(store, engine, train.save_every, train.max_steps, fingerprint),
         ],
