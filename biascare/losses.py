@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from biascare.choices import unknown
 from biascare.interfaces import IGNORE_INDEX
-from biascare.uncertainty import _mean_query, _unit, joint_uncertainty, semantic_uncertainty
+from biascare.uncertainty import joint_uncertainty, mean_query, semantic_uncertainty, unit_vectors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -166,7 +166,7 @@ def alignment_loss(
         return torch.zeros((), device=image_vector.device)
     # Before any cosine: a NaN in a row without a mask would reach the others through the gradient.
     image_vector = torch.where(valid[:, None], image_vector.float(), 0.0)
-    text_vector = torch.where(valid[:, None], _mean_query(text_vector), 0.0)
+    text_vector = torch.where(valid[:, None], mean_query(text_vector), 0.0)
     if kind == "cosine":
         return _reduce(semantic_uncertainty(image_vector, text_vector), valid, "mean")
     # Two livers in two images are no negatives: pushed apart, they would unlearn what liver means.
@@ -174,7 +174,7 @@ def alignment_loss(
     compared = own | ((group[:, None] != group[None, :]) & valid[:, None] & valid[None, :])
     # Autocast would take the product in bf16, and a small temperature magnifies its error.
     with torch.autocast(image_vector.device.type, enabled=False):
-        similarity = _unit(image_vector) @ _unit(text_vector).T / temperature
+        similarity = unit_vectors(image_vector) @ unit_vectors(text_vector).T / temperature
     similarity = similarity.masked_fill(~compared, float("-inf"))
     # Symmetric: the text must find its region, and the region its text.
     both = similarity.logsumexp(dim=1) + similarity.logsumexp(dim=0)

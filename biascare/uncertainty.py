@@ -97,7 +97,7 @@ def semantic_uncertainty(image_vector: Tensor, text_vector: Tensor) -> Tensor:
     Returns:
         `[R]` fp32 in [0, 2]; 1 where a vector is zero.
     """
-    cosine = (_unit(image_vector) * _unit(_mean_query(text_vector))).sum(dim=-1)
+    cosine = (unit_vectors(image_vector) * unit_vectors(mean_query(text_vector))).sum(dim=-1)
     # Rounding can leave a cosine a little outside, and u_vl is promised to lie in [0, 2].
     return 1 - cosine.clamp(-1, 1)
 
@@ -110,7 +110,7 @@ def joint_uncertainty(semantic: Tensor, dice: Tensor, beta_vl: float) -> Tensor:
     return beta_vl * semantic.float() + dice.float()
 
 
-def _unit(vector: Tensor) -> Tensor:
+def unit_vectors(vector: Tensor) -> Tensor:
     """Unit vectors along the last axis, fp32; a zero vector stays zero with zero gradient."""
     vector = vector.float()
     norm = vector.norm(dim=-1, keepdim=True)
@@ -119,7 +119,7 @@ def _unit(vector: Tensor) -> Tensor:
     return torch.where(usable, vector / torch.where(usable, norm, 1.0), 0.0)
 
 
-def _mean_query(text_vector: Tensor) -> Tensor:
+def mean_query(text_vector: Tensor) -> Tensor:
     """`[R, Q, C]` or `[R, C]` -> `[R, C]` fp32."""
     text_vector = text_vector.float()
     return text_vector.mean(dim=1) if text_vector.ndim == 3 else text_vector
