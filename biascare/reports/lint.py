@@ -43,6 +43,7 @@ def overlay_of(records: Records, index: int, note: str = "") -> Overlay:
 
 def readable(records: Records, index: int, note: str = "") -> list[Overlay]:
     """The overlay, or nothing where the row is damaged: the findings say so."""
+    # A sheet must come out of damaged data most of all.
     try:
         return [overlay_of(records, index, note)]
     except ValueError:
@@ -65,20 +66,17 @@ def orientation_overlays(report: Report) -> list[Overlay]:
     return overlays
 
 
-def near_overlays(report: Report) -> list[Overlay]:
-    overlays = []
-    for number, pair in enumerate(report.near, start=1):
-        for folder, row in pair:
-            overlays += readable(report.records[folder], row, f"pair {number}")
-    return overlays
-
-
 def write_sheets(report: Report, folder: Path) -> list[Path]:
+    near = []
+    for number, pair in enumerate(report.near, start=1):
+        for index, row in pair:
+            near += readable(report.records[index], row, f"pair {number}")
     written = []
     for name, overlays, title in (
         ("orientation", orientation_overlays(report), "Is every image upright, every side right?"),
-        ("near", near_overlays(report), "Nearly equal images in several splits or sources"),
+        ("near", near, "Nearly equal images in several splits or sources"),
     ):
+        # A shorter report would leave the last sheets of the one before beside its own.
         for old in folder.glob(f"{name}_*.png"):
             old.unlink()
         for start in range(0, len(overlays), IMAGES_PER_SHEET):
@@ -104,23 +102,21 @@ def as_json(report: Report) -> dict[str, Any]:
 def print_report(report: Report) -> None:
     console = Console(highlight=False)
     if report.folders:
-        console.print(_folder_table(report))
+        folders = Table(title="Folders", caption=_FOLDER_CAPTION)
+        for name in _FOLDER_COLUMNS:
+            # Folded, not cut: the end of a path is what tells two folders apart.
+            left = name == "folder"
+            folders.add_column(name, justify="left" if left else "right", overflow="fold")
+        for cells in _folder_rows(report):
+            folders.add_row(*cells)
+        console.print(folders)
     styles = {"error": "bold red", "warning": "yellow", "allowed": "dim"}
     for finding in report.findings:
         head = f"[{styles[finding.level]}]{finding.level}[/] [bold]{finding.code}[/]"
+        # Escaped: a folder or a question in square brackets is no style.
         console.print(f"{head} {finding.num:,} in {escape(finding.where)}: {finding.message}")
         for example in finding.examples:
             console.print(f"    [dim]{escape(example[:200])}[/]")
-
-
-def _folder_table(report: Report) -> Table:
-    table = Table(title="Folders", caption=_FOLDER_CAPTION)
-    for name in _FOLDER_COLUMNS:
-        left = name == "folder"
-        table.add_column(name, justify="left" if left else "right", overflow="fold")
-    for cells in _folder_rows(report):
-        table.add_row(*cells)
-    return table
 
 
 _FOLDER_COLUMNS = ("folder", "images", "masks", "small", "small then", "point", "thin")
@@ -178,15 +174,13 @@ def _area_table(report: Report) -> str:
     for f in report.folders:
         for kind, areas in (("native", f.native_areas), ("training", f.training_areas)):
             if areas:
-                bins = "; ".join(f"{_bin(area)}: {count:,}" for area, count in areas.items())
+                # A bin is named by its lower bound, 0 or a power of two.
+                names = (str(n) if n < 2 else f"{n:,} to {2 * n - 1:,}" for n in areas)
+                counts = zip(names, areas.values(), strict=True)
+                bins = "; ".join(f"{name}: {count:,}" for name, count in counts)
                 rows.append([f.where, kind, bins])
     text = (
         "Number of masks by area. Native: in pixels of the image as stored; training: after "
         "resizing. A bin goes from a power of two to just below the next."
     )
     return paragraph(text) + table(("folder", "size", "pixels: masks"), rows)
-
-
-def _bin(area: int) -> str:
-    """The bin whose lower bound is `area`, 0 or a power of two."""
-    return str(area) if area < 2 else f"{area:,} to {2 * area - 1:,}"

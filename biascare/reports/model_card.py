@@ -44,7 +44,11 @@ def model_card(run: RunFacts, folder: Path) -> str:
         "## Origin",
         _table(("what", "value"), _origin(run, merged)),
         "## Training data",
-        _table(_DATA_COLUMNS, _data(run)),
+        # The content hash identifies the data exactly, whatever a folder is called elsewhere.
+        _table(
+            _DATA_COLUMNS,
+            (tuple(source[c] for c in _DATA_COLUMNS) for source in run.about.get("data", [])),
+        ),
         "## Results on held-out records",
         *_results(run.evaluation),
         "## Intended use and limits",
@@ -80,6 +84,7 @@ def _front_matter(run: RunFacts) -> str:
 
 def _usage(folder: Path) -> Iterator[str]:
     """How to open an export, whose files are in `folder`; a plain model's pixels come first."""
+    # The card is written while the folder is still a partial one, and read when it is whole.
     name = folder.name.removesuffix(PARTIAL)
     size = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vision"]["image_size"]
     merged = (folder / MERGED_FOLDER).is_dir()
@@ -119,6 +124,7 @@ tokens = model.generate(**inputs, max_new_tokens=32)
 
 def _origin(run: RunFacts, merged: bool) -> Iterator[tuple[Any, ...]]:
     model, train = run.config["model"], run.config["train"]
+    # Switched on by default, but the vision stage has neither.
     absent = () if train["stage"] == "joint" else ("lora", "query_attention")
     trained = [part for part, on in train["trainable"].items() if on and part not in absent]
     yield "stage", train["stage"]
@@ -134,12 +140,6 @@ def _origin(run: RunFacts, merged: bool) -> Iterator[tuple[Any, ...]]:
 
 
 _DATA_COLUMNS = ("task", "source", "split", "version", "images", "weight", "licence", "content")
-
-
-def _data(run: RunFacts) -> Iterator[tuple[Any, ...]]:
-    """One row per record folder; its content hash identifies the data exactly."""
-    for source in run.about.get("data", []):
-        yield tuple(source[column] for column in _DATA_COLUMNS)
 
 
 def _results(evaluation: dict[str, Any] | None) -> Iterator[str]:
@@ -175,6 +175,7 @@ def _limits(run: RunFacts) -> Iterator[str]:
     masks = (run.evaluation or {}).get("segmentation", {})
     targets = masks.get("dice", {}).get("by_target", {})
     weakest = sorted(targets.items(), key=lambda item: item[1]["mean"])[:NUM_WEAKEST]
+    # By name: whoever uses the model should meet them here and not in a patient.
     if weakest:
         named = ", ".join(f"{name} {c['mean']:.2f} (n = {c['num']})" for name, c in weakest)
         yield f"Weakest targets by Dice on the held-out records: {named}."

@@ -24,6 +24,7 @@ STYLE = (
 
 def page(title: str, parts: Iterable[str]) -> str:
     """A whole document. `parts` are HTML; the title is text."""
+    # One file without script or font from elsewhere: it is mailed and opened behind firewalls.
     return (
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title>"
         f"<style>{STYLE}</style><main><h1>{html.escape(title)}</h1>{''.join(parts)}</main></html>\n"
@@ -50,5 +51,6 @@ def table(columns: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
 
 def picture(path: str | Path, alt: str) -> str:
     """A PNG inside the page."""
+    # Inside the page: a file beside it would be lost when the page is passed on.
     data = base64.b64encode(Path(path).read_bytes()).decode()
     return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'

@@ -46,7 +46,12 @@ def show_samples(
     for position in positions:
         sample = stream[position]
         found = overlays_of(stream, position, sample)
-        overlays += found or [question_overlay(position, sample, seen[-1])]
+        if not found:
+            about = sample.facts[0]
+            head = f"position {position}  {about.source}  {about.modality}\n{about.kind} question"
+            # The image that the sample has just handed to the processor.
+            found = [Overlay(title=head, image=seen[-1])]
+        overlays += found
         print_sample(console, position, sample, chat)
     Path(picture).parent.mkdir(parents=True, exist_ok=True)
     overlay_sheet(overlays, picture, title=title)
@@ -99,15 +104,9 @@ def watch_images(chat: ChatBuilder) -> list[np.ndarray]:
         seen.append(image)
         return process(image)
 
+    # On this object alone: the stream's own code runs unchanged, so the picture is what it made.
     vars(chat)["image_inputs"] = image_inputs
     return seen
-
-
-def question_overlay(position: int, sample: Sample, image: np.ndarray) -> Overlay:
-
-    facts = sample.facts[0]
-    title = f"position {position}  {facts.source}  {facts.modality}\n{facts.kind} question"
-    return Overlay(title=title, image=image)
 
 
 # ---------------------------------------------------------------- conversations
@@ -142,6 +141,7 @@ def print_sample(console: Any, position: int, sample: Sample, chat: ChatBuilder 
         attributes = {"sex": facts.sex, "age": facts.age, "race": facts.race}
         known = [f"{name} {value}" for name, value in attributes.items() if value is not None]
         console.rule(", ".join([*about, *known]), align="left", style="dim")
+        # Once per sample, not once per target.
         for reason in sample.replaced if number == 0 else ():
             console.print(f"replaces an unreadable sample: {reason}", style="red", markup=False)
         if chat is not None:

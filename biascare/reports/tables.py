@@ -18,6 +18,7 @@ def evaluation_table(summary: Mapping[str, Any], title: str) -> Table:
         scores = segmentation[metric]
         table.add_row(metric, "all masks", str(segmentation["num_masks"]), _f(scores["mean"]), "")
         table.add_row("", "mean over targets", "", _f(scores["mean_over_targets"]), "")
+        # Groups of the first prediction alone: those of every correction would bury the rest.
         if metric == "dice":
             for axis in ("by_prevalence", "by_modality"):
                 for name, cell in scores[axis].items():
@@ -26,6 +27,7 @@ def evaluation_table(summary: Mapping[str, Any], title: str) -> Table:
         if name in segmentation:
             cell = segmentation[name]
             auroc = cell["failure_auroc"]
+            # None without both failed and good masks: 0.5 would read as a measured chance level.
             score = "-" if auroc is None else _f(auroc)
             table.add_row(f"{name} uncertainty", "AUROC of failures", "", score, "0.500 by chance")
     for kind, cell in summary.get("answers", {}).items():

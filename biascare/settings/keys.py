@@ -14,6 +14,7 @@ def _key(help: str, default: Any = ..., *, default_factory: Any = None, **bounds
     metadata = {"help": help, "bounds": bounds}
     if default_factory is not None:
         return field(default_factory=default_factory, metadata=metadata)
+    # Not None: that is a default which some keys have.
     if default is ...:
         return field(metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -44,6 +45,7 @@ class PromptMixConfig(_Section):
     point: float = _key("one click inside the target", 0.5, ge=0)
     box: float = _key("a jittered box", 0.2, ge=0)
     point_and_box: float = _key("a click and a box", 0.1, ge=0)
+    # Some rows must be found by their text alone, or the decoder learns to wait for a click.
     text: float = _key("no visual prompt, the instruction alone (joint stage only)", 0.2, ge=0)
 
 
@@ -53,6 +55,7 @@ class DataConfig(_Section):
     language: tuple[SourceConfig, ...] = _key("record folders with questions or reports", ())
     eval_segmentation: tuple[SourceConfig, ...] = _key("held-out folders with masks", ())
     eval_language: tuple[SourceConfig, ...] = _key("held-out folders with questions", ())
+    # The paper's 1 : 1, in every micro-batch: under ZeRO-3 all ranks must make the same calls.
     ratio: tuple[int, int] = _key(
         "segmentation : language items in every micro-batch", (1, 1), ge=0
     )
@@ -64,6 +67,7 @@ class DataConfig(_Section):
         "visual prompts of a training row", default_factory=PromptMixConfig
     )
     augment: bool = _key("random crop, flip and intensity", True)
+    # Safe by default: a mirrored CT has its liver on the left, and no error tells.
     flip: Literal["safe", "names", "never"] = _key(
         "what may be mirrored. safe: only kinds of images without a left and right of their own "
         "(dermoscopy, microscopy, pathology, endoscopy of hollow organs); names: all whose texts "
@@ -75,6 +79,7 @@ class DataConfig(_Section):
         "the LLM reads a micro-batch as one row without padding; same losses, less time", True
     )
     num_workers: int = _key("loader processes per rank; 0 loads in the training process", 2, ge=0)
+    # A few damaged files must not end weeks of training; more are a disk or a path gone wrong.
     max_bad_samples: float = _key(
         "abort when more than this share of samples is unreadable", 0.001, ge=0, le=1
     )
@@ -93,12 +98,14 @@ class ModelConfig(_Section):
         "SAM, MedSAM, IMIS-Net or LiteMedSAM; unset: random",
         None,
     )
+    # The paper's; both pathways see the same square, so a click means the same place in both.
     image_size: int = _key("pixels, both pathways", 256, ge=32)
     num_queries: int = _key("pooled query tokens (Eq. 1)", 1, ge=1)
     query_heads: int = _key("heads of the cross-modal query attention", 8, ge=1)
     lora_rank: int = _key("rank of the LoRA adapter", 8, ge=1)
     lora_alpha: int = _key("scale of the LoRA adapter", 16, ge=1)
     lora_dropout: float = _key("dropout before the LoRA adapter", 0.01, ge=0, le=1)
+    # sdpa comes with torch; flash-attn has to be installed.
     attention: Literal["sdpa", "eager", "flash_attention_2"] = _key(
         "attention kernel of the LLM", "sdpa"
     )
@@ -107,15 +114,18 @@ class ModelConfig(_Section):
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig(_Section):
+    # What the paper proposes is on; an ablation switches it off.
     uncertainty_weighting: bool = _key("weight each row's Dice by exp(lambda_u * u) (Eq. 7)", True)
     beta_vl: float = _key("share of semantic uncertainty in Eq. 6", 0.5, ge=0)
     lambda_u: float = _key("temperature of Eq. 7", 1.0, ge=0)
     weight_gradient: Literal["detach", "full"] = _key(
         "whether gradients flow through the weight", "detach"
     )
+    # A sum, as in the paper, grows with the rows of a micro-batch; the log shows a mean too.
     reduction: Literal["sum", "mean"] = _key(
         "sum is Eq. 9-10; mean divides by the valid rows", "sum"
     )
+    # Chosen on real images, where it ranks failures better than chance: docs/EXPERIMENTS.md.
     alignment: Literal["none", "cosine", "contrastive"] = _key(
         "term that makes the mask and text vectors of Eq. 4 comparable", "contrastive"
     )
@@ -132,11 +142,13 @@ class HITLConfig(_Section):
     policy: Literal["uniform", "center"] = _key(
         "where in the error region the click falls", "uniform"
     )
+    # Inference asks for the same, so it travels in the export.
     mask_prompt: bool = _key("feed the previous low-resolution logits back", True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig(_Section):
+    # This and the next are the paper's, confirmed by its authors' command line.
     lr: float = _key("vision pathway and query attention", 1e-5, gt=0)
     mllm_lr: float = _key("MLLM pathway", 5e-6, gt=0)
     betas: tuple[float, float] = _key("AdamW moments", (0.9, 0.98), ge=0, lt=1)
@@ -154,6 +166,7 @@ class TrainableConfig(_Section):
     mask_decoder: bool = _key("mask decoder", True)
     query_attention: bool = _key("cross-modal query attention", True)
     mllm_vision_tower: bool = _key("the LLM's own vision tower", False)
+    # Off, as in the paper's recipe: 1.09 billion parameters of a 7B model would need Adam's states.
     embeddings: bool = _key("token embeddings and language head", False)
 
 
@@ -165,8 +178,10 @@ class TrainConfig(_Section):
     max_steps: int = _key("optimizer steps", ge=1)
     output_dir: str = _key("folder of checkpoints, metrics and the export")
     seed: int = _key("of the stream, the prompts, the clicks and the initialisation", 0, ge=0)
+    # The paper's 4 GPUs x 4 x 2; fixed, so that a run is the same on another number of GPUs.
     global_batch: int = _key("items per optimizer step over all ranks", 32, ge=1)
     micro_batch: int = _key("items per rank and forward", 4, ge=1)
+    # auto: the command that started a run continues it after a crash, without a second thought.
     resume: str = _key(
         "auto: newest checkpoint that verifies; never; or a checkpoint folder", "auto"
     )
@@ -180,6 +195,7 @@ class TrainConfig(_Section):
     eval_every: int = _key("steps between evaluations; 0: only at the end", 1000, ge=0)
     save_every: int = _key("steps between checkpoints; 0: only at the end", 1000, ge=0)
     keep_checkpoints: int = _key("newest checkpoints kept", 2, ge=1)
+    # raise: a NaN is nearly always a mistake in the data or the settings, and skipping hides it.
     nonfinite: Literal["raise", "skip"] = _key("what a non-finite loss or gradient does", "raise")
     max_skipped_steps: int = _key("with nonfinite=skip: abort after this many", 10, ge=1)
     tensorboard: bool = _key("write TensorBoard event files", True)
@@ -187,6 +203,7 @@ class TrainConfig(_Section):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(_Section):
+    # Without it nobody can say what training changed.
     at_start: bool = _key("evaluate before the first step too", True)
     max_images: int = _key("held-out images per evaluation; 0: all", 0, ge=0)
     max_questions: int = _key("held-out questions per evaluation; 0: all", 0, ge=0)
