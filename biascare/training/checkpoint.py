@@ -137,7 +137,9 @@ class CheckpointStore:
     def _all(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
         # What a crash left aside as replaced counts too: it may be the only whole one of its step.
-        return sorted(path for path in self.folder.glob("step_*") if path.suffix != PARTIAL)
+        # Where its successor is there, that one is newer.
+        whole = (path for path in self.folder.glob("step_*") if path.suffix != PARTIAL)
+        return sorted(whole, key=lambda path: (path.stem, path.suffix == ""))
 
     def newest(self) -> Path | None:
         """Newest checkpoint that verifies; None when there is none at all.

@@ -16,6 +16,7 @@ from unittest import mock
 import pytest
 import torch
 
+from biascare.durable import REPLACED
 from biascare.training import checkpoint
 from biascare.training.checkpoint import TAG, CheckpointStore, SafeCheckpointEngine, verify
 from tests.training.training_runs import Job, World, equal
@@ -203,6 +204,15 @@ def test_damage_is_found_and_the_fall_back_announced(
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
+def test_what_a_crash_left_aside_is_older_than_its_successor(store: CheckpointStore) -> None:
+    newer = save(store, 5)
+    aside = newer.with_name(newer.name + REPLACED)
+    shutil.copytree(newer, aside)
+    assert store.newest() == newer
+    shutil.rmtree(newer)
+    assert store.newest() == aside
+
+
 def test_a_run_never_starts_afresh_over_damaged_checkpoints(
     store: CheckpointStore, damage: Callable[[Path], None]
 ) -> None:
