@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -258,14 +258,18 @@ def test_options_must_be_a_choice(model: BiasCareVL, picture: Path) -> None:
     ],
 )
 def test_the_examples_run(
-    export: Path, picture: Path, tmp_path: Path, arguments: list[str], said: str
+    export: Path,
+    picture: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     script, *options = arguments
-    command = [sys.executable, ROOT / "examples" / script, export, picture, *options]
-    if script == "click.py":
-        command += ["--output", tmp_path / "mask.png"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert said in done.stdout
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [script, str(export), str(picture), *options])
+    runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
+    assert said in capsys.readouterr().out
     if script == "click.py":
         assert np.array(Image.open(tmp_path / "mask.png")).shape[:2] == (50, 90)

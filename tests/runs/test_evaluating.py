@@ -18,6 +18,7 @@ from biascare.evaluation.cases import read_cases
 from biascare.models.export_folder import TrainingFacts, save_network
 from biascare.records import Records
 from biascare.runs.evaluate import EvaluationRequest, evaluate_model, weights_hash
+from scripts import evaluate as program
 from tests.tiny import tiny_chat, tiny_model, tiny_record, tiny_record_folder, write_records
 from tests.training.training_runs import environment, free_port
 
@@ -139,28 +140,29 @@ def test_foreign_weights_are_evaluated_from_boxes(test_split: Path, tmp_path: Pa
     assert "dice_text" not in summary["segmentation"] and "answers" not in summary
 
 
-def test_the_program_goes_on_where_it_was_and_refuses_another_evaluation(
-    export: Path, test_split: Path, tmp_path: Path
+def test_the_program_says_what_it_wrote_and_refuses_another_evaluation(
+    export: Path,
+    test_split: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    command = [sys.executable, "scripts/evaluate.py", str(export), "--output", str(tmp_path)]
-    command += ["--segmentation", str(test_split), "--limit", "2"]
-
-    def run(*more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*command, *more], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-
-    first = run()
-    assert first.returncode == 0, first.stderr[-2000:]
-    assert "cases, metrics and a contact sheet are in" in first.stdout
+    monkeypatch.setattr("biascare.runs.process.prepare_process", lambda: None)
+    monkeypatch.setattr("biascare.runs.evaluate.contact_sheet", lambda *_: None)  # drawn above
+    command = ["evaluate.py", str(export), "--output", str(tmp_path), "--limit", "2"]
+    command += ["--segmentation", str(test_split)]
+    monkeypatch.setattr(sys, "argv", command)
+    program.main()
+    assert "cases, metrics and a contact sheet are in" in capsys.readouterr().out
     before = (tmp_path / "cases.jsonl").read_bytes()
-    other = run("--corrections", "2")
-    assert other.returncode == 1
-    assert "holds another evaluation, which differs in settings" in other.stderr
+    monkeypatch.setattr(sys, "argv", [*command, "--corrections", "2"])
+    with pytest.raises(SystemExit, match="another evaluation, which differs in settings"):
+        program.main()
     assert (tmp_path / "cases.jsonl").read_bytes() == before
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_ranks_write_the_cases_of_one(export: Path, test_split: Path, tmp_path: Path) -> None:
     """Under DeepSpeed's launcher, through the program."""
     launcher = Path(sys.executable).with_name("deepspeed")

@@ -203,7 +203,6 @@ def test_damage_is_found_and_the_fall_back_announced(
         store.load(Engine(), newest, FINGERPRINT)
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
 def test_what_a_crash_left_aside_is_older_than_its_successor(store: CheckpointStore) -> None:
     newer = save(store, 5)
     aside = newer.with_name(newer.name + REPLACED)
@@ -213,6 +212,7 @@ def test_what_a_crash_left_aside_is_older_than_its_successor(store: CheckpointSt
     assert store.newest() == aside
 
 
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_run_never_starts_afresh_over_damaged_checkpoints(
     store: CheckpointStore, damage: Callable[[Path], None]
 ) -> None:
