@@ -20,6 +20,8 @@ import os
 import sys
 from pathlib import Path
 
+from biascare.settings.keys import ModelConfig
+
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -28,7 +30,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("model", help="exported folder, or (with --vision) foreign vision weights")
     add("--vision", help="architecture of foreign weights; the folder knows its own")
-    add("--image-size", type=int, default=256, help="of foreign weights; pixels")
+    size = ModelConfig().image_size
+    add("--image-size", type=int, default=size, help="of foreign weights; pixels (%(default)s)")
     add("--segmentation", nargs="*", default=[], help="record folders with masks")
     add("--language", nargs="*", default=[], help="record folders with questions")
     add("--output", required=True, type=Path, help="folder to write to")
