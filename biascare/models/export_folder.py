@@ -24,6 +24,7 @@ from biascare.models.language.merge import FOLDED, fold_adapter, save_plain
 from biascare.models.language.pathway import LoraSettings, MLLMOpener, MLLMPathway, open_mllm
 from biascare.models.network import DualPathNetwork
 from biascare.models.query_attention import CrossModalQueryAttention
+from biascare.models.vision.decoder import Multimask
 from biascare.models.vision.pathway import VisionPathway
 from biascare.models.weights.files import SUFFIXES
 from biascare.models.weights.report import LoadReport
@@ -72,7 +73,7 @@ def save_network(
             "and holds its weights itself"
         )
     if not merge and network.mllm is not None and network.mllm.path == FOLDED:
-        raise ValueError("this model's adapter is folded into its base; save with merge=True")
+        raise ValueError("this model's base weights lie in no folder; save with merge=True")
     # Both are refused before a file is written: half an export looks like one.
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,6 +87,7 @@ def save_network(
         "vision": {
             "architecture": network.vision.architecture,
             "image_size": network.vision.image_size,
+            "multimask": network.vision.multimask,
         },
     }
     if network.mllm is not None and network.query_attention is not None:
@@ -173,6 +175,8 @@ def read_export_config(folder: Path) -> dict[str, Any]:
             f"{path} is an export of format {version!r}, expected {FORMAT_VERSION}; write it again "
             "from its run: python scripts/export.py RUN --output FOLDER"
         )
+    # Exports that do not say so were trained before there were candidates: with mask 0 alone.
+    found["vision"].setdefault("multimask", "never")
     return found
 
 
@@ -214,6 +218,7 @@ def build_network(
     vision: str,
     image_size: int,
     vision_weights: str | None = None,
+    multimask: Multimask | None = None,
     mllm: str | None = None,
     lora: LoraSettings | None = None,
     num_queries: int = 1,
@@ -226,7 +231,7 @@ def build_network(
     """A model to train: pathways with their initial weights, joined if there is an MLLM.
 
     Without `lora` the language model has no adapter."""
-    pathway = VisionPathway(vision, image_size, activation_checkpointing)
+    pathway = VisionPathway(vision, image_size, activation_checkpointing, multimask)
     # Without text some of the decoder is never read, and must not count as trainable.
     pathway.reads_text = mllm is not None
     if vision_weights is not None:
@@ -265,12 +270,14 @@ def load_vision_weights(pathway: VisionPathway, path: Path) -> LoadReport:
     if foreign:
         return load_vision_checkpoint(pathway, path)
     config = read_export_config(path)["vision"]
-    wanted = {"architecture": pathway.architecture, "image_size": pathway.image_size}
-    # Position embeddings are of one size; resized in silence, they would start another model.
+    wanted = {name: getattr(pathway, name) for name in config}
+    # Position embeddings are of one size, and each mask head was trained or was not; changed in
+    # silence, they would start another model.
     if config != wanted:
         raise ValueError(
-            f"model.vision_weights {path} holds {config}, but this run builds {wanted}; "
-            "set model.vision and model.image_size to what the weights were trained with"
+            f"model.vision_weights {path} holds {config}, but this run builds {wanted}; set "
+            "model.vision, model.image_size and model.multimask to what the weights were trained "
+            "with"
         )
     _load_part(pathway, path / VISION_FILE)
     return LoadReport(

@@ -149,6 +149,7 @@ def build_network(config: Config, opener: MLLMOpener = open_mllm) -> DualPathNet
         vision=model.vision,
         image_size=model.image_size,
         vision_weights=model.vision_weights,
+        multimask=model.multimask,
         mllm=model.mllm if config.train.stage == "joint" else None,
         lora=lora_settings(model),
         num_queries=model.num_queries,

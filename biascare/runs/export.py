@@ -206,11 +206,20 @@ def export_released(
     )
     report = str(load_released(network, source))
     print(report)
+    processor = load_processor(mllm)
+    assert network.mllm is not None
+    rows = network.mllm.base.config.get_text_config().vocab_size
+    # A token without a row would end some later question with an index error.
+    if len(processor.tokenizer) > rows:
+        raise ValueError(
+            f"{source} has {rows} rows of token embeddings, but the tokenizer of {mllm} has "
+            f"{len(processor.tokenizer)} tokens; name the base it was trained on with --mllm"
+        )
     write_export(
         output,
         lambda new: save_network(network, new, merge=True, max_shard_size=max_shard_size),
         partial(released_card, source, report),
-        load_processor(mllm),
+        processor,
     )
 
 

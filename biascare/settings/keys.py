@@ -90,12 +90,18 @@ class ModelConfig(_Section):
     mllm: str | None = _key(
         "HF folder or Hub id of the image-text model; unset in the vision stage", None
     )
-    vision: Literal["imis_b", "sam_vit_b", "sam_vit_l", "sam_vit_h", "litemedsam", "tiny"] = _key(
-        "architecture of the vision pathway", "imis_b"
-    )
+    vision: Literal[
+        "imis_b", "sam_vit_b", "sam_vit_l", "sam_vit_h", "medsam", "litemedsam", "tiny"
+    ] = _key("architecture of the vision pathway", "imis_b")
     vision_weights: str | None = _key(
         "to start from: stage 1's export, or stage 2's with its query attention; or a file of "
         "SAM, MedSAM, IMIS-Net or LiteMedSAM; unset: random",
+        None,
+    )
+    # A head that the weights' own training never reached gives masks of chance.
+    multimask: Literal["never", "ambiguous", "always"] | None = _key(
+        "take the best of three candidate masks, by predicted quality. ambiguous: where there is "
+        "at most one click, or a box alone; unset: as the weights of model.vision were trained",
         None,
     )
     # The paper's; both pathways see the same square, so a click means the same place in both.

@@ -381,7 +381,8 @@ def test_an_export_holds_what_was_trained_and_not_the_base_model(
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["mllm"] == {"path": str(tiny_mllm)}
-    assert config["vision"] == {"architecture": "tiny", "image_size": IMAGE_SIZE}
+    vision = {"architecture": "tiny", "image_size": IMAGE_SIZE, "multimask": "never"}
+    assert config["vision"] == vision
 
 
 def test_an_export_is_written_from_a_gathered_state_where_parameters_are_elsewhere(

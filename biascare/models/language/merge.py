@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from biascare.models.language.pathway import MLLMPathway
 
-FOLDED = "(adapter folded in)"
+FOLDED = "(changed since it was opened)"
 """The `path` of a pathway whose weights lie nowhere yet."""
 
 

@@ -34,6 +34,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from biascare.interfaces import Generated
 from biascare.models.language.packing import enable_packing, pack, unpack
+from biascare.models.weights.files import refuse_unusable
 from biascare.models.weights.llava import (
     is_original_llava,
     load_original_llava,
@@ -163,9 +164,11 @@ class MLLMPathway(nn.Module):
         super().__init__()
         self.model = model
         self.path = path
-        self.packing = True  # see `biascare.models.language.packing`; generation is always padded
-        enable_packing(self.base.model.language_model)
         self.report = report
+        # Of a family that nobody has checked here, an `opener` of the user's can bring one.
+        self._packing = self.base.config.model_type in MLLM_FAMILIES
+        if self._packing:
+            enable_packing(self.base.model.language_model)
 
     @classmethod
     def load(
@@ -184,12 +187,16 @@ class MLLMPathway(nn.Module):
         Everything but the adapter is frozen. A checkpoint in LLaVA's original layout is converted
         on the way. `opener` opens the base model.
 
-        Raises ValueError when `path` cannot be opened, is not of `MLLM_FAMILIES`, or when the
-        attention kernel is not installed.
+        Raises ValueError when `path` cannot be opened, is not of `MLLM_FAMILIES`, or holds numbers
+        that are not finite, or when the attention kernel is not installed.
         """
         base, report = opener(path, dtype, attention)
         if report is not None:
             LOGGER.info("model.mllm %s\n%s", path, report)
+        for name, weight in base.named_parameters():
+            # Neither of a plan, nor quantised, where the numbers are not the weights.
+            if not weight.is_meta and weight.is_floating_point():
+                refuse_unusable(name, weight, f"model.mllm {path}")
         # Before the adapter comes, which is what trains; `set_trainable` thaws what else shall.
         base.requires_grad_(False)
         model: nn.Module = base
@@ -216,6 +223,25 @@ class MLLMPathway(nn.Module):
             new = getattr(base, "activation_checkpointing_enable", None)
             (new or base.gradient_checkpointing_enable)({"use_reentrant": False})
         return cls(model, path, report)
+
+    @property
+    def packing(self) -> bool:
+        """Whether `hidden_states` reads a batch as one row; see `biascare.models.language.packing`.
+        Generation is always padded."""
+        return self._packing
+
+    @packing.setter
+    def packing(self, on: bool) -> None:
+        family = self.base.config.model_type
+        # In Gemma 3 the tokens of an image attend to each other both ways: packed, its hidden
+        # states are others, and no error would tell.
+        if on and family not in MLLM_FAMILIES:
+            raise ValueError(
+                f"data.pack_sequences: got true, but attention of {family!r} is not known to be "
+                f"causal over image tokens, as that of {' and '.join(MLLM_FAMILIES)} is; set it to "
+                "false"
+            )
+        self._packing = on
 
     @property
     def base(self) -> Any:

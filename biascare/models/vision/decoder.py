@@ -2,15 +2,17 @@
 
     sparse, token_mask, dense = prompt_encoder(prompts)
     low_res_logits, quality = mask_decoder(
-        image_embedding, row_image, image_pe, sparse, token_mask, dense
+        image_embedding, row_image, image_pe, sparse, token_mask, dense, ambiguous
     )
 
 Parameter names and numbers are segment_anything's; tokens that are padding are masked in every
-attention. The trade-off: of SAM's four masks per prompt only the first is computed, the one for
-prompts that leave no doubt.
+attention. Of SAM's four masks per prompt a row gets one: the quality head chooses among those that
+the row may take, before any is drawn. The trade-off: the other candidates are not to be had.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
@@ -20,6 +22,25 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from biascare.interfaces import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, POINT_PADDING, Prompts
 from biascare.models.buffers import Fp32Buffers
+
+Multimask = Literal["never", "ambiguous", "always"]
+"""When a row's mask is the best of SAM's masks 1 to 3: SAM itself asks for them where a prompt
+leaves open what is meant, and for mask 0 elsewhere."""
+
+MASK_HEADS: dict[Multimask, tuple[int, ...]] = {
+    "never": (0,),
+    "ambiguous": (0, 1, 2, 3),
+    "always": (1, 2, 3),
+}
+"""Of the four masks, those that a decoder ever takes."""
+
+
+def ambiguous_rows(prompts: Prompts) -> Tensor:
+    """[R] bool: rows with at most one click, or a box alone. The rule of segment_anything's own
+    ONNX export, which counts the corners of a box and one padding point where there is none."""
+    labels = prompts.point_labels
+    clicks = ((labels == 0) | (labels == 1)).sum(1)
+    return clicks + (labels == BOX_TOP_LEFT).any(1) <= 1
 
 
 class MaskedAttention(Attention):
@@ -169,8 +190,10 @@ class RowMaskDecoder(MaskDecoder):
         transformer: nn.Module,
         num_semantic_tokens: int = 0,
         text_branch: bool = False,
+        multimask: Multimask = "never",
     ):
         super().__init__(transformer_dim=transformer_dim, transformer=transformer)
+        self.multimask = multimask
         self.semantic_tokens = self.text_output = None
         if num_semantic_tokens:
             self.semantic_tokens = nn.Embedding(num_semantic_tokens, transformer_dim)
@@ -188,12 +211,14 @@ class RowMaskDecoder(MaskDecoder):
         sparse: Tensor,
         token_mask: Tensor,
         dense: Tensor,
+        ambiguous: Tensor,
         text: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`image_embedding` [S, C, h, w], `row_image` [R], `sparse` [R, N, C], `token_mask` [R, N].
 
-        `text` [R, C] is read by the text branch, if there is one. Returns low-resolution logits
-        [R, 4h, 4w] and the quality estimate [R].
+        `ambiguous` [R] bool (see `ambiguous_rows`) matters where `multimask` asks for it; `text`
+        [R, C] is read by the text branch, if there is one. Returns low-resolution logits
+        [R, 4h, 4w] and the quality estimate [R] of the same mask.
         """
         index = torch.arange(self.num_mask_tokens, device=sparse.device)
         # Embeddings are called and not read: ZeRO-3 gathers a parameter for its own module's call.
@@ -209,8 +234,23 @@ class RowMaskDecoder(MaskDecoder):
         source = image_embedding[row_image] + dense
         tokens, keys = self.transformer(source, image_pe, tokens, token_mask)
         upscaled = self.output_upscaling(keys.transpose(1, 2).reshape(source.shape))
-        kernel = self.output_hypernetworks_mlps[0](tokens[:, 1])
+        heads = MASK_HEADS[self.multimask]
+        kernels = [self.output_hypernetworks_mlps[i](tokens[:, 1 + i]) for i in heads]
+        quality = self.iou_prediction_head(tokens[:, 0])[:, heads[0] : heads[-1] + 1]
+        # Chosen by kernel: one mask per row is drawn, whatever the number of candidates.
+        chosen = self._best(quality, ambiguous)
+        rows = torch.arange(len(quality), device=quality.device)
+        kernel = torch.stack(kernels, 1)[rows, chosen]
         if self.text_output is not None and text is not None:
             kernel = kernel + self.text_output(text)  # the sum of two products with one map
         low_res_logits = torch.einsum("rc,rchw->rhw", kernel, upscaled)
-        return low_res_logits, self.iou_prediction_head(tokens[:, 0])[:, 0]
+        return low_res_logits, quality[rows, chosen]
+
+    def _best(self, quality: Tensor, ambiguous: Tensor) -> Tensor:
+        """[R] place in `MASK_HEADS` of the mask that each row takes; a choice has no gradient."""
+        quality = quality.detach().float()
+        if self.multimask == "ambiguous":
+            # Mask 0 where the prompts leave no doubt, one of the others where they do.
+            is_first = torch.arange(quality.shape[1], device=quality.device) == 0
+            quality = quality.masked_fill(is_first == ambiguous[:, None], float("-inf"))
+        return quality.argmax(1)

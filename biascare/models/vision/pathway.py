@@ -22,7 +22,14 @@ from torch.nn.functional import interpolate, pad
 
 from biascare.choices import unknown
 from biascare.interfaces import Prediction, Prompts
-from biascare.models.vision.decoder import MaskedTwoWayTransformer, RowMaskDecoder, RowPromptEncoder
+from biascare.models.vision.decoder import (
+    MASK_HEADS,
+    MaskedTwoWayTransformer,
+    Multimask,
+    RowMaskDecoder,
+    RowPromptEncoder,
+    ambiguous_rows,
+)
 from biascare.models.vision.encoder import ImageEncoder
 from biascare.models.vision.tiny_vit import TinyViT
 
@@ -47,12 +54,13 @@ class VisionArchitecture(NamedTuple):
     text_branch: bool = False  # the text also adds to the mask itself
     encoder: Literal["vit", "tiny_vit"] = "vit"  # heads and windows of a TinyViT are its own
     pixels: Literal["imagenet", "min_max"] = "imagenet"  # what the encoder was trained to see
+    multimask: Multimask = "never"  # which masks its decoder was trained to give
 
 
 VISION_ARCHITECTURES = {
-    "sam_vit_b": VisionArchitecture(768, 12, 12, (2, 5, 8, 11)),
-    "sam_vit_l": VisionArchitecture(1024, 24, 16, (5, 11, 17, 23)),
-    "sam_vit_h": VisionArchitecture(1280, 32, 16, (7, 15, 23, 31)),
+    "sam_vit_b": VisionArchitecture(768, 12, 12, (2, 5, 8, 11), multimask="ambiguous"),
+    "sam_vit_l": VisionArchitecture(1024, 24, 16, (5, 11, 17, 23), multimask="ambiguous"),
+    "sam_vit_h": VisionArchitecture(1280, 32, 16, (7, 15, 23, 31), multimask="ambiguous"),
     "imis_b": VisionArchitecture(
         768,
         12,
@@ -61,7 +69,9 @@ VISION_ARCHITECTURES = {
         prompt_dim=768,
         num_semantic_tokens=4,
         text_branch=True,
+        multimask="always",
     ),
+    "medsam": VisionArchitecture(768, 12, 12, (2, 5, 8, 11), pixels="min_max"),
     "litemedsam": VisionArchitecture(
         320, 12, 10, (), patch_size=4, encoder="tiny_vit", pixels="min_max"
     ),
@@ -113,8 +123,15 @@ def normalise(images: Tensor, pixels: Literal["imagenet", "min_max"]) -> Tensor:
 class VisionPathway(nn.Module):
     """Image encoder, prompt encoder and mask decoder of one architecture."""
 
-    def __init__(self, architecture: str, image_size: int, activation_checkpointing: bool = False):
-        """`architecture`: a name of `VISION_ARCHITECTURES`; `image_size`: pixels, square."""
+    def __init__(
+        self,
+        architecture: str,
+        image_size: int,
+        activation_checkpointing: bool = False,
+        multimask: Multimask | None = None,
+    ):
+        """`architecture`: a name of `VISION_ARCHITECTURES`; `image_size`: pixels, square;
+        `multimask`: None as the architecture's weights were trained."""
         super().__init__()
         if architecture not in VISION_ARCHITECTURES:
             raise ValueError(unknown("model.vision", architecture, VISION_ARCHITECTURES))
@@ -150,7 +167,12 @@ class VisionPathway(nn.Module):
             ),
             num_semantic_tokens=sizes.num_semantic_tokens,
             text_branch=sizes.text_branch,
+            multimask=multimask or sizes.multimask,
         )
+
+    @property
+    def multimask(self) -> Multimask:
+        return self.mask_decoder.multimask
 
     @property
     def dtype(self) -> torch.dtype:
@@ -190,6 +212,7 @@ class VisionPathway(nn.Module):
             sparse,
             token_mask,
             dense,
+            ambiguous_rows(prompts),
             text,
         )
         # fp32 before the interpolation: the sign near zero decides where a mask ends.
@@ -202,10 +225,11 @@ class VisionPathway(nn.Module):
         )
 
     def unused_parameters(self) -> list[nn.Parameter]:
-        """Heads of SAM's three alternative masks, kept for its checkpoints and never run here, and
-        the text branch of a pathway that is trained without text (`reads_text`)."""
+        """Heads of masks that `multimask` never takes, kept for SAM's checkpoints, and the text
+        branch of a pathway that is trained without text (`reads_text`)."""
         # Named so that they stay out of the optimizer: they would never get a gradient.
-        idle: list[nn.Module] = list(self.mask_decoder.output_hypernetworks_mlps)[1:]
+        heads = enumerate(self.mask_decoder.output_hypernetworks_mlps)
+        idle: list[nn.Module] = [head for i, head in heads if i not in MASK_HEADS[self.multimask]]
         if self.mask_decoder.text_output is not None and not self.reads_text:
             idle.append(self.mask_decoder.text_output)
         return [p for module in idle for p in module.parameters()]

@@ -10,6 +10,7 @@ saved again as a plain state dict.
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import re
 import warnings
@@ -22,12 +23,27 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
+LOGGER = logging.getLogger("biascare")
+
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net")
 """Entries under which programs store a state dict beside other things."""
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 MAX_LISTED = 8
 """Keys named in one error message."""
+
+WHOLE_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""Numbers that mean themselves; whole numbers and 8-bit floats are weights times a scale."""
+
+FOREIGN = {
+    "argparse.Namespace": "options of the program that wrote it",
+    "numpy._core.multiarray.scalar": "single numbers of numpy",
+    "numpy.core.multiarray.scalar": "single numbers of numpy",
+    "numpy._core.multiarray._reconstruct": "arrays of numpy",
+    "numpy.core.multiarray._reconstruct": "arrays of numpy",
+    "omegaconf.dictconfig.DictConfig": "settings of the program that wrote it",
+}
+"""What training programs often pickle beside their tensors, in words."""
 
 
 def listed(keys: list[str]) -> str:
@@ -53,14 +69,46 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: no such file or folder; name the weights that were downloaded")
     if path.stat().st_size == 0:  # what an interrupted download leaves; no parser would say so
         raise ValueError(f"{path} is empty (0 bytes); download or copy it again")
-    if path.suffix != ".safetensors":
+    if not _is_safetensors(path):
         return _tensors(_unpickle(path), path)
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{path} cannot be read as safetensors ({error}); download or copy it again"
-        ) from error
+        fix = "download or copy it again"
+        if zipfile.is_zipfile(path):
+            fix = f"torch.save wrote it: rename it to {path.stem}.pth"
+        raise ValueError(f"{path} cannot be read as safetensors ({error}); {fix}") from error
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file has the name or the beginning of safetensors: a JSON header and its length."""
+    with path.open("rb") as file:
+        length, begin = file.read(8), file.read(1)
+    in_it = int.from_bytes(length, "little") < path.stat().st_size
+    return path.suffix == ".safetensors" or (begin == b"{" and in_it)
+
+
+def refuse_unusable(name: str, value: Tensor, source: str) -> None:
+    """Raises ValueError for a tensor that is not the weights it stands for: without values, sparse,
+    quantised, complex, or with NaN or infinity among its numbers."""
+    if value.is_meta:
+        problem = "has a shape and no values"
+    elif value.layout is not torch.strided:
+        problem = f"is stored as {value.layout}, expected all its values"
+    elif value.is_complex():
+        problem = f"is of {value.dtype}: half of each number would be lost"
+    elif value.dtype not in WHOLE_FLOATS:
+        problem = f"is of {value.dtype}, quantised: without its scale it means nothing"
+    # Of a training that diverged, or of a damaged copy. By the extremes, which carry NaN too:
+    # asking each value takes a minute for the weights of a large language model.
+    elif value.numel() and not all(bool(extreme.isfinite()) for extreme in value.aminmax()):
+        problem = f"holds {int((~value.isfinite()).sum()):,} of {value.numel():,} not finite"
+    else:
+        return
+    raise ValueError(
+        f"{source}: {name} {problem}; name a file with finite weights in float32, float16 or "
+        "bfloat16"
+    )
 
 
 def _read_folder(folder: Path) -> dict[str, Tensor]:
@@ -126,8 +174,9 @@ def _unpickle(path: Path) -> Any:
                 set(re.findall(r"GLOBAL ([\w.]+) was not an allowed global", str(error)))
             )
         if foreign:
+            named = [f"{n} ({FOREIGN[n]})" if n in FOREIGN else n for n in foreign]
             raise ValueError(
-                f"{path} holds pickled objects besides tensors: {listed(foreign)}. Opening them "
+                f"{path} holds pickled objects besides tensors: {listed(named)}. Opening them "
                 "could run code, so the file is refused; save its plain state_dict and name that"
             ) from error
         raise _unreadable(path, error) from error
@@ -138,6 +187,18 @@ def _unpickle(path: Path) -> Any:
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
     reason = (str(error) or type(error).__name__).splitlines()[0]
+    with path.open("rb") as file:
+        begin = file.read(4)
+    # Torch's older format begins with a number of its own, pickled by protocol 2.
+    if (
+        begin[:1] == b"\x80"
+        and begin[1:2] in (b"\2", b"\3", b"\4", b"\5")
+        and begin[2:] != b"\x8a\n"
+    ):
+        return ValueError(
+            f"{path} is a plain pickle, which torch.save did not write. Opening it could run code, "
+            "so it is refused; open it in the program that wrote it and torch.save its tensors"
+        )
     if isinstance(error, pickle.UnpicklingError):  # torch advises to open it unsafely
         with path.open("rb") as file:
             reason = f"no archive or pickle of tensors; it begins with {file.read(16)!r}"
@@ -148,13 +209,27 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
     )
 
 
+def _holds_tensors(content: Any) -> bool:
+    return isinstance(content, dict) and any(isinstance(v, Tensor) for v in content.values())
+
+
 def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
     """The state dict in what a file holds, wrappers opened; numbers and texts beside it left."""
     while isinstance(content, dict):  # trainers wrap what other programs had wrapped already
-        inner = [content[name] for name in WRAPPERS if isinstance(content.get(name), dict)]
-        if not inner:
+        inside = [name for name in WRAPPERS if isinstance(content.get(name), dict)]
+        if not inside:
             break
-        content = inner[0]
+        # An average of the weights ("ema") is often what a program tests with.
+        others = [name for name in content if name != inside[0] and _holds_tensors(content[name])]
+        if others:
+            LOGGER.warning(
+                "%s: %r is read; tensors stand under %s too and are left. To start from those, "
+                "save them alone",
+                path,
+                inside[0],
+                listed([str(name) for name in others]),
+            )
+        content = content[inside[0]]
     found = content if isinstance(content, dict) else {}
     # Epochs, settings and optimizer states lie beside tensors in many files and harm nothing.
     state = {str(key): value for key, value in found.items() if isinstance(value, Tensor)}

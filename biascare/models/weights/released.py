@@ -5,7 +5,8 @@
 
 One file holds both pathways: `SEG.*` is IMIS-Net without its text tower, `VL.*` a Qwen2.5-VL in the
 names of transformers 4; `add11`, `add12` and `text_fc` are the cross-modal query attention. It is
-either merged, or a DeepSpeed state with a LoRA adapter in PEFT's names. Everything is checked
+either merged, or a DeepSpeed state with a LoRA adapter in PEFT's names. Their program cuts the
+token embeddings to its tokenizer; ours takes as many rows as the file has. Everything is checked
 before anything is copied, so a refused file leaves the model as it was.
 """
 
@@ -18,12 +19,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 
+from biascare.models.language.merge import FOLDED
 from biascare.models.language.pathway import MLLMPathway
 from biascare.models.network import DualPathNetwork
-from biascare.models.weights.files import listed, read_state_dict
+from biascare.models.weights.files import listed, read_state_dict, refuse_unusable
 from biascare.models.weights.report import Dropped, LoadReport
 from biascare.models.weights.vision import load_vision_checkpoint
 
@@ -52,8 +53,13 @@ DROPPED = (
     (r"VL\.language\.", "VL.language", "second name of VL.model"),
     (r"VL\..*inv_freq$", "inv_freq", "computed anew"),
     (r".*\.original_module\.", "original_module", "what PEFT's trained copies replace"),
+    (r"cls_head", "cls_head", "classes of a fine-tuning; classes are named in words here"),
 )
 """(pattern, name in the report, reason)."""
+
+EMBEDDING = "model.language_model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+"""Tensors with a row per token."""
 
 PEFT_ADDITIONS = re.compile(r"base_model\.model\.|modules_to_save\.\w+\.|(?<=\.)base_layer\.")
 LORA = re.compile(r"\.(lora_[AB])\.(?:\w+\.)?weight$")
@@ -145,8 +151,10 @@ def _pathway_tensors(mllm: MLLMPathway) -> tuple[dict[str, Tensor], dict[str, Te
     return base, {name: tensor for name, tensor in named.items() if ".lora_" in name}
 
 
-def _check(part: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Same names, same shapes, or an error that says which are not."""
+def _check(
+    part: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str
+) -> None:
+    """Same names and shapes and usable values, or an error that says which are not."""
     problems = [
         f"{kind} {listed(sorted(names))}"
         for kind, names in (
@@ -165,8 +173,23 @@ def _check(part: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor])
         raise ValueError(
             f"the {part} of the released checkpoint does not fit this model: "
             f"{'; '.join(problems[:3])}; build the model with the sizes it was trained with "
-            "(model.mllm, model.lora_rank, model.num_queries, model.vision)"
+            "(model.mllm, model.num_queries, model.vision)"
         )
+    for name, tensor in found.items():
+        refuse_unusable(name, tensor, source)
+
+
+def _num_rows(weights: Mapping[str, Tensor], mllm: MLLMPathway) -> int:
+    """Rows of the file's token embeddings, where its two tables agree and hold the image token."""
+    tables = {name: weights[name] for name in (EMBEDDING, HEAD) if name in weights}
+    rows = {name: len(table) for name, table in tables.items()}
+    image_token = mllm.base.config.image_token_id
+    if len(set(rows.values())) > 1 or min(rows.values(), default=image_token + 1) <= image_token:
+        raise ValueError(
+            f"the token tables of the released checkpoint have {rows} rows, expected equal numbers "
+            f"above {image_token}, the image token of model.mllm; name the base it was trained on"
+        )
+    return next(iter(rows.values()), mllm.base.config.get_text_config().vocab_size)
 
 
 def load_released(
@@ -174,10 +197,12 @@ def load_released(
 ) -> LoadReport:
     """Fill both pathways and the query attention from a released file; what was done with it.
 
-    An adapter in the file goes into the model's adapter, whose alpha then scales it, or is folded
-    into the base weights with `lora_alpha` (files do not hold it; the default is the paper's). A
-    merged file leaves a fresh adapter as it is. `model.query_heads` must be the trained number: the
-    weights do not tell it.
+    Token embeddings get as many rows as the file has. An adapter in the file goes into the model's
+    adapter where it adapts the same layers with the same rank; the model's alpha then scales it.
+    Any other is folded into the base weights with `lora_alpha` (files do not hold it; the default
+    is the paper's), and like a merged file leaves a fresh adapter as it is. `model.query_heads`
+    must be the trained number: the weights do not tell it. The base weights now lie in no folder,
+    so that `save_network` wants `merge=True`.
 
     Raises ValueError, before anything is copied, for unknown, missing or unfitting tensors.
     """
@@ -185,30 +210,38 @@ def load_released(
     # Half of it could be loaded, and would look like a whole one.
     if mllm is None or query_attention is None:
         raise ValueError("a released checkpoint holds both pathways; build the model with an MLLM")
-    parts = released_to_ours(read_state_dict(path))
+    parts, source = released_to_ours(read_state_dict(path)), str(path)
     base, adapter = _pathway_tensors(mllm)
-    # A model without an adapter has no place for one, so it is folded in, as in a merged file.
+    keep_adapter = bool(parts.adapter) and _shapes(parts.adapter) == _shapes(adapter)
+    for name, tensor in parts.adapter.items():
+        refuse_unusable(name, tensor, source)
     weights = dict(parts.mllm)
-    if parts.adapter and not isinstance(mllm.model, PeftModel):
+    if parts.adapter and not keep_adapter:
         weights = merge_adapter(weights, parts.adapter, lora_alpha)
     # A tied head is the embedding itself, and saved files may leave its second name out.
-    if "lm_head.weight" not in weights and mllm.base.config.tie_word_embeddings:
-        base.pop("lm_head.weight")
-    _check("MLLM", weights, base)
-    keep_adapter = bool(parts.adapter and adapter)
-    if keep_adapter:  # another rank shows in the shapes; another alpha nobody can see
-        _check("adapter", parts.adapter, adapter)
+    if HEAD not in weights and mllm.base.config.tie_word_embeddings:
+        base.pop(HEAD)
+    rows, before = _num_rows(weights, mllm), len(base[EMBEDDING])
+    # Their number is the file's to say; their width must fit like any other shape.
+    tables = {name: base[name].new_empty(rows, *base[name].shape[1:]) for name in (EMBEDDING, HEAD)}
+    _check("MLLM", weights, base | {name: tables[name] for name in tables if name in base}, source)
     query = dict(query_attention.state_dict())
-    _check("query attention", parts.query_attention, query)
+    _check("query attention", parts.query_attention, query, source)
     # The last check, which copies where it passes; the rest was checked above.
     vision = load_vision_checkpoint(model.vision, parts.seg)
+    if rows != before:
+        mllm.base.resize_token_embeddings(rows, mean_resizing=False)  # every row is filled below
+        base = {name: tensor for name, tensor in _pathway_tensors(mllm)[0].items() if name in base}
     converted = vision.converted | _copy(weights, base)
     _copy(parts.query_attention, query)
     if keep_adapter:
         _copy(parts.adapter, adapter)
-    if parts.adapter and not keep_adapter:
+    elif parts.adapter:
         merged = [n.removesuffix("lora_A") + "weight" for n in parts.adapter if n.endswith("_A")]
         converted |= dict.fromkeys(merged, f"adapter folded in, alpha {lora_alpha:g}")
+    if rows != before:
+        converted[EMBEDDING] = f"{before} -> {rows} rows, as in the file"
+    mllm.path = FOLDED  # the folder it came from holds other weights
     return LoadReport(
         layout="released BiasCareVL",
         matched=vision.matched + len(weights) + len(query) + len(adapter) * keep_adapter,
@@ -217,6 +250,10 @@ def load_released(
         unexpected=[],
         dropped=parts.dropped | {f"SEG.{k}": v for k, v in vision.dropped.items()},
     )
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ trade-off: a file that is only almost of a known layout is refused, with the key
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -20,8 +21,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from biascare.models.vision.pathway import VISION_ARCHITECTURES
-from biascare.models.weights.files import listed, read_state_dict
+from biascare.models.vision.pathway import PIXEL_MEAN, PIXEL_STD, VISION_ARCHITECTURES
+from biascare.models.weights.files import listed, read_state_dict, refuse_unusable
 from biascare.models.weights.report import Dropped, LoadReport
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ __all__ = [
 ]
 
 
+LOGGER = logging.getLogger("biascare")
+
+
 class Layout(NamedTuple):
     """One way of naming tensors, and what in it has no counterpart here."""
 
@@ -46,7 +50,13 @@ class Layout(NamedTuple):
     rename: tuple[tuple[str, str], ...] = ()  # (pattern, replacement), applied in order
     drop: dict[str, str] = {}  # prefix of keys that are left out -> why  # noqa: RUF012
     may_lack: tuple[str, ...] = ()  # prefixes of our keys that keep their initial values
+    untrained: int | None = None  # mask head that its training never reached
 
+
+PIXELS_DROP = {
+    "pixel_mean": "statistics of the pixels, compared with ours",
+    "pixel_std": "statistics of the pixels, compared with ours",
+}
 
 IMIS_RENAME = (
     (r"^image_encoder\.sam_encoder\.", "image_encoder."),
@@ -58,7 +68,7 @@ IMIS_DROP = {
     "mask_decoder.semantic_prediction_head.": "classes are named in words here",
     "text_model.": "CLIP's text tower, which the language model replaces",
     "text_out_dim": "its projection",
-}
+} | PIXELS_DROP
 IMIS_MAY_LACK = ("mask_decoder.text_output.",)  # starts at zero, and then changes no mask
 
 TRANSFORMERS_RENAME = (
@@ -96,6 +106,7 @@ LAYOUTS = {
         rename=((r"^.*?\bSEG\.(?:modules_to_save\.default\.)?", ""), *IMIS_RENAME),
         drop={"": "language side, opened as the MLLM pathway"} | IMIS_DROP,
         may_lack=IMIS_MAY_LACK,
+        untrained=0,
     ),
     "imis": Layout(
         "IMIS-Net",
@@ -103,6 +114,7 @@ LAYOUTS = {
         rename=IMIS_RENAME,
         drop=IMIS_DROP,
         may_lack=IMIS_MAY_LACK,
+        untrained=0,
     ),
     "transformers_sam": Layout(
         "SAM and MedSAM as transformers names them",
@@ -110,13 +122,23 @@ LAYOUTS = {
         rename=TRANSFORMERS_RENAME,
         drop={"prompt_encoder.shared_embedding.": "another name of the shared image embedding"},
     ),
-    "litemedsam": Layout("LiteMedSAM", r"^image_encoder\.patch_embed\.seq\."),
+    "litemedsam": Layout("LiteMedSAM", r"^image_encoder\.patch_embed\.seq\.", drop=PIXELS_DROP),
     "biascare": Layout("vision_pathway.safetensors of our exports", r"\.semantic_tokens\.weight$"),
-    "sam": Layout("SAM and MedSAM", r"^image_encoder\.blocks\.\d+\.attn\.rel_pos_h$"),
+    "sam": Layout(
+        "SAM and MedSAM", r"^image_encoder\.blocks\.\d+\.attn\.rel_pos_h$", drop=PIXELS_DROP
+    ),
 }
 """In order of recognition: a mark of one may also be in a file of a later one."""
 
-SHARED_PREFIXES = ("module.", "_orig_mod.", "base_model.model.", "model.", "sam.")
+SHARED_PREFIXES = (
+    "module.",
+    "_orig_mod.",
+    "base_model.model.",
+    "model.",
+    "net.",
+    "sam.",
+    "sam_model.",
+)
 """Of wrappers that put their name before every key."""
 
 
@@ -151,9 +173,17 @@ def load_vision_checkpoint(
     else:
         state, source = read_state_dict(weights), str(weights)
     layout = detect_layout(state)
-    named, dropped = _rename(_without_shared_prefix(state), LAYOUTS[layout], source)
+    state = _without_shared_prefix(state)
+    named, dropped = _rename(state, LAYOUTS[layout], source)
     # Before the single keys: "set model.vision=..." says more than three hundred of them.
     _check_architecture(pathway.architecture, named, source)
+    _check_pixels(pathway, state, source)
+    if LAYOUTS[layout].untrained is not None and pathway.multimask == "ambiguous":
+        raise ValueError(
+            f"model.multimask: got 'ambiguous', but {source} ({LAYOUTS[layout].about}) was trained "
+            "without mask 0, which unambiguous prompts would get; expected always, as it was "
+            "trained, or never, which trains its mask 1 alone"
+        )
     wanted = pathway.state_dict()
     lacking = [key for key in wanted if key not in named]
     missing = [key for key in lacking if key.startswith(LAYOUTS[layout].may_lack)]
@@ -165,6 +195,8 @@ def load_vision_checkpoint(
     # What a layout may lack keeps its own values, so that loading can stay strict.
     fitted = {key: wanted[key] for key in missing}
     for key, value in named.items():
+        if not wanted[key].is_meta:  # of a plan, which has shapes alone
+            refuse_unusable(key, value, source)
         fitted[key], done = fit(key, value, wanted[key], global_blocks)
         if done:
             converted[key] = done
@@ -175,6 +207,9 @@ def load_vision_checkpoint(
         if value.shape != wanted[key].shape
     ]
     _refuse(source, layout, {"has wrong shapes:": wrong})
+    if LAYOUTS[layout].untrained is not None and pathway.multimask == "never":
+        _swap_mask_heads(fitted)
+        converted["mask_decoder.mask_tokens.weight"] = "mask 1 in the place of untrained mask 0"
     # The only place that writes, and strict: a refused file has changed nothing so far.
     pathway.load_state_dict(fitted)
     return LoadReport(
@@ -185,6 +220,56 @@ def load_vision_checkpoint(
         unexpected=[],
         dropped=dropped,
     )
+
+
+def _swap_mask_heads(fitted: dict[str, Tensor]) -> None:
+    """Masks 0 and 1 change places. The decoder knows its tokens by their embeddings and not by
+    their order, so that mask 0 then is exactly what mask 1 was."""
+    order = [1, 0, 2, 3]
+    last = max(key for key in fitted if key.startswith("mask_decoder.iou_prediction_head."))
+    last = last.rpartition(".")[0]
+    for key in ("mask_decoder.mask_tokens.weight", f"{last}.weight", f"{last}.bias"):
+        fitted[key] = fitted[key][order]
+    for key in [key for key in fitted if ".output_hypernetworks_mlps.0." in key]:
+        other = key.replace("_mlps.0.", "_mlps.1.")
+        fitted[key], fitted[other] = fitted[other], fitted[key]
+
+
+def _check_pixels(pathway: VisionPathway, state: Mapping[str, Tensor], source: str) -> None:
+    """Whether the encoder will see what it was trained on: the shapes of its tensors do not tell.
+
+    Raises ValueError for statistics in the file that are not ours; warns of a telling file name.
+    """
+    if pathway.pixels == "imagenet":
+        for name, ours in (("pixel_mean", PIXEL_MEAN), ("pixel_std", PIXEL_STD)):
+            found = state.get(name)
+            if found is None or found.is_meta:
+                continue
+            theirs = [round(float(value), 3) for value in found.flatten()]
+            if theirs != list(ours):
+                raise ValueError(
+                    f"{source} was trained on pixels with a {name} of {theirs}, but model.vision="
+                    f"{pathway.architecture} reads them with {list(ours)}; no model.vision does "
+                    "what this file wants"
+                )
+    # Snapshots of the Hub have the model's name in a folder above them.
+    path = Path(source)
+    names = [path.name, *(part for part in path.parts if part.startswith("models--"))]
+    said = " ".join(names).lower()
+    if "medsam" in said and not re.search(r"lite[-_]?medsam", said):
+        likely, pixels = "medsam", "min_max"
+    elif re.search(r"sam[-_]vit[-_](b|l|h|base|large|huge)", said):
+        likely, pixels = "sam_vit_b, sam_vit_l or sam_vit_h", "imagenet"
+    else:
+        return
+    if pathway.pixels != pixels:
+        LOGGER.warning(
+            "%s has the name of weights for model.vision=%s, but is loaded as %s, whose pixels are "
+            "normalised in another way: if the name is right, masks will be wrong without an error",
+            source,
+            likely,
+            pathway.architecture,
+        )
 
 
 def _refuse(source: str, layout: str, faults: dict[str, list[str]]) -> None:
@@ -273,7 +358,9 @@ def _check_architecture(name: str, named: Mapping[str, Tensor], source: str) -> 
     if found is None or found == wanted:  # what cannot be told is named key by key afterwards
         return
     fitting = [other for other, sizes in known.items() if sizes == found]
-    fix = f"set model.vision={fitting[0]}" if fitting else "no model.vision is of these sizes"
+    fix = "no model.vision is of these sizes"
+    if fitting:
+        fix = f"set model.vision={' or '.join(fitting)}"
     raise ValueError(
         f"model.vision_weights {source} holds {found}, but model.vision={name} is {wanted}; {fix}"
     )
@@ -287,19 +374,20 @@ def fit(
     Positions follow the grid of the run: `image_encoder.pos_embed` [1, h, w, C] by antialiased
     bicubic interpolation, the relative positions [2h - 1, C] of the blocks with global attention by
     linear interpolation, both in fp32. Those of windows keep their size. Any other tensor of a
-    wrong shape comes back as it is.
+    wrong shape comes back as it is, positions of an image that is not square too.
     """
     done = []
     block = re.fullmatch(r"image_encoder\.blocks\.(\d+)\.attn\.rel_pos_[hw]", key)
     resampled = value
     # Not where the sizes agree, so that the values are kept bit for bit.
-    if key == "image_encoder.pos_embed" and value.shape[1:3] != wanted.shape[1:3]:
+    square = value.ndim == 4 and value.shape[1] == value.shape[2]
+    if key == "image_encoder.pos_embed" and square and value.shape[1:3] != wanted.shape[1:3]:
         # Antialiased, because the 64 x 64 positions of SAM become 16 x 16 at 256 px.
         size = (wanted.shape[1], wanted.shape[2])
         grid = value.float().permute(0, 3, 1, 2)
         grid = interpolate(grid, size, mode="bicubic", antialias=True, align_corners=False)
         resampled = grid.permute(0, 2, 3, 1)
-    elif block and int(block[1]) in global_blocks and len(value) != len(wanted):
+    elif block and int(block[1]) in global_blocks and value.ndim == 2 and len(value) != len(wanted):
         # Linear, as segment_anything itself does for a grid of another size.
         line = value.float().T[None]
         resampled = interpolate(line, len(wanted), mode="linear", align_corners=False)[0].T

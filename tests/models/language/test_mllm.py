@@ -351,3 +351,16 @@ def test_the_folder_opens_through_auto_classes_alone(mllm_folder: Path) -> None:
     model = AutoModelForImageTextToText.from_pretrained(mllm_folder)
     assert model.config.model_type == mllm_folder.name
     assert sum(p.numel() for p in model.parameters()) < 1e6
+
+
+def test_weights_that_are_not_finite_are_named_before_anything_is_built_on_them(
+    tiny_mllm: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "mllm"
+    shutil.copytree(tiny_mllm, folder)
+    state = load_file(folder / "model.safetensors")
+    name = sorted(state)[-1]
+    state[name].view(-1)[3] = float("nan")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.mllm .*mllm: .* holds 1 of [\d,]+ not finite"):
+        MLLMPathway.load(str(folder))

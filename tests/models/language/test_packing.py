@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from biascare.data.loader import collate
 from biascare.interfaces import Batch
@@ -195,3 +196,22 @@ def test_the_vision_tower_keeps_its_kernel(mllm_folder: Path) -> None:
     """The kernel belongs to the language model alone."""
     mllm = MLLMPathway.load(str(mllm_folder))
     assert mllm.base.config.vision_config._attn_implementation == "sdpa"
+
+
+def test_a_family_whose_image_tokens_attend_both_ways_is_not_packed() -> None:
+    """Gemma 3, which an opener may bring: packed, its hidden states would be off by 0.66."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    vision = sizes | {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    text = sizes | {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    config = Gemma3Config(
+        text_config=text | {"vocab_size": 300},
+        vision_config=vision,
+        image_token_index=299,
+        mm_tokens_per_image=4,
+    )
+    gemma = Gemma3ForConditionalGeneration(config)
+    mllm = MLLMPathway.load("gemma", opener=lambda path, dtype, attention: (gemma, None))
+    assert not mllm.packing
+    with pytest.raises(ValueError, match=r"pack_sequences: got true, .*'gemma3'.* set it to false"):
+        mllm.packing = True
+    mllm.packing = False

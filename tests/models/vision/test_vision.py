@@ -13,7 +13,7 @@ from torch import Tensor
 
 from biascare.interfaces import Prediction, Prompts
 from biascare.models.export_folder import build_network
-from biascare.models.vision.decoder import RowMaskDecoder
+from biascare.models.vision.decoder import RowMaskDecoder, ambiguous_rows
 from biascare.models.vision.pathway import (
     PIXEL_MEAN,
     PIXEL_STD,
@@ -339,6 +339,44 @@ def test_clicks_box_corners_and_text_receive_gradients(images: Tensor) -> None:
     unused = {id(p) for p in pathway.unused_parameters()}
     named = {n for n, p in pathway.named_parameters() if id(p) in unused}
     assert set(idle) == named | {"prompt_encoder.no_mask_embed.weight"}  # a mask was prompted
+
+
+@torch.no_grad()
+def test_each_row_takes_the_best_of_the_masks_that_its_prompts_allow() -> None:
+    """One click or one box leaves open what is meant; together, or two clicks, they do not."""
+    one, two = [POINTS[0]], POINTS
+    rows = prompts(one, two, BOX, BOX + one, [(1.0, 1.0, -1)])
+    assert ambiguous_rows(rows).tolist() == [True, False, True, False, True]
+    embedding = torch.randn(1, 96, GRID, GRID, generator=torch.Generator().manual_seed(5))
+    which = torch.zeros(5, dtype=torch.int64)
+    pathways = {}
+    for multimask in ("never", "ambiguous", "always"):
+        pathways[multimask] = VisionPathway("tiny", IMAGE_SIZE, multimask=multimask).eval()
+        pathways[multimask].load_state_dict(small_pathway().state_dict())
+    sparse, token_mask, dense = pathways["never"].prompt_encoder(rows)
+    # By segment_anything's own decoder: four masks and their quality, row by row.
+    plain = original_modules(pathways["never"])[2].eval()
+    position = pathways["never"].prompt_encoder.dense_pe(torch.float32)
+    for r, several in enumerate(ambiguous_rows(rows).tolist()):
+        tokens, one_dense = sparse[r : r + 1, token_mask[r]], dense[r : r + 1]
+        masks, quality = plain.predict_masks(embedding, position, tokens, one_dense)
+        best = 1 + int(quality[0, 1:].argmax())
+        for multimask, mask in (
+            ("never", 0),
+            ("always", best),
+            ("ambiguous", best if several else 0),
+        ):
+            ours = pathways[multimask].decode(embedding, which, rows)
+            assert torch.allclose(ours.low_res_logits[r], masks[0, mask], atol=1e-5)
+            assert torch.allclose(ours.predicted_dice[r], quality[0, mask], atol=1e-5)
+
+
+@pytest.mark.parametrize("multimask, idle", [("never", "123"), ("always", "0"), ("ambiguous", "")])
+def test_mask_heads_that_are_never_taken_are_not_trained(multimask: Any, idle: str) -> None:
+    pathway = VisionPathway("tiny", IMAGE_SIZE, multimask=multimask)
+    unused = {id(p) for p in pathway.unused_parameters()}
+    named = [n for n, p in pathway.mask_decoder.named_parameters() if id(p) in unused]
+    assert {n.split(".")[1] for n in named} == set(idle)
 
 
 @pytest.fixture

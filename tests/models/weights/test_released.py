@@ -2,135 +2,262 @@
 
 from __future__ import annotations
 
-import copy
 import re
+import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-from biascare.models.export_folder import build_network, open_network, save_network
-from biascare.models.language.pathway import MLLMPathway
-from biascare.models.network import DualPathNetwork
-from biascare.models.weights.released import load_released, merge_adapter, released_to_ours
-from tests.tiny import (
-    LORA,
-    tiny_batch,
-    tiny_chat,
-    tiny_model,
+from peft import LoraConfig, get_peft_model
+from segment_anything.modeling import (
+    ImageEncoderViT,
+    MaskDecoder,
+    PromptEncoder,
+    TwoWayTransformer,
 )
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+from biascare.data.loader import collate
+from biascare.interfaces import Batch, Prompts
+from biascare.models.export_folder import build_network, open_network, save_network
+from biascare.models.language.pathway import LORA_TARGETS, MLLMPathway
+from biascare.models.network import DualPathNetwork
+from biascare.models.vision.pathway import PIXEL_MEAN, PIXEL_STD
+from biascare.models.weights.released import load_released, merge_adapter, released_to_ours
+from tests.tiny import IMAGE_SIZE, pad_token_id, segmentation_sample, tiny_chat, tiny_model
 
 ROOT = Path(__file__).parents[3]
 
 ALPHA = 4.0
-"""Of `tiny_model`'s adapter."""
+"""Of the adapters."""
+
+NUM_ROWS = 512
+
+HEADS = 4
+"""Of the query attention."""
+
+POINTS = Prompts(torch.tensor([[[30.0, 18.0], [50.5, 40.0]]]), torch.tensor([[1, 0]]))
+
+ADAPTERS: dict[str, Any] = {
+    "merged": None,
+    # By bare names, which the vision tower's MLP has too.
+    "no k_proj": ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "q and v": ["q_proj", "v_proj"],
+    "ours": LORA_TARGETS,
+}
+"""Layers that the LoRA of a checkpoint adapts."""
 
 
-def written_by_them(model: DualPathNetwork, *, peft: bool) -> dict[str, Tensor]:
-    """A released state: merged, or with the adapter and PEFT's names; aliases included."""
-    assert model.mllm is not None and model.query_attention is not None
-    pathway = model.mllm.model if peft else copy.deepcopy(model.mllm.model).merge_and_unload()
-    state = {}
-    for name, tensor in pathway.state_dict().items():
-        head = "base_model.model." if peft else ""
-        rest = name.removeprefix("base_model.model.")
-        old = rest.replace("model.visual.", "visual.", 1)
-        old = old.replace("model.language_model.", "model.", 1)
-        state[f"VL.{head}{old}"] = tensor
-        alias = old.replace("visual.", "vision.", 1).replace("model.", "language.", 1)
-        if not old.startswith("lm_head"):
-            state[f"VL.{head}{alias}"] = tensor
-    for name, tensor in model.vision.state_dict().items():
-        theirs = re.sub(r"mlp\.lin([12])", r"mlp.fc\1", name)
-        theirs = re.sub(
-            r"mask_decoder\.(semantic_tokens|text_output)\.weight", r"mask_decoder.\1", theirs
+class AuthorsProgram(nn.Module):
+    """What the authors train, put together from the packages they use and none of our modules:
+    transformers' Qwen2.5-VL cut to its tokenizer, an IMIS-Net of segment_anything's parts without a
+    text tower, and the query with its attention and projection."""
+
+    def __init__(self, folder: Path, *, lora: Any = None):
+        super().__init__()
+        torch.manual_seed(1)
+        base = AutoModelForImageTextToText.from_pretrained(folder)
+        base.resize_token_embeddings(len(AutoTokenizer.from_pretrained(folder)))
+        if lora:
+            settings = LoraConfig(r=2, lora_alpha=int(ALPHA), target_modules=lora)
+            with warnings.catch_warnings():  # peft asks transformers for an old name
+                warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+                base = get_peft_model(base, settings)
+        self.VL = base
+        width = base.config.get_text_config().hidden_size
+        self.add11 = nn.Parameter(torch.zeros(1, 1, width))
+        self.add12 = nn.MultiheadAttention(width, HEADS, batch_first=True)
+        self.text_fc = nn.Linear(width, 96)
+        self.SEG = nn.Module()
+        encoder = ImageEncoderViT(
+            img_size=IMAGE_SIZE,
+            patch_size=8,
+            embed_dim=96,
+            depth=3,
+            num_heads=3,
+            out_chans=96,
+            norm_layer=lambda size: nn.LayerNorm(size, eps=1e-6),
+            use_rel_pos=True,
+            window_size=8,
+            global_attn_indexes=(2,),
         )
-        if theirs.startswith("image_encoder.") and ".neck." not in theirs:
-            theirs = theirs.replace("image_encoder.", "image_encoder.sam_encoder.", 1)
-        if "transformer.layers" in theirs:
-            theirs = re.sub(r"mlp\.fc([12])", r"mlp.lin\1", theirs)
-        state[f"SEG.{theirs}"] = tensor
-    query = model.query_attention
-    state["add11"] = query.queries
-    state |= {f"add12.{name}": tensor for name, tensor in query.attention.state_dict().items()}
-    state |= {f"text_fc.{name}": tensor for name, tensor in query.projection.state_dict().items()}
-    return {name: tensor.detach().clone() for name, tensor in state.items()}
+        self.SEG.image_encoder = nn.Module()
+        self.SEG.image_encoder.sam_encoder = encoder
+        self.SEG.image_encoder.neck, encoder.neck = encoder.neck, nn.Identity()
+        size = (IMAGE_SIZE, IMAGE_SIZE)
+        self.SEG.prompt_encoder = PromptEncoder(96, (8, 8), size, 16)
+        decoder = MaskDecoder(transformer_dim=96, transformer=TwoWayTransformer(2, 96, 2, 256))
+        self.SEG.mask_decoder = decoder
+        for name, parameter in self.named_parameters():
+            # Far from what either program starts with, so that a tensor left behind shows.
+            nn.init.normal_(parameter, std=0.2 if "SEG" in name else 0.1)
+        self.eval()
+
+    def state(self) -> dict[str, Tensor]:
+        """Their state dict, with the names of transformers 4 and their second names."""
+        named = {}
+        for name, tensor in self.state_dict().items():
+            name = name.replace("model.visual.", "visual.").replace(
+                "model.language_model.", "model."
+            )
+            if "SEG.image_encoder" in name:  # timm's names
+                name = re.sub(r"mlp\.lin([12])", r"mlp.fc\1", name)
+            named[name] = tensor
+            if name.startswith("VL.") and "lm_head" not in name:
+                inside = name.removeprefix("VL.").removeprefix("base_model.model.")
+                alias = re.sub(r"^visual\.", "vision.", re.sub(r"^model\.", "language.", inside))
+                named["VL." + name[3 : -len(inside)] + alias] = tensor
+        return named
+
+    @torch.no_grad()
+    def outputs(self, batch: Batch, which: int | None = None) -> list[Tensor]:
+        """Hidden states [1, L, d], pooled text [1, 1, C] and the logits of one mask (None: the best
+        of masks 1 to 3, as they do it), for one row with the clicks of `POINTS`."""
+        assert batch.images is not None and batch.prompt_mask is not None
+        hidden = self.VL(**batch.mllm_inputs, output_hidden_states=True).hidden_states[-1]
+        unread = ~batch.prompt_mask
+        pooled = self.add12(self.add11, hidden, hidden, key_padding_mask=unread)[0]
+        text = self.text_fc(pooled)
+        mean, std = (torch.tensor(v)[:, None, None] for v in (PIXEL_MEAN, PIXEL_STD))
+        encoder = self.SEG.image_encoder
+        embedding = encoder.neck(encoder.sam_encoder((batch.images.float() - mean) / std))
+        clicks = POINTS.point_coords, POINTS.point_labels
+        sparse, dense = self.SEG.prompt_encoder(clicks, None, None)
+        masks, quality = self.SEG.mask_decoder.predict_masks(
+            embedding, self.SEG.prompt_encoder.get_dense_pe(), torch.cat([sparse, text], 1), dense
+        )
+        return [hidden, text, masks[:, which or 1 + int(quality[0, 1:].argmax())]]
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_mllm: Path) -> DualPathNetwork:
-    """What the authors trained; read only."""
-    model = tiny_model(tiny_mllm, seed=1)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return model
+def base(tiny_mllm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As Qwen's folders are: with more rows of embeddings than its tokenizer has tokens."""
+    folder = tmp_path_factory.mktemp("base") / "mllm"
+    shutil.copytree(tiny_mllm, folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    model.resize_token_embeddings(NUM_ROWS)
+    model.save_pretrained(folder)
+    return folder
 
 
-def other(folder: Path, *, lora: bool) -> DualPathNetwork:
-    model = tiny_model(folder, seed=2)
+@pytest.fixture(scope="module", params=ADAPTERS)
+def program(request: pytest.FixtureRequest, base: Path) -> AuthorsProgram:
+    """Of every kind in `ADAPTERS`; read only."""
+    return AuthorsProgram(base, lora=ADAPTERS[request.param])
+
+
+@pytest.fixture(scope="module")
+def merged(base: Path) -> AuthorsProgram:
+    return AuthorsProgram(base)
+
+
+def ours(folder: Path, *, lora: bool = False) -> DualPathNetwork:
+    model = tiny_model(folder, seed=2, multimask="always", query_heads=HEADS)
     if not lora:
         model.mllm = MLLMPathway.load(str(folder))
     return model.eval()
 
 
+def one_row(folder: Path) -> Batch:
+    chat = tiny_chat(folder)
+    return collate([segmentation_sample(chat)], 0, pad_token_id(chat))
+
+
 @torch.no_grad()
-def outputs(model: DualPathNetwork, folder: Path, records: Path) -> list[Tensor]:
-    batch = tiny_batch(records, tiny_chat(folder))
-    features, prediction = model(batch)
-    assert prediction is not None
-    read = batch.mllm_inputs["attention_mask"].bool()
-    return [features.hidden_states[read], features.text_embedding, prediction.mask_logits]
+def outputs(model: DualPathNetwork, batch: Batch) -> list[Tensor]:
+    features = model.encode(batch)
+    assert batch.row_image is not None
+    prediction = model.decode_masks(features, POINTS, batch.row_image)
+    return [features.hidden_states, features.text_embedding, prediction.low_res_logits]
 
 
-@pytest.mark.parametrize("peft", [True, False], ids=["adapter", "merged"])
+def worst_difference(found: list[Tensor], expected: list[Tensor]) -> float:
+    pairs = zip(found, expected, strict=True)
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+
+
 @pytest.mark.parametrize("lora", [True, False], ids=["with LoRA", "without LoRA"])
-def test_a_model_filled_from_the_file_computes_what_was_trained(
-    peft: bool,
-    lora: bool,
-    trained: DualPathNetwork,
-    tiny_mllm: Path,
-    tiny_records: Path,
-    tmp_path: Path,
+def test_a_model_filled_from_the_file_computes_what_the_authors_program_does(
+    lora: bool, program: AuthorsProgram, base: Path, tmp_path: Path
 ) -> None:
+    state = program.state()
+    peft = any("lora_A" in name for name in state)
     file = tmp_path / ("mp_rank_00_model_states.pt" if peft else "pytorch_model.bin")
-    state = written_by_them(trained, peft=peft)
     torch.save({"module": state, "global_steps": 7} if peft else state, file)
-    model = other(tiny_mllm, lora=lora)
-    if lora and not peft:  # a fresh adapter changes nothing
+    model = ours(base, lora=lora)
+    if lora:  # a fresh adapter changes nothing
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.zeros_(parameter)
     report = load_released(model, file, lora_alpha=ALPHA)
     print(report)
-    pairs = zip(
-        outputs(model, tiny_mllm, tiny_records),
-        outputs(trained, tiny_mllm, tiny_records),
-        strict=True,
-    )
-    worst = max(float((a - b).abs().max()) for a, b in pairs)
-    print(f"largest difference {worst:.1e}")
-    assert worst <= (0 if peft and lora else 1e-4)
+    assert model.mllm is not None
+    num_tokens = len(tiny_chat(base).tokenizer)
+    assert model.mllm.base.lm_head.weight.shape[0] == num_tokens < NUM_ROWS
+    assert f"{NUM_ROWS} -> {num_tokens} rows" in str(report)
+    batch = one_row(base)
+    worst = worst_difference(outputs(model, batch), program.outputs(batch))
+    print(f"largest difference {worst:.1e} of the largest value")
+    assert worst <= 1e-4
     assert report.dropped["VL.vision"].number > 0 and report.dropped["VL.language"].number > 0
-    assert bool([name for name in report.missing if "lora" in name]) == (lora and not peft)
+    kept = lora and len([name for name in state if "lora_A" in name]) == 2 * 2 * 7
     folded = [how for how in report.converted.values() if "folded in, alpha 4" in how]
-    assert len(folded) == (7 * 2 if peft and not lora else 0)
+    assert bool(folded) == (peft and not kept)
+    assert bool([name for name in report.missing if "lora" in name]) == (lora and not kept)
 
 
-def test_every_tensor_goes_to_exactly_one_part(trained: DualPathNetwork) -> None:
-    state = written_by_them(trained, peft=True)
+def test_every_tensor_goes_to_exactly_one_part(program: AuthorsProgram, base: Path) -> None:
+    state = program.state()
     parts = released_to_ours(state)
-    assert trained.mllm is not None and trained.query_attention is not None
-    base = MLLMPathway.load(trained.mllm.path).base.state_dict()
-    assert parts.mllm.keys() == base.keys()
-    assert len(parts.adapter) == 2 * 7 * 2
-    assert parts.query_attention.keys() == trained.query_attention.state_dict().keys()
-    assert len(parts.seg) == len(trained.vision.state_dict())
+    assert parts.mllm.keys() == MLLMPathway.load(str(base)).base.state_dict().keys()
+    assert len(parts.adapter) == len([name for name in state if ".lora_" in name]) / 2  # aliases
+    assert len(parts.query_attention) == 7
+    assert len(parts.seg) == len([name for name in state if name.startswith("SEG.")])
     used = sum(len(p) for p in (parts.mllm, parts.adapter, parts.seg, parts.query_attention))
     assert used + sum(d.number for d in parts.dropped.values()) == len(state)
+
+
+def test_the_head_of_a_classification_is_left_out_and_reported(
+    merged: AuthorsProgram, base: Path, tmp_path: Path
+) -> None:
+    state = merged.state() | {
+        "cls_head.0.weight": torch.ones(7, 64),
+        "cls_head_bias": torch.ones(7),
+    }
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    report = load_released(ours(base), tmp_path / "pytorch_model.bin")
+    assert report.dropped["cls_head"].number == 2
+    assert "left out 2 x cls_head: classes of a fine-tuning" in str(report)
+
+
+def test_token_tables_that_disagree_or_lack_the_image_token_are_refused(
+    merged: AuthorsProgram, base: Path, tmp_path: Path
+) -> None:
+    state = merged.state()
+    head = state["VL.lm_head.weight"]
+    for change in (
+        {"VL.lm_head.weight": head[:-1].clone()},
+        {"VL.lm_head.weight": head[:3].clone()}
+        | {"VL.model.embed_tokens.weight": state["VL.model.embed_tokens.weight"][:3].clone()},
+    ):
+        torch.save(state | change, tmp_path / "w.bin")
+        with pytest.raises(ValueError, match=r"token tables .* name the base it was trained on"):
+            load_released(ours(base), tmp_path / "w.bin")
+
+
+def test_a_filled_model_is_only_exported_whole(
+    merged: AuthorsProgram, base: Path, tmp_path: Path
+) -> None:
+    torch.save(merged.state(), tmp_path / "w.bin")
+    model = ours(base, lora=True)
+    load_released(model, tmp_path / "w.bin")
+    with pytest.raises(ValueError, match="merge=True"):
+        save_network(model, tmp_path / "export")
 
 
 def test_names_and_shapes_of_the_real_query_attention_are_known() -> None:
@@ -186,9 +313,9 @@ def test_copies_that_peft_trained_replace_the_originals() -> None:
     ],
 )
 def test_a_file_that_does_not_fit_is_refused_and_changes_nothing(
-    change: tuple[str, str], message: str, trained: DualPathNetwork, tiny_mllm: Path, tmp_path: Path
+    change: tuple[str, str], message: str, merged: AuthorsProgram, base: Path, tmp_path: Path
 ) -> None:
-    state = written_by_them(trained, peft=False)
+    state = merged.state()
     how, name = change
     if how == "add":
         state[name] = torch.ones(1)
@@ -197,21 +324,11 @@ def test_a_file_that_does_not_fit_is_refused_and_changes_nothing(
     else:
         del state[name]
     torch.save(state, tmp_path / "pytorch_model.bin")
-    model = other(tiny_mllm, lora=True)
+    model = ours(base, lora=True)
     before = {n: t.clone() for n, t in model.state_dict().items()}
     with pytest.raises(ValueError, match=message):
         load_released(model, tmp_path / "pytorch_model.bin")
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
-
-
-def test_an_adapter_of_another_rank_is_refused_with_the_setting(
-    trained: DualPathNetwork, tiny_mllm: Path, tmp_path: Path
-) -> None:
-    torch.save(written_by_them(trained, peft=True), tmp_path / "model.pt")
-    model = other(tiny_mllm, lora=True)
-    model.mllm = MLLMPathway.load(str(tiny_mllm), lora=LORA._replace(rank=3))
-    with pytest.raises(ValueError, match=r"adapter .* has shape .*model\.lora_rank"):
-        load_released(model, tmp_path / "model.pt")
 
 
 def test_a_model_without_language_pathway_is_refused(tmp_path: Path) -> None:
@@ -220,19 +337,17 @@ def test_a_model_without_language_pathway_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_export_program_makes_a_portable_folder_of_a_released_file(
-    trained: DualPathNetwork, tiny_mllm: Path, tiny_records: Path, tmp_path: Path
+    merged: AuthorsProgram, base: Path, tmp_path: Path
 ) -> None:
-    torch.save(written_by_them(trained, peft=False), tmp_path / "pytorch_model.bin")
+    torch.save(merged.state(), tmp_path / "pytorch_model.bin")
     command = [sys.executable, "scripts/export.py", str(tmp_path / "pytorch_model.bin")]
     command += ["--output", str(tmp_path / "export"), "--dtype", "fp32"]
-    assert trained.query_attention is not None
-    heads, side = trained.query_attention.num_heads, trained.vision.image_size
-    sizes = f"--vision tiny --image-size {side} --query-heads {heads}".split()
+    sizes = f"--vision tiny --image-size {IMAGE_SIZE} --query-heads {HEADS}".split()
 
     refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert refused.returncode == 2 and "--mllm" in refused.stderr
     done = subprocess.run(
-        [*command, "--mllm", str(tiny_mllm), *sizes],
+        [*command, "--mllm", str(base), *sizes],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -243,14 +358,15 @@ def test_the_export_program_makes_a_portable_folder_of_a_released_file(
     assert "released BiasCareVL" in done.stdout
     assert "weights of its authors" in (tmp_path / "export" / "README.md").read_text()
     opened = open_network(tmp_path / "export")[0].eval()
-    expected = outputs(copy.deepcopy(trained).eval(), tiny_mllm, tiny_records)
-    for found, wanted in zip(outputs(opened, tiny_mllm, tiny_records), expected, strict=True):
-        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+    batch = one_row(base)
+    # An architecture without candidates draws their mask 1: mask 0 was never trained.
+    assert worst_difference(outputs(opened, batch), merged.outputs(batch, which=1)) <= 1e-4
 
 
 def test_a_joint_export_starts_the_query_attention_of_a_new_run_too(
-    trained: DualPathNetwork, tiny_mllm: Path, tmp_path: Path
+    tiny_mllm: Path, tmp_path: Path
 ) -> None:
+    trained = tiny_model(tiny_mllm, seed=1)
     assert trained.query_attention is not None
     save_network(trained, tmp_path)
     sizes: dict[str, Any] = {"vision": "tiny", "image_size": trained.vision.image_size}

@@ -6,11 +6,13 @@ IMIS-Net's decoder that shares no code with ours.
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import math
 import pickle
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +81,7 @@ def randomise(module: nn.Module, seed: int) -> None:
 @pytest.fixture
 def shallow(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Real widths at two blocks, the second with global attention."""
-    for name in ("sam_vit_b", "imis_b"):
+    for name in ("sam_vit_b", "imis_b", "medsam"):
         sizes = VISION_ARCHITECTURES[name]._replace(depth=2, global_attn_indexes=(1,))
         monkeypatch.setitem(VISION_ARCHITECTURES, name, sizes)
     yield
@@ -132,7 +134,9 @@ POINTS = [(30.0, 60.0, 1), (90.5, 20.0, 0)]
 BOX = [(20.0, 24.0, 2), (101.0, 110.0, 3)]
 
 
-@pytest.mark.parametrize("case", ["points", "box", "points and box", "points and mask"])
+@pytest.mark.parametrize(
+    "case", ["one point", "points", "box", "points and box", "points and mask"]
+)
 @torch.no_grad()
 def test_loaded_sam_weights_give_the_masks_of_sam_predictor(
     shallow: None, tmp_path: Path, case: str
@@ -147,22 +151,24 @@ def test_loaded_sam_weights_give_the_masks_of_sam_predictor(
     predictor.set_image(image)
     embedding = pathway.encode_images(as_tensor(image))
     assert float((embedding - predictor.features).abs().max()) <= 1e-5
-    clicks = POINTS if "points" in case else []
+    clicks = POINTS if "points" in case else POINTS[:1] if "point" in case else []
     box = BOX if "box" in case else []
     mask = torch.randn(1, 32, 32) if "mask" in case else None
+    several = case in ("one point", "box")
     _, quality, theirs = predictor.predict(
         point_coords=np.array([p[:2] for p in clicks]) if clicks else None,
         point_labels=np.array([p[2] for p in clicks]) if clicks else None,
         box=np.array([*box[0][:2], *box[1][:2]]) if box else None,
         mask_input=None if mask is None else mask.numpy(),
-        multimask_output=False,
+        multimask_output=several,
         return_logits=True,
     )
+    best = int(quality.argmax())
     ours = pathway.decode(embedding, torch.tensor([0]), prompts(clicks + box), None, mask)
-    difference = float((ours.low_res_logits[0] - torch.from_numpy(theirs[0])).abs().max())
+    difference = float((ours.low_res_logits[0] - torch.from_numpy(theirs[best])).abs().max())
     print(f"{case}: largest difference {difference:.1e} of logits up to {np.abs(theirs).max():.1f}")
     assert difference <= 1e-5
-    assert float((ours.predicted_dice - torch.from_numpy(quality)).abs().max()) <= 1e-5
+    assert float((ours.predicted_dice[0] - float(quality[best])).abs()) <= 1e-5
 
 
 @pytest.mark.parametrize("name", SAMS)
@@ -234,7 +240,7 @@ def test_a_transformers_folder_gives_the_masks_of_its_own_class(
 def test_weights_of_another_size_say_which_architecture_to_set(weights: str, run: str) -> None:
     with SHAPES_ONLY:
         state = sam_model_registry[SAMS[weights]]().state_dict()
-    with pytest.raises(ValueError, match=rf"model.vision={run} .*; set model.vision={weights}$"):
+    with pytest.raises(ValueError, match=rf"model.vision={run} .*; set model.vision={weights}"):
         load_vision_checkpoint(planned(run), state)
 
 
@@ -337,7 +343,7 @@ def mlp(state: dict[str, Tensor], name: str, x: Tensor, depth: int = 3) -> Tenso
 def imis_masks(
     state: dict[str, Tensor], image: Tensor, points: list[Any], text: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """IMIS-Net by its wiring: its logits [4h, 4w] of the first mask token, and the quality."""
+    """IMIS-Net by its wiring: logits [4, 4h, 4w] of all mask tokens, and their quality [4]."""
     grid = image.shape[-1] // 16
     encoder = image_encoder(768, image.shape[-1])
     renamed = {}
@@ -368,23 +374,24 @@ def imis_masks(
     tokens = torch.cat([torch.cat(own)[None], sparse, *text_token], 1)
     hidden, keys = transformer(embedding + dense, prompt_encoder.get_dense_pe(), tokens)
     upscaled = upscaling(keys.transpose(1, 2).reshape(embedding.shape))[0]
-    kernel = mlp(decoder, "output_hypernetworks_mlps.0", hidden[0, 1])
-    logits = (kernel @ upscaled.flatten(1)).reshape(upscaled.shape[1:])
+    kernels = [mlp(decoder, f"output_hypernetworks_mlps.{i}", hidden[0, 1 + i]) for i in range(4)]
+    logits = (torch.stack(kernels) @ upscaled.flatten(1)).reshape(4, *upscaled.shape[1:])
     if text is not None:
         weight, bias = decoder["text_output.weight"], decoder["text_output.bias"]
         projected = text.mean(0) @ weight.T + bias
         logits = logits + (projected @ upscaled.flatten(1)).reshape(upscaled.shape[1:])
-    return logits, mlp(decoder, "iou_prediction_head", hidden[0, 0])[0]
+    return logits, mlp(decoder, "iou_prediction_head", hidden[0, 0])
 
 
+@pytest.mark.parametrize("multimask", [None, "never"])
 @pytest.mark.parametrize("num_text_tokens", [0, 1, 3])
 @torch.no_grad()
 def test_loaded_imis_weights_give_the_masks_of_its_wiring(
-    shallow: None, tmp_path: Path, num_text_tokens: int
+    shallow: None, tmp_path: Path, num_text_tokens: int, multimask: Any
 ) -> None:
     state = random_imis(grid=6)
     torch.save({"model_state_dict": state, "epoch": 3}, tmp_path / "IMISNet-B.pth")
-    pathway = VisionPathway("imis_b", 96).eval()
+    pathway = VisionPathway("imis_b", 96, multimask=multimask).eval()
     load_vision_checkpoint(pathway, tmp_path / "IMISNet-B.pth")
     image = as_tensor(random_image(96))
     text = torch.randn(num_text_tokens, 768) if num_text_tokens else None
@@ -395,10 +402,20 @@ def test_loaded_imis_weights_give_the_masks_of_its_wiring(
         prompts(POINTS),
         None if text is None else text[None],
     )
-    difference = float((ours.low_res_logits[0] - theirs).abs().max())
-    print(f"largest difference {difference:.1e} of logits up to {theirs.abs().max():.1f}")
+    # The best of masks 1 to 3, as it was trained; one alone is mask 1, and never the untrained 0.
+    which = 1 if multimask == "never" else 1 + int(quality[1:].argmax())
+    difference = float((ours.low_res_logits[0] - theirs[which]).abs().max())
+    print(f"mask {which}: largest difference {difference:.1e} of {theirs.abs().max():.1f}")
     assert difference <= 1e-5
-    assert float((ours.predicted_dice[0] - quality).abs()) <= 1e-5
+    assert float((ours.predicted_dice[0] - quality[which]).abs()) <= 1e-5
+
+
+def test_imis_weights_are_not_decoded_where_a_mask_would_be_its_untrained_one(
+    shallow: None,
+) -> None:
+    pathway = VisionPathway("imis_b", 96, multimask="ambiguous")
+    with pytest.raises(ValueError, match=r"got 'ambiguous', .* without mask 0.* expected always"):
+        load_vision_checkpoint(pathway, random_imis(grid=6))
 
 
 def released(seg: dict[str, Tensor], form: str) -> dict[str, Tensor]:
@@ -534,6 +551,44 @@ def test_an_unexpected_tensor_is_named_and_nothing_is_loaded() -> None:
     assert all(torch.equal(value, before[key]) for key, value in pathway.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda w: w.index_fill(0, torch.tensor(1), float("nan")), r"holds 1 of 96 not finite"),
+        (lambda w: w.index_fill(0, torch.tensor(1), -math.inf), r"holds 1 of 96 not finite"),
+        (lambda w: w.to(torch.int8), r"is of torch.int8, quantised: without its scale"),
+        (lambda w: w.to(torch.float8_e4m3fn), r"is of torch.float8_e4m3fn, quantised"),
+        (
+            lambda w: w.to(torch.complex64),
+            r"is of torch.complex64: half of each number would be lost",
+        ),
+        (lambda w: w.to_sparse(), r"is stored as torch.sparse_coo"),
+        (lambda w: w.to("meta"), r"has a shape and no values"),
+    ],
+    ids=["nan", "inf", "int8", "float8", "complex", "sparse", "meta"],
+)
+def test_a_tensor_that_is_not_plain_finite_weights_is_named_and_nothing_is_loaded(
+    damage: Callable[[Tensor], Tensor], message: str
+) -> None:
+    key = "image_encoder.blocks.1.norm1.bias"
+    pathway = tiny_pathway(seed=3)
+    before = {key: value.clone() for key, value in pathway.state_dict().items()}
+    state = dict(tiny_pathway().state_dict())
+    state[key] = damage(state[key])
+    with pytest.raises(ValueError, match=rf"the weights: {re.escape(key)} {message}"):
+        load_vision_checkpoint(pathway, state)
+    assert all(torch.equal(value, before[key]) for key, value in pathway.state_dict().items())
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 8, 96), (8, 8, 96), (1, 4, 4, 48)])
+def test_position_embeddings_of_no_square_grid_are_refused_and_not_stretched(
+    shape: tuple[int, ...],
+) -> None:
+    state = tiny_pathway().state_dict() | {"image_encoder.pos_embed": torch.zeros(shape)}
+    with pytest.raises(ValueError, match=r"pos_embed .*, expected \(1, 8, 8, 96\)"):
+        load_vision_checkpoint(tiny_pathway(), state)
+
+
 def test_a_tensor_of_a_wrong_shape_is_named_with_both_shapes() -> None:
     state = tiny_pathway().state_dict() | {"image_encoder.blocks.0.norm1.bias": torch.zeros(7)}
     with pytest.raises(ValueError, match=r"blocks.0.norm1.bias \(7,\), expected \(96,\)"):
@@ -545,7 +600,9 @@ def test_an_unknown_layout_names_its_first_keys_and_the_known_ones() -> None:
         detect_layout({"layer1.weight": torch.zeros(1)})
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.module."])
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "model.module.", "net.", "sam_model.", "module.sam."]
+)
 def test_the_prefix_of_a_wrapper_is_taken_off(prefix: str) -> None:
     source, target = tiny_pathway(seed=1), tiny_pathway(seed=2)
     wrapped = {prefix + key: value for key, value in source.state_dict().items()}
@@ -580,6 +637,75 @@ def test_every_layout_is_recognised_by_a_mark_of_its_own() -> None:
     assert list(keys) == list(LAYOUTS)
     for name, key in keys.items():
         assert detect_layout({key: torch.zeros(1), "other": torch.zeros(1)}) == name
+
+
+# ---------------------------------------------------------------- what the encoder sees
+
+
+@torch.no_grad()
+def test_medsam_weights_see_the_pixels_that_medsam_was_trained_on(
+    shallow: None, tmp_path: Path
+) -> None:
+    """MedSAM has SAM's names and shapes; its program scales each image to [0, 1] by its range."""
+    sam = shallow_sam(128)
+    torch.save(sam.state_dict(), tmp_path / "medsam_vit_b.pth")
+    image = 40 + random_image(128) // 2
+    scaled = (image - image.min()) / (image.max() - image.min())
+    theirs = sam.image_encoder(torch.from_numpy(scaled).float().permute(2, 0, 1)[None])
+    box = torch.tensor([[20.0, 24.0, 101.0, 110.0]])
+    sparse, dense = sam.prompt_encoder(points=None, boxes=box, masks=None)
+    logits, _ = sam.mask_decoder(
+        theirs, sam.prompt_encoder.get_dense_pe(), sparse, dense, multimask_output=False
+    )
+    pathway = VisionPathway("medsam", 128).eval()
+    load_vision_checkpoint(pathway, tmp_path / "medsam_vit_b.pth")
+    embedding = pathway.encode_images(as_tensor(image))
+    assert float((embedding - theirs).abs().max()) <= 1e-5
+    ours = pathway.decode(embedding, torch.tensor([0]), prompts(BOX))
+    difference = float((ours.low_res_logits - logits[:, 0]).abs().max())
+    print(f"largest difference {difference:.1e} of {logits.abs().max():.1f}")
+    assert difference <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "name, vision, warned",
+    [
+        ("medsam_vit_b.pth", "sam_vit_b", "model.vision=medsam"),
+        ("models--wanglab--medsam-vit-base", "sam_vit_b", "model.vision=medsam"),
+        ("sam_vit_b_01ec64.pth", "medsam", "model.vision=sam_vit_b"),
+        ("medsam_vit_b.pth", "medsam", None),
+        ("sam_vit_b_01ec64.pth", "sam_vit_b", None),
+        ("lite_medsam.pth", "sam_vit_b", None),
+    ],
+)
+def test_a_file_named_like_weights_for_other_pixels_is_warned_of(
+    name: str,
+    vision: str,
+    warned: str | None,
+    shallow: None,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    place = tmp_path / name
+    if not name.endswith(".pth"):
+        place = place / "snapshots" / "1"
+        place.mkdir(parents=True)
+        torch.save(shallow_sam(64).state_dict(), place / "pytorch_model.bin")
+    else:
+        torch.save(shallow_sam(64).state_dict(), place)
+    with caplog.at_level(logging.WARNING, logger="biascare"):
+        load_vision_checkpoint(VisionPathway(vision, 64), place)
+    assert (warned or "") in caplog.text and bool(caplog.text) == bool(warned)
+
+
+def test_statistics_of_the_pixels_in_a_file_are_compared_with_ours(shallow: None) -> None:
+    state = shallow_sam(64).state_dict()
+    beside = {"pixel_mean": torch.tensor(PIXEL_MEAN), "pixel_std": torch.tensor(PIXEL_STD)}
+    pathway = VisionPathway("sam_vit_b", 64)
+    report = load_vision_checkpoint(pathway, state | beside)
+    assert report.dropped["pixel_mean"].number == report.dropped["pixel_std"].number == 1
+    with pytest.raises(ValueError, match=r"a pixel_mean of \[0\.0, 0\.0, 0\.0\], but .*123\.675"):
+        load_vision_checkpoint(pathway, state | beside | {"pixel_mean": torch.zeros(3, 1, 1)})
 
 
 # ---------------------------------------------------------------- from the configuration's key
@@ -619,7 +745,9 @@ def same(state: dict[str, Tensor]) -> bool:
     return state.keys() == WEIGHTS.keys() and all(torch.equal(state[k], WEIGHTS[k]) for k in state)
 
 
-@pytest.mark.parametrize("wrapper", [None, "state_dict", "model_state_dict", "model", "module"])
+@pytest.mark.parametrize(
+    "wrapper", [None, "state_dict", "model_state_dict", "model", "module", "net"]
+)
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin"])
 def test_a_pickled_state_dict_is_read_alone_and_inside_a_wrapper(
     tmp_path: Path, wrapper: str | None, suffix: str
@@ -628,6 +756,17 @@ def test_a_pickled_state_dict_is_read_alone_and_inside_a_wrapper(
     torch.save(content, tmp_path / f"w{suffix}")
     assert same(read_state_dict(tmp_path / f"w{suffix}"))
     assert same(read_state_dict(tmp_path))
+
+
+def test_other_tensors_beside_the_ones_that_are_read_are_mentioned(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    average = {key: value + 1 for key, value in WEIGHTS.items()}
+    torch.save({"model": WEIGHTS, "ema": average, "optimizer": {"state": {}}}, tmp_path / "w.pth")
+    with caplog.at_level(logging.WARNING, logger="biascare"):
+        assert same(read_state_dict(tmp_path / "w.pth"))
+    assert "'model' is read; tensors stand under ema too" in caplog.text
+    assert "optimizer" not in caplog.text
 
 
 def test_the_older_pickle_format_is_read_too(tmp_path: Path) -> None:
@@ -640,6 +779,28 @@ def test_safetensors_are_read_from_a_file_and_preferred_in_a_folder(tmp_path: Pa
     (tmp_path / "pytorch_model.bin").write_bytes(b"never opened")
     assert same(read_state_dict(tmp_path / "model.safetensors"))
     assert same(read_state_dict(str(tmp_path)))
+
+
+def test_a_file_is_read_by_what_it_holds_or_says_how_to_name_it(tmp_path: Path) -> None:
+    save_file(WEIGHTS, tmp_path / "downloaded.pth")
+    assert same(read_state_dict(tmp_path / "downloaded.pth"))
+    torch.save(WEIGHTS, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=r"torch\.save wrote it: rename it to w\.pth"):
+        read_state_dict(tmp_path / "w.safetensors")
+
+
+def test_a_plain_pickle_is_called_one(tmp_path: Path) -> None:
+    (tmp_path / "w.pth").write_bytes(pickle.dumps({"a": np.zeros(3)}))
+    with pytest.raises(ValueError, match=r"a plain pickle, which torch\.save did not write"):
+        read_state_dict(tmp_path / "w.pth")
+
+
+def test_what_programs_pickle_beside_their_weights_is_told_in_words(tmp_path: Path) -> None:
+    content = {"model": WEIGHTS, "args": argparse.Namespace(lr=1), "best": np.float64(0.9)}
+    torch.save(content, tmp_path / "w.pth")
+    expected = r"argparse\.Namespace \(options of the program.*scalar \(single numbers of numpy\)"
+    with pytest.raises(ValueError, match=expected):
+        read_state_dict(tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
