@@ -112,6 +112,7 @@ def releases(sub_dataset: SubDataset) -> list[Release]:
             items=list_items(sub_dataset, split),
             convert=partial(convert_item, sub_dataset, split),
             name_of=name_of,
+            promises_masks=True,
         )
         for split in SPLITS
     ]

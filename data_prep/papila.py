@@ -117,6 +117,7 @@ def plan(source: Path, shares: dict[str, float], expert: int, suspects: str) -> 
             items=sorted(found, key=lambda item: (int(item.patient), item.eye)),
             convert=partial(convert, source, split, expert, suspects),
             name_of=image_name,
+            promises_masks=True,
         )
         for split, found in items.items()
         if found

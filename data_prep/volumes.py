@@ -130,6 +130,7 @@ def releases(
         licence=licence,
         convert=partial(convert, source),
         name_of=name_of,
+        promises_masks=source.masks is not None,
         how_to_learn=DICOM_MASKS if source.is_dicom else NIFTI_MASKS,
     )
 

@@ -62,10 +62,11 @@ def note_count(what: str, found: int, expected: int) -> None:
         note(f"expected {expected:,} {what}, found {found:,}")
 
 
-def note_repeated(what: str, num_repeated: int) -> None:
-    """Say how many repeated questions were left out."""
+def note_repeated(what: str, num_repeated: int, *, kept: bool = False) -> None:
+    """Say how many repeated questions were left out, or kept as official rows."""
     if num_repeated:
-        note(f"{what}: {num_repeated:,} repeated questions left out")
+        done = "kept, they are rows of the release" if kept else "left out"
+        note(f"{what}: {num_repeated:,} repeated questions {done}")
 
 
 def find_file(folder: Path, *names: str) -> Path:
