@@ -187,7 +187,7 @@ def read_mask_names(path: Path) -> dict[int, str]:
 
 def convert(
     source: Path, split: str, names: dict[int, str], item: ImageQuestions | Refused
-) -> Record | Incomplete:
+) -> Incomplete:
     """One image with its questions and masks. Raises UnusableItemError with the reason."""
     if isinstance(item, Refused):
         raise UnusableItemError(item.reason)
@@ -235,7 +235,7 @@ def convert(
         race=None,
         extra=extra,
     )
-    return Incomplete(record, lost, tuple(noted)) if lost or noted else record
+    return Incomplete(record, lost, tuple(noted))
 
 
 def read_targets(

@@ -30,13 +30,9 @@ SUFFIXES = (
     ".nii.gz", ".nii", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif",
 )  # fmt: skip
 SPLIT_SYNONYMS = {"training": "train", "validation": "val", "valid": "val", "dev": "val"}
-SEXES = {"f": "F", "female": "F", "woman": "F", "m": "M", "male": "M", "man": "M"}
 PATIENT_REGEX = "--patient-regex finds the patient in a file's path and keeps them together"
 SHARE_TOLERANCE = 0.1
 """A realised share this far from the one asked for is told; the draw is binomial."""
-
-UNKNOWN = ("", "nan", "none", "null", "na", "n/a", "unknown", "not reported", "u", "o", "other")
-"""Spellings of "not known" in a column of attributes, in lower case. DICOM's sex O is "other"."""
 
 
 def add_source_arguments(
@@ -330,17 +326,6 @@ def stem_of(path: str) -> str:
         if path.lower().endswith(suffix):
             return path[: -len(suffix)]
     return path
-
-
-def sex_of(text: str) -> str | None:
-    """F, M or None for not known. Raises ValueError for another word."""
-    plain = text.strip().lower()
-    if plain in UNKNOWN:
-        return None
-    # Not "unknown": a misread code would be missing from every audit by sex.
-    if plain not in SEXES:
-        raise ValueError(f"sex {text!r} is none of {', '.join(sorted(SEXES))}, nor unknown")
-    return SEXES[plain]
 
 
 def split_name(text: str) -> str:
