@@ -126,6 +126,26 @@ def test_vqa_rad_original_keeps_the_official_questions_once(
     assert "expected 1,793 VQA-RAD train questions, found 4" in notes
 
 
+@pytest.mark.parametrize("divided", [False, True])
+def test_copies_of_vqa_rad_with_other_names_give_the_same_records(
+    rad: Path, tmp_path: Path, divided: bool
+) -> None:
+    run(vqa_rad, rad, tmp_path / "one", "--max-skipped", "0.5")
+    entries = json.loads((rad / vqa_rad.JSON_NAME).read_text())
+    (rad / vqa_rad.JSON_NAME).unlink()
+    (rad / vqa_rad.IMAGE_FOLDER).rename(rad / "images")
+    if divided:
+        tests = [entry for entry in entries if entry["phrase_type"].startswith("test")]
+        put_json(rad / "trainset.json", [entry for entry in entries if entry not in tests])
+        put_json(rad / "testset.json", tests)
+    else:
+        put_json(rad / "VQA_RAD_Dataset_Public.json", entries)
+    run(vqa_rad, rad, tmp_path / "two", "--max-skipped", "0.5")
+    for split in ("train", "test"):
+        one, two = (Records(tmp_path / name / "vqa_rad" / split) for name in ("one", "two"))
+        assert one.manifest["content_hash"] == two.manifest["content_hash"]
+
+
 def test_vqa_rad_parquet_gathers_copies_of_an_image(tmp_path: Path) -> None:
     source = tmp_path / "vqa-rad"
     one, two = picture(1), picture(2)
