@@ -7,7 +7,7 @@ string rule, so that no two structures are merged by accident. A name outside th
 
 from __future__ import annotations
 
-from biascare.choices import did_you_mean
+from biascare.choices import nearest
 
 SIDES = ("left", "right")
 
@@ -174,9 +174,11 @@ def canonical_modality(name: str) -> str:
     plain = _plain(name)
     # Not kept as it is, as a target is: flips and windows depend on the modality.
     if plain not in _MODALITIES:
-        near = did_you_mean(plain, _MODALITIES)
+        near = nearest(plain, _MODALITIES)
+        # The spelling of records, which the list holds; the near one may be an alias of it.
+        hint = f"; did you mean {_MODALITIES[near]!r}?" if near else ""
         raise ValueError(
-            f"unknown modality {name!r}{near}; expected one of {', '.join(MODALITIES)}. A new "
+            f"unknown modality {name!r}{hint}; expected one of {', '.join(MODALITIES)}. A new "
             "spelling is added to MODALITIES in biascare/records/vocabulary.py"
         )
     return _MODALITIES[plain]
