@@ -29,8 +29,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from biascare.records import MAX_IMAGE_PIXELS, Record, image_size
+from biascare.records import Record, image_size
 from biascare.records.vocabulary import canonical_target
+from data_prep.formats.label_maps import read_label_map
 from data_prep.formats.orientation import TURNS, turn_image, turn_mask
 from data_prep.pipeline import shards
 from data_prep.pipeline.options import (
@@ -49,10 +50,7 @@ from data_prep.pipeline.shards import Release, UnusableItemError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")
-MASK_FORMATS = ("PNG", "TIFF", "BMP", "GIF")
 JPEG_SUFFIXES = (".jpg", ".jpeg")
-JPEG_START = b"\xff\xd8\xff"
-NOT_EXACT = "JPEG mask: its values are not exact, store masks as PNG"
 EXIF_ORIENTATION = 0x0112
 
 
@@ -116,6 +114,7 @@ def releases(
         licence=licence,
         convert=partial(convert, source),
         name_of=name_of,
+        promises_masks=True,
     )
 
 
@@ -199,36 +198,6 @@ def convert(source: Source, split: str, item: Item) -> Record:
 
 def name_of(item: Item) -> str:
     return item.image or item.masks[0][1]
-
-
-def read_label_map(data: bytes) -> np.ndarray:
-    """An image file of labels -> integers [H, W], or colours uint8 [H, W, 3].
-
-    A palette PNG gives its indices; grey stored in three equal channels is grey. Raises
-    UnusableItemError for JPEG, transparency, other modes, too many pixels, and unreadable files.
-    """
-    if data.startswith(JPEG_START):
-        raise UnusableItemError(NOT_EXACT)
-    try:
-        with Image.open(io.BytesIO(data), formats=MASK_FORMATS) as image:
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise UnusableItemError("mask has too many pixels")
-            values = np.asarray(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UnusableItemError("mask unreadable, or not PNG, TIFF, BMP or GIF") from error
-    if values.ndim == 3 and values.shape[2] in (2, 4):
-        # A half transparent mask may hold soft edges; where it begins is not ours to say.
-        if (values[..., -1] != 255).any():
-            raise UnusableItemError("mask is partly transparent")
-        values = values[..., :-1]
-    # Many tools store a mask as grey in three channels.
-    if values.ndim == 3 and (values == values[..., :1]).all():
-        values = values[..., 0]
-    if values.dtype == np.bool_:
-        values = values.astype(np.uint8)
-    if values.dtype.kind not in "iu":
-        raise UnusableItemError(f"mask holds {values.dtype} numbers, labels are integers")
-    return values
 
 
 def _mask_folders(source: Source) -> list[tuple[str, Path]]:

@@ -5,6 +5,7 @@
 Layout of --source:
 
     HAM10000_metadata.csv            lesion_id, image_id, dx, dx_type, age, sex, localization
+                                     (Dataverse: HAM10000_metadata.tab, or without ending)
     HAM10000_images_part_{1,2}/*.jpg, or HAM10000_images_part_{1,2}.zip left as they are
 
 There is no official split: all images of a lesion go to the split that the hash of lesion_id
@@ -24,16 +25,16 @@ from typing import NamedTuple
 from biascare.records import Record, Turn
 from data_prep.formats.zip_images import ImageFinder, Place, read_place
 from data_prep.pipeline import shards
+from data_prep.pipeline.attributes import person_of
 from data_prep.pipeline.options import add_share_arguments, note_shares
 from data_prep.pipeline.program import run_program
 from data_prep.pipeline.release_files import (
     find_file,
     note_count,
-    number_of,
     read_image,
     read_table,
 )
-from data_prep.pipeline.shards import Release, UnusableItemError
+from data_prep.pipeline.shards import Incomplete, Release, UnusableItemError
 from data_prep.wording.conversations import (
     DIAGNOSES,
     DIAGNOSIS_QUESTIONS,
@@ -46,12 +47,11 @@ from data_prep.wording.conversations import (
     pair,
 )
 
-METADATA = "HAM10000_metadata.csv"
+METADATA = ("HAM10000_metadata.csv", "HAM10000_metadata.tab", "HAM10000_metadata")
 COLUMNS = ("lesion_id", "image_id", "dx", "dx_type", "age", "sex", "localization")
 NUM_IMAGES = 10_015
 FOLDERS = ("HAM10000_images_part_1", "HAM10000_images_part_2", "images", "")
 ARCHIVES = "HAM10000_images*.zip"
-SEXES = {"female": "F", "male": "M"}
 TEST_SHARE, VAL_SHARE = 0.15, 0.05
 LICENCE = "HAM10000: CC BY-NC 4.0"
 
@@ -64,8 +64,8 @@ class Item(NamedTuple):
     lesion: str
     dx: str
     dx_type: str
-    age: float | None
-    sex: str | None
+    age: str  # as written, like sex
+    sex: str
     site: str  # empty when unknown
 
 
@@ -84,7 +84,7 @@ def plan(source: Path, shares: dict[str, float]) -> list[Release]:
     """Train, val and test, by lesion."""
     finder = ImageFinder(source, FOLDERS, ARCHIVES)
     items: dict[str, list[Item]] = {"train": [], "val": [], "test": []}
-    for row in read_table(find_file(source, METADATA, "HAM10000_metadata"), COLUMNS):
+    for row in read_table(find_file(source, *METADATA), COLUMNS):
         # By lesion: its images have one diagnosis and look alike.
         split = drawn_split(row["lesion_id"], shares)
         site = row["localization"].strip().lower()
@@ -95,8 +95,8 @@ def plan(source: Path, shares: dict[str, float]) -> list[Release]:
                 lesion=row["lesion_id"],
                 dx=row["dx"].strip().lower(),
                 dx_type=row["dx_type"],
-                age=number_of(row["age"], f"{METADATA}, age") if row["age"] else None,
-                sex=SEXES.get(row["sex"].strip().lower()),
+                age=row["age"],
+                sex=row["sex"],
                 site="" if site == "unknown" else site,
             )
         )
@@ -117,13 +117,18 @@ def plan(source: Path, shares: dict[str, float]) -> list[Release]:
     ]
 
 
-def convert(source: Path, split: str, item: Item) -> Record:
+def convert(source: Path, split: str, item: Item) -> Incomplete:
     """One image with its questions. Raises UnusableItemError with the reason."""
     if item.dx not in DIAGNOSES:
         raise UnusableItemError(f"unknown diagnosis {item.dx!r}")
     image = read_image(read_place(source, item.place))
     name = f"ham10000/{item.image}"
-    return Record(
+    person = person_of(item.sex, item.age)
+    if person.age == 0:
+        # Ages are rounded to five years, and nobody photographs so many moles of newborns: 0 is
+        # how the table writes that the age is not known.
+        person = person._replace(age=None, noted=(*person.noted, "age 0 is taken for unknown"))
+    record = Record(
         id=name,
         image=image.data,
         height=image.height,
@@ -138,12 +143,13 @@ def convert(source: Path, split: str, item: Item) -> Record:
         # The release names lesions and not people; a lesion's id in this field would claim more.
         patient_id=None,
         study_id=f"ham10000/{item.lesion}",
-        sex=item.sex,
-        age=item.age,
+        sex=person.sex,
+        age=person.age,
         race=None,
         # How the diagnosis was made: a consensus is weaker ground than histology.
         extra={"dx_type": item.dx_type, "localization": item.site},
     )
+    return Incomplete(record, noted=person.noted)
 
 
 def turns_for(name: str, item: Item) -> list[Turn]:

@@ -44,9 +44,10 @@ SPLITS = {"train": "training", "test": "test"}
 
 LICENCE = "IMed-361M: terms of the underlying dataset apply; check them before redistribution"
 
-PATIENT_AND_SLICE = re.compile(r"(?P<patient>.*\d)_\d+")
+PATIENT_AND_SLICE = re.compile(r"(?P<patient>.*?\d)(?:_frame\d+)?_\d+")
 """A slice of a volume is named <patient>_<slice>, and the patient ends in a number: ABD_001_100 is
-slice 100 of ABD_001. Names of any other form say nothing about the patient."""
+slice 100 of ABD_001. ACDC puts the moment of the heart beat between the two, patient001_frame01_1,
+of which a patient has two. Names of any other form say nothing about the patient."""
 
 VOLUMES = ("ct", "mri", "pet")
 """Modalities that are cut into slices; elsewhere a trailing number is not a slice."""
@@ -112,6 +113,7 @@ def releases(sub_dataset: SubDataset) -> list[Release]:
             items=list_items(sub_dataset, split),
             convert=partial(convert_item, sub_dataset, split),
             name_of=name_of,
+            promises_masks=True,
         )
         for split in SPLITS
     ]

@@ -30,6 +30,7 @@ import numpy as np
 from biascare.records import Record, Turn
 from data_prep.formats.spreadsheets import read_sheet
 from data_prep.pipeline import shards
+from data_prep.pipeline.attributes import UNKNOWN, person_of
 from data_prep.pipeline.options import add_share_arguments, note_shares
 from data_prep.pipeline.program import run_program
 from data_prep.pipeline.release_files import (
@@ -39,7 +40,7 @@ from data_prep.pipeline.release_files import (
     number_of,
     read_image,
 )
-from data_prep.pipeline.shards import Release, UnusableItemError
+from data_prep.pipeline.shards import Incomplete, Release, UnusableItemError
 from data_prep.wording.conversations import (
     GLAUCOMA_CHOICES,
     GLAUCOMA_QUESTIONS,
@@ -67,7 +68,7 @@ class Item(NamedTuple):
 
     patient: str  # number without leading zeros
     eye: str  # OD | OS
-    age: float | None
+    age: str  # as written
     sex: str | None
     diagnosis: str  # of DIAGNOSES, or empty
 
@@ -117,6 +118,7 @@ def plan(source: Path, shares: dict[str, float], expert: int, suspects: str) -> 
             items=sorted(found, key=lambda item: (int(item.patient), item.eye)),
             convert=partial(convert, source, split, expert, suspects),
             name_of=image_name,
+            promises_masks=True,
         )
         for split, found in items.items()
         if found
@@ -136,16 +138,16 @@ def read_eyes(path: Path, eye: str) -> Iterator[Item]:
             assert match is not None
             texts = {name: row.get(column, "nan") for name, column in columns.items()}
             # Empty cells and the spellings of "not measured" are unknown, no error.
-            values = {
-                name: None if text.casefold() in ("nan", "-") else number_of(text, str(path))
-                for name, text in texts.items()
+            codes = {
+                name: None if texts[name].lower() in UNKNOWN else number_of(texts[name], str(path))
+                for name in ("Gender", "Diagnosis")
             }
             yield Item(
                 patient=match[1],
                 eye=eye,
-                age=values["Age"],
-                sex=_meaning(path, "Gender", values["Gender"], SEXES),
-                diagnosis=_meaning(path, "Diagnosis", values["Diagnosis"], DIAGNOSES) or "",
+                age=texts["Age"],
+                sex=_meaning(path, "Gender", codes["Gender"], SEXES),
+                diagnosis=_meaning(path, "Diagnosis", codes["Diagnosis"], DIAGNOSES) or "",
             )
 
 
@@ -173,7 +175,7 @@ def image_name(item: Item) -> str:
     return f"RET{int(item.patient):03d}{item.eye}"
 
 
-def convert(source: Path, split: str, expert: int, suspects: str, item: Item) -> Record | None:
+def convert(source: Path, split: str, expert: int, suspects: str, item: Item) -> Incomplete | None:
     """One eye with masks and grade; None for a suspect that is excluded. Raises
     UnusableItemError with the reason."""
     # None and not an error: what the user leaves out does not count against --max-skipped.
@@ -182,12 +184,13 @@ def convert(source: Path, split: str, expert: int, suspects: str, item: Item) ->
     if not item.diagnosis:
         raise UnusableItemError("no diagnosis")
     name = image_name(item)
+    person = person_of("", item.age)  # the table's codes of sex are told from the start
     image = read_image(file_inside(source, f"FundusImages/{name}.jpg"))
     targets = [
         (target, _mask(source, f"{name}_{word}_exp{expert}.txt", image.height, image.width))
         for target, word in STRUCTURES.items()
     ]
-    return Record(
+    record = Record(
         id=f"papila/{name}",
         image=image.data,
         height=image.height,
@@ -203,10 +206,11 @@ def convert(source: Path, split: str, expert: int, suspects: str, item: Item) ->
         patient_id=f"papila/{item.patient}",
         study_id=None,
         sex=item.sex,
-        age=item.age,
+        age=person.age,
         race=None,
         extra={"eye": EYES[item.eye], "expert": expert},
     )
+    return Incomplete(record, noted=person.noted)
 
 
 def turns_for(name: str, diagnosis: str) -> list[Turn]:

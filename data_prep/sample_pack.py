@@ -5,8 +5,11 @@
 Each line of the manifest is one image: id, source, split, image, modality, masks
 {target: {file, value, pixels}} (mask = PNG == value), labels, qa, text, sex, age, boxes, meta.
 Masks become targets; questions become closed or open turns; labels become questions in several
-wordings; notes become reports. Wording and order of options are drawn by the image's own seed, so a
-run repeats itself. What the source does not know (sex, age, patient) stays unknown.
+wordings; notes become reports. A label without a rule of its own becomes a question too, among the
+values that it takes in its source, and is named when the program starts. Wording and order of
+options are drawn by the image's own seed, so a run repeats itself. What the source does not know
+(sex, age, patient) stays unknown. A manifest with other values than these is refused with line and
+key.
 """
 
 from __future__ import annotations
@@ -15,18 +18,23 @@ import argparse
 import io
 import json
 import random
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from biascare.records import Record, Turn, image_size
+from biascare.choices import unknown
+from biascare.records import MAX_OPTIONS, Record, Turn, image_size
 from biascare.records.vocabulary import canonical_modality, canonical_target
 from data_prep.formats.orientation import orientation_of, turn_image, turn_mask
 from data_prep.pipeline import shards
+from data_prep.pipeline.attributes import UNKNOWN, age_of, sex_of
 from data_prep.pipeline.program import run_program
+from data_prep.pipeline.release_files import note
 from data_prep.pipeline.shards import Release, UnusableItemError
 from data_prep.wording.conversations import (
     DIAGNOSES,
@@ -50,6 +58,45 @@ NIH_FINDINGS = (
 
 QUESTION_FACTS = ("qid", "official_split", "answer_type", "question_type", "phrase_type")
 """What the manifest says of a question, under the same keys."""
+
+SHARED_LABELS = ("findings", "benign_malignant", "localization")
+"""Labels that are asked in the same words whatever their source."""
+
+NOT_ASKED = ("dx_type",)
+"""How a diagnosis was made, which no image shows."""
+
+OTHER_QUESTIONS = (
+    "What is the {label}?",
+    "Name the {label} in this image.",
+    "Which {label} applies to this image?",
+)
+
+FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "id": ((str,), "a text"),
+    "source": ((str,), "a text"),
+    "split": ((str,), "train, val or test"),
+    "patient_id": ((str, NoneType), "a text or null"),
+    "image": ((str,), "a path"),
+    "orig_size": ((list, NoneType), "[width, height] or null"),
+    "modality": ((str,), "a modality"),
+    "body_part": ((str, NoneType), "a text or null"),
+    "masks": ((dict,), "an object, {} without masks"),
+    "boxes": ((list,), "a list, [] without boxes"),
+    "labels": ((dict,), "an object, {} without labels"),
+    "sex": ((str, NoneType), "F, M or null"),
+    "age": ((int, float, str, NoneType), "years or null"),
+    "text": ((str, NoneType), "a text or null"),
+    "qa": ((list,), "a list, [] without questions"),
+    "license": ((str,), "a text"),
+    "meta": ((dict,), "an object, {} without facts"),
+}
+"""Key of a line -> types it may have, and how they are told."""
+
+MASK_FIELDS = {"file": str, "value": int, "pixels": int}
+SPLITS = ("train", "val", "test")
+MAX_PROBLEMS = 5
+MAX_SHOWN = 80
+"""Characters of a value that a message quotes."""
 
 NO_FINDING = "No Finding"
 NUM_CHOICES = 4
@@ -129,6 +176,7 @@ def releases(source: Path, lines: list[dict[str, Any]]) -> list[Release]:
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for line in lines:
         groups.setdefault((line["source"], line["split"]), []).append(line)
+    others = {name: other_labels(name, lines) for name in {name for name, _ in groups}}
     return [
         Release(
             source=name,
@@ -136,8 +184,9 @@ def releases(source: Path, lines: list[dict[str, Any]]) -> list[Release]:
             version="sample pack",
             licence="; ".join(sorted({line["license"] for line in chosen})),
             items=chosen,
-            convert=partial(build_record, source),
+            convert=partial(build_record, source, others[name]),
             name_of=name_of,
+            promises_masks=any(line["masks"] for line in chosen),
         )
         for (name, split), chosen in sorted(groups.items())
     ]
@@ -148,19 +197,102 @@ def name_of(line: dict[str, Any]) -> str:
 
 
 def read_manifest(path: Path) -> list[dict[str, Any]]:
-    """Lines of the manifest. Raises ValueError with the line number for what is not JSON."""
+    """Lines of the manifest. Raises ValueError with line and key for what it must not hold."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist; --source is the folder that holds manifest.jsonl")
-    lines = []
+    lines, problems = [], []
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             lines.append(json.loads(text))
         except ValueError as error:
             raise ValueError(f"{path}:{number} is not JSON: {error}") from error
+        problems += [f"{path}:{number}: {problem}" for problem in line_problems(lines[-1])]
+    # Together and before any work: a manifest is written by a program, and errs in many lines.
+    if problems:
+        more = len(problems) - MAX_PROBLEMS
+        rest = [f"and {more} more"] if more > 0 else []
+        raise ValueError("\n".join([*problems[:MAX_PROBLEMS], *rest]))
     return lines
 
 
-def build_record(source: Path, line: dict[str, Any]) -> Record:
+def line_problems(line: Any) -> Iterator[str]:
+    """What a line holds that it must not: its key, what was got, what was expected."""
+    if not isinstance(line, dict):
+        yield f"expected an object, got {type(line).__name__}"
+        return
+    sound = True
+    for key, (types, told) in FIELDS.items():
+        # True is an int of Python and no number of years.
+        if key not in line or not isinstance(line[key], types) or isinstance(line[key], bool):
+            sound = False
+            got = json.dumps(line[key])[:MAX_SHOWN] if key in line else "no such key"
+            yield f"{key}: expected {told}, got {got}"
+    if not sound:
+        return
+    if line["split"] not in SPLITS:
+        yield unknown("split", line["split"], SPLITS)
+    for key, read in (("modality", canonical_modality), ("sex", sex_of), ("age", age_of)):
+        try:
+            read("" if line[key] is None else str(line[key]))
+        except ValueError as error:
+            yield f"{key}: {error}"
+    for name, entry in line["masks"].items():
+        for key, kind in MASK_FIELDS.items():
+            if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
+                yield f"masks, {name!r}: expected {{file, value, pixels}}, got {json.dumps(entry)}"
+                break
+    for item in line["qa"]:
+        if not (isinstance(item, dict) and {"q", "a", "answer_type"} <= item.keys()):
+            yield f"qa: expected {{q, a, answer_type}}, got {json.dumps(item)[:MAX_SHOWN]}"
+    choice = CHOICES.get(line["source"])
+    value = line["labels"].get(choice.label) if choice else None
+    if choice and value is not None and value not in choice.options:
+        yield unknown(f"labels, {choice.label}", value, choice.options)
+    if not isinstance(line["labels"].get("findings", []), list):
+        yield "labels, findings: expected a list of texts"
+
+
+class OtherLabel(NamedTuple):
+    """A label of one source that no rule is written for."""
+
+    key: str
+    values: tuple[str, ...]  # that it takes in its source, in order
+
+
+def other_labels(source: str, lines: list[dict[str, Any]]) -> tuple[OtherLabel, ...]:
+    """Labels of a source without a rule of their own; each is told with its count."""
+    choice = CHOICES.get(source)
+    known = {*SHARED_LABELS, *NOT_ASKED, choice.label if choice else ""}
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        for key, value in line["labels"].items():
+            text = label_text(value)
+            if line["source"] == source and key not in known and text:
+                found.setdefault(key, []).append(text)
+    labels = []
+    for key, texts in sorted(found.items()):
+        labels.append(OtherLabel(key, tuple(sorted(set(texts)))))
+        shown = ", ".join(labels[-1].values[:MAX_PROBLEMS])
+        note(
+            f"{source}: the label {key!r} of {len(texts)} images has no rule of its own and is "
+            f"asked in general words, among {len(labels[-1].values)} values ({shown})"
+        )
+    return tuple(labels)
+
+
+def label_text(value: Any) -> str:
+    """A label as a person writes it; empty when it says nothing."""
+    texts = value if isinstance(value, list) else [value]
+    words = {None: "", True: "yes", False: "no"}
+    plain = [
+        words[text] if text is None or isinstance(text, bool) else one_line(str(text))
+        for text in texts
+    ]
+    told = ", ".join(text for text in plain if text)
+    return "" if told.lower() in UNKNOWN else told
+
+
+def build_record(source: Path, others: tuple[OtherLabel, ...], line: dict[str, Any]) -> Record:
     """One line of the manifest -> record. Raises UnusableItemError with the reason."""
     # By source, as for IMed-361M: slices of BTCV lie with the spine up.
     turn = orientation_of(line["source"]).turn
@@ -175,7 +307,7 @@ def build_record(source: Path, line: dict[str, Any]) -> Record:
         for name, entry in line["masks"].items()
     ]
     height, width = image_size(image)
-    conversations = build_conversations(line)
+    conversations = build_conversations(line, others)
     return Record(
         id=line["id"],
         image=image,
@@ -186,34 +318,52 @@ def build_record(source: Path, line: dict[str, Any]) -> Record:
         task=_task(line, conversations),
         modality=canonical_modality(line["modality"]),
         anatomy=line["body_part"] or "",
-        labels=build_labels(line),
+        labels=build_labels(line, others),
         source=line["source"],
         split=line["split"],
-        patient_id=line["patient_id"],
+        patient_id=line["patient_id"] or None,
         study_id=None,
-        sex=line["sex"],
-        age=line["age"],
+        sex=sex_of(line["sex"] or ""),
+        age=age_of("" if line["age"] is None else str(line["age"])),
         race=None,
         extra=_extra(line),
     )
 
 
-def build_labels(line: dict[str, Any]) -> list[str]:
-    """Findings and diagnoses in full words; acronyms keep their case."""
+def build_labels(line: dict[str, Any], others: tuple[OtherLabel, ...] = ()) -> list[str]:
+    """Findings and diagnoses in full words; acronyms keep their case. Labels without a rule carry
+    their name: "left" alone would say nothing."""
     labels = line["labels"]
+    named = [f"{key}: {text}" for key, text, _ in _stated(line, others)]
     if "findings" in labels:
         # NIH writes Pleural_Thickening, and answers are read by people and language models.
-        return [finding.replace("_", " ") for finding in labels["findings"]]
+        return [finding.replace("_", " ") for finding in labels["findings"]] + named
     question = CHOICES.get(line["source"])
-    return [question.options[labels[question.label]]] if question else []
+    known = question is not None and labels.get(question.label) is not None
+    return ([question.options[labels[question.label]]] if question and known else []) + named
 
 
-def build_conversations(line: dict[str, Any]) -> list[Turn]:
+def _stated(
+    line: dict[str, Any], others: tuple[OtherLabel, ...]
+) -> list[tuple[str, str, OtherLabel]]:
+    """(name, text, label) of the labels without a rule that the line has."""
+    texts = [(other, label_text(line["labels"].get(other.key))) for other in others]
+    return [(other.key.replace("_", " "), text, other) for other, text in texts if text]
+
+
+def build_conversations(line: dict[str, Any], others: tuple[OtherLabel, ...] = ()) -> list[Turn]:
     """Questions of the source, questions made from labels, the note: in this order."""
     # The order of what follows is part of the data: wordings are drawn one after another.
     draw = draw_for(line["id"])
     turns = [turn for item in line["qa"] for turn in question_turns(item)]
     turns += _label_turns(line, draw)
+    for name, text, other in _stated(line, others):
+        wording = draw.choice(OTHER_QUESTIONS).format(label=name)
+        # Lists of values are no options: the right one would be the only one with commas.
+        if 2 <= len(other.values) <= MAX_OPTIONS and isinstance(line["labels"][other.key], str):
+            turns += choice_turns(wording, other.values, text, draw)
+        else:
+            turns += pair(wording, text, "open")
     if line["text"]:
         turns += pair(draw.choice(REPORT_REQUESTS), one_line(line["text"]), "report")
     return turns
@@ -233,21 +383,22 @@ def question_turns(item: dict[str, Any]) -> list[Turn]:
 
 def _label_turns(line: dict[str, Any], draw: random.Random) -> list[Turn]:
     labels, turns = build_labels(line), []
-    if line["source"] in CHOICES:
-        question = CHOICES[line["source"]]
+    question = CHOICES.get(line["source"])
+    if question and line["labels"].get(question.label) is not None:
         wording = draw.choice(question.wordings)
         turns += choice_turns(wording, list(question.options.values()), labels[0], draw)
-    if "findings" in line["labels"]:
+    if line["labels"].get("findings"):
         turns += pair(draw.choice(FINDING_QUESTIONS), ", ".join(labels), "open")
     # NIH's labels cover fourteen findings of every image: one that is not listed was not found in
     # the report.
-    if line["source"] == "nih":
+    if line["source"] == "nih" and labels:
         # One present finding among absent ones, so that exactly one option is right.
         answer = draw.choice(labels)
         absent = [name for name in (*NIH_FINDINGS, NO_FINDING) if name not in labels]
         options = [answer, *draw.sample(absent, NUM_CHOICES - 1)]
         turns += choice_turns(draw.choice(FINDING_CHOICES), options, answer, draw)
-    if "benign_malignant" in line["labels"]:
+    # "indeterminate" is neither, and must not become a no.
+    if line["labels"].get("benign_malignant") in ("benign", "malignant"):
         answer = "yes" if line["labels"]["benign_malignant"] == "malignant" else "no"
         turns += pair(draw.choice(MALIGNANCY_QUESTIONS), answer, "closed")
     if line["labels"].get("localization") not in (None, "unknown"):

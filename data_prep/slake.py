@@ -4,21 +4,24 @@
 
 Layout of --source:
 
-    train.json, validation.json, test.json    img_name, question, answer, q_lang, answer_type, ...
+    train.json, validate.json, test.json      img_name, question, answer, q_lang, answer_type, ...
+                                              (validation.json in the Hugging Face form)
     imgs/xmlab1/{source.jpg, mask.png, detection.json}
     mask.txt                                  value of each structure in mask.png
 
-The files are the official split (by image), validation under the name val. --language takes the
-English questions, the Chinese ones (zh), or all. Masks become targets when mask.txt, or another
-table given by --mask-names, names their values: one structure and its value per line, "Liver: 7".
-A mask that cannot be used costs the image its targets, not its questions; `left_out` in the
-record's extra says why. Licence: CC BY 4.0; images come from MSD, ChestX-ray8 and CHAOS.
+The files are the official split, validation under the name val, row for row. --language takes the
+English questions, the Chinese ones (zh), or all; each language has a split by image of its own, so
+that together train shares images with val and test. Masks become targets by mask.txt, or another
+table given by --mask-names: one structure and its value per line, "Liver: 7"; --no-masks does
+without. A mask that cannot be used costs the image its targets, not its questions: it stands in the
+ledger and counts against --max-skipped. The masks of X-rays are colour overlays in the release
+itself, which no table turns into values: they are in the ledger and do not count. Licence: CC BY
+4.0; images come from MSD, ChestX-ray8 and CHAOS.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -26,11 +29,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from biascare.records import Record
 from biascare.records.vocabulary import canonical_modality, canonical_target
+from data_prep.formats.label_maps import read_label_map
 from data_prep.pipeline import shards
+from data_prep.pipeline.options import cut_masks
 from data_prep.pipeline.program import run_program
 from data_prep.pipeline.release_files import (
     EncodedImage,
@@ -42,7 +46,7 @@ from data_prep.pipeline.release_files import (
     read_image,
     read_json,
 )
-from data_prep.pipeline.shards import Release, UnusableItemError
+from data_prep.pipeline.shards import Incomplete, Release, UnusableItemError
 from data_prep.wording.conversations import (
     Asked,
     ImageQuestions,
@@ -53,7 +57,13 @@ from data_prep.wording.conversations import (
     turns_of,
 )
 
-SPLITS = {"train": "train.json", "val": "validation.json", "test": "test.json"}
+SPLITS = {
+    "train": ("train.json",),
+    "val": ("validate.json", "validation.json"),
+    "test": ("test.json",),
+}
+"""Split of the records -> names of its file: of the original, of the Hugging Face form."""
+
 LANGUAGES = ("en", "zh", "all")
 NUM_QUESTIONS = {
     "en": {"train": 4_919, "val": 1_053, "test": 1_061},
@@ -62,7 +72,14 @@ NUM_QUESTIONS = {
 """Of the whole release, as its paper counts them."""
 
 MASK_LINE = re.compile(r"^\s*(?:(\d+)\s*[:=,\s]\s*(\D+?)|(\D+?)\s*[:=,\s]\s*(\d+))\s*$")
+OVERLAID_MODALITY = "xray"
+"""All 179 X-rays of the release, and no other image, have masks that are drawings."""
+
 LICENCE = "SLAKE: CC BY 4.0; images from MSD, ChestX-ray8 and CHAOS"
+
+
+class OverlayError(UnusableItemError):
+    """The mask is a drawing: an image with structures painted over it."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -73,30 +90,29 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--language", choices=LANGUAGES, default="en", help="of the questions; default: %(default)s"
     )
-    parser.add_argument("--mask-names", type=Path, help="table of mask values, if not mask.txt")
+    masks = parser.add_mutually_exclusive_group()
+    masks.add_argument("--mask-names", type=Path, help="table of mask values, if not mask.txt")
+    masks.add_argument("--no-masks", action="store_true", help="questions only")
     shards.add_arguments(parser)
     args = parser.parse_args(arguments)
-    shards.run(args, plan(args.source, args.language, args.mask_names))
+    table = args.mask_names or args.source / "mask.txt"
+    names = {} if args.no_masks else read_mask_names(table)
+    shards.run(args, plan(args.source, args.language, names))
 
 
-def plan(source: Path, language: str, mask_names: Path | None) -> list[Release]:
-    """One release per official split."""
-    table = mask_names or source / "mask.txt"
-    names: dict[int, str] = {}
-    # A table that the user names must be there; the release's own may be missing, and questions
-    # are worth preparing without masks.
-    if mask_names or table.is_file():
-        names = read_mask_names(table)
-    else:
-        note("no mask.txt: organ masks are left out, see --mask-names")
+def plan(source: Path, language: str, names: dict[int, str]) -> list[Release]:
+    """One release per official split. `names`: of mask values, empty for questions only."""
     releases = []
-    for split, file in SPLITS.items():
-        gathered = gather(read_rows(find_file(source, file), language))
-        note_repeated(f"SLAKE {split}", gathered.num_repeated)
+    images: dict[str, set[str]] = {}
+    for split, files in SPLITS.items():
+        rows = read_rows(find_file(source, *files), language)
+        gathered = gather(rows, keep_repeated=True)
+        note_repeated(f"SLAKE {split}", gathered.num_repeated, kept=True)
         if language in NUM_QUESTIONS:
             expected = NUM_QUESTIONS[language][split]
             what = f"SLAKE {split} questions ({language})"
             note_count(what, gathered.num_questions, expected)
+        images[split] = {item.image for item in gathered.items if isinstance(item, ImageQuestions)}
         releases.append(
             Release(
                 source="slake",
@@ -106,7 +122,14 @@ def plan(source: Path, language: str, mask_names: Path | None) -> list[Release]:
                 items=gathered.items,
                 convert=partial(convert, source, split, names),
                 name_of=name_of,
+                promises_masks=bool(names),
             )
+        )
+    shared = images["train"] & (images["val"] | images["test"])
+    if shared:
+        note(
+            f"SLAKE: {len(shared)} images of train are in val or test too: the two languages are "
+            "split differently. Scores on them are too good; --language en keeps images apart"
         )
     return releases
 
@@ -139,7 +162,11 @@ def read_mask_names(path: Path) -> dict[int, str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a readable table of mask values: {error}") from error
+        # Not a release without masks: whoever wants that says so.
+        raise ValueError(
+            f"{path} is not a readable table of mask values: {error}; give one with --mask-names, "
+            "or --no-masks to prepare the questions alone"
+        ) from error
     names: dict[int, str] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -160,22 +187,36 @@ def read_mask_names(path: Path) -> dict[int, str]:
 
 def convert(
     source: Path, split: str, names: dict[int, str], item: ImageQuestions | Refused
-) -> Record:
+) -> Incomplete:
     """One image with its questions and masks. Raises UnusableItemError with the reason."""
     if isinstance(item, Refused):
         raise UnusableItemError(item.reason)
     path = file_inside(source, f"imgs/{item.image}")
     image = read_image(path)
     facts = item.facts[0]  # what is said of the image is said with each question
+    modality = canonical_modality(facts.get("modality", ""))
     extra: dict[str, Any] = {}
     targets: list[tuple[str, np.ndarray]] = []
+    lost, noted = "", []
+    try:
+        if names:
+            targets = read_targets(path.parent / "mask.png", names, image)
+            # Sound, so nothing is lost; but of many of them a person should know.
+            noted += [] if targets else ["mask shows no structure"]
+    except OverlayError as reason:
+        # A property of the release where all such images have it, damage anywhere else.
+        if modality == OVERLAID_MODALITY:
+            noted.append(f"{reason} (as the release has it for X-rays)")
+        else:
+            lost = str(reason)
+    except UnusableItemError as reason:
+        # A broken mask costs the targets and not the questions.
+        lost = f"mask: {reason}"
     try:
         extra["boxes"] = read_boxes(path.parent / "detection.json")
-        targets = read_targets(path.parent / "mask.png", names, image) if names else []
     except UnusableItemError as reason:
-        # A broken mask costs the targets and not the questions, and the record says so.
-        extra["left_out"] = str(reason)
-    return Record(
+        noted.append(str(reason))
+    record = Record(
         id=f"slake/{Path(item.image).parent.as_posix()}",
         image=image.data,
         height=image.height,
@@ -183,7 +224,7 @@ def convert(
         targets=targets,
         conversations=turns_of(item.questions, item.facts),
         task="vqa",
-        modality=canonical_modality(facts.get("modality", "")),
+        modality=modality,
         anatomy=facts.get("location", "").replace("_", " ").lower(),
         source="slake",
         split=split,
@@ -194,27 +235,23 @@ def convert(
         race=None,
         extra=extra,
     )
+    return Incomplete(record, lost, tuple(noted))
 
 
 def read_targets(
     path: Path, names: dict[int, str], image: EncodedImage
 ) -> list[tuple[str, np.ndarray]]:
-    """Named values of a label map -> (target, bool [H, W]). Raises UnusableItemError."""
+    """Named values of a label map -> (target, bool [H, W]). Raises OverlayError for colours, and
+    UnusableItemError for what else is wrong."""
     if not path.is_file():
-        raise UnusableItemError("mask missing")
-    mask = read_image(path)  # refuses what is no image
-    with Image.open(io.BytesIO(path.read_bytes()), formats=("PNG",)) as opened:
-        values = np.asarray(opened)
-    # Colours of a drawing are no values, and anti-aliasing would make new ones.
-    if values.ndim != 2:
-        raise UnusableItemError("mask has colours instead of values")
-    if (mask.height, mask.width) != (image.height, image.width):
+        raise UnusableItemError("file missing")
+    values = read_label_map(path.read_bytes())
+    if values.ndim == 3:
+        raise OverlayError("mask is a colour overlay, its values are lost")
+    if values.shape != (image.height, image.width):
         raise UnusableItemError("mask and image differ in size")
-    present = {int(value) for value in np.unique(values)} - {0}
     # All or none: a structure without a name would count as background in training.
-    if unnamed := sorted(present - set(names)):
-        raise UnusableItemError(f"mask values without a name: {unnamed}")
-    return [(names[value], values == value) for value in sorted(present)]
+    return cut_masks(values, names, named_by="--mask-names")
 
 
 def read_boxes(path: Path) -> list[dict[str, Any]]:

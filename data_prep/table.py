@@ -23,32 +23,31 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from biascare.choices import unknown
-from biascare.records import KINDS, MAX_AGE, Record
+from biascare.choices import did_you_mean, unknown
+from biascare.records import KINDS, Record
 from biascare.records.vocabulary import FACTS, canonical_modality
 from data_prep.formats.archives import open_member
 from data_prep.pipeline import shards
+from data_prep.pipeline.attributes import UNKNOWN, person_of
 from data_prep.pipeline.options import (
     PATIENT_REGEX,
-    UNKNOWN,
     Splits,
     add_source_arguments,
     add_split_arguments,
     note_shares,
     note_unknown_patients,
     releases_of,
-    sex_of,
     split_name,
     stem_of,
 )
 from data_prep.pipeline.program import run_program
 from data_prep.pipeline.release_files import file_inside, note_repeated, read_image, read_numbered
-from data_prep.pipeline.shards import Release, UnusableItemError
+from data_prep.pipeline.shards import Incomplete, Release, UnusableItemError
 from data_prep.wording.conversations import (
     Question,
     choice_of,
@@ -59,6 +58,16 @@ from data_prep.wording.conversations import (
 )
 
 REQUIRED = ("image", "question", "answer")
+USUAL_NAMES = {
+    "image": (
+        "img", "file", "path", "filename", "file_name", "filepath", "file_path", "image_path",
+        "image_name", "img_name", "img_path", "image_file", "figure_path", "image_id",
+    ),
+    "question": ("q", "query", "prompt", "question_text"),
+    "answer": ("a", "ans", "response", "label", "answer_text"),
+}  # fmt: skip
+"""What tables call our columns, in lower case; suggested, never taken without being asked."""
+
 ATTRIBUTES = ("patient_id", "study_id", "sex", "age", "race", "modality", "anatomy")
 MAX_LINES = 5
 """Lines that the ledger names of one image."""
@@ -135,7 +144,8 @@ def read_rows(path: Path, columns: dict[str, str]) -> Iterator[Row]:
     """
     required = [columns.get(name, name) for name in dict.fromkeys((*REQUIRED, *columns))]
     is_jsonl = path.suffix.lower() in (".jsonl", ".ndjson")
-    rows = _read_jsonl(path, required) if is_jsonl else read_numbered(path, required)
+    mend = partial(_column_hint, columns)
+    rows = (_read_jsonl if is_jsonl else read_numbered)(path, required, mend)
     for line, row in rows:
         cells = {name: row.get(columns.get(name, name), "").strip() for name in COLUMNS}
         yield Row(line, cells)
@@ -186,7 +196,7 @@ def question_in(row: dict[str, str]) -> Question:
     return question_of(row["question"], row["answer"], kind)
 
 
-def convert(source: Source, split: str, item: Item) -> Record:
+def convert(source: Source, split: str, item: Item) -> Incomplete:
     """One image with its questions. Raises UnusableItemError with the reason."""
     if item.problem:
         raise UnusableItemError(item.problem)
@@ -195,13 +205,13 @@ def convert(source: Source, split: str, item: Item) -> Record:
     image = read_image(
         open_member(source.images, item.image) if packed else file_inside(source.images, item.image)
     )
+    # An attribute that cannot be read costs itself, and not its image.
+    person = person_of(known.get("sex", ""), known.get("age", ""))
     try:
-        # Here and not when the table is read: an impossible age costs its image and not the table.
-        sex, age = sex_of(known.get("sex", "")), _age(known.get("age"))
         modality = canonical_modality(known.get("modality", source.modality))
     except ValueError as error:
         raise UnusableItemError(str(error)) from error
-    return Record(
+    record = Record(
         id=f"{source.name}/{item.image}",
         image=image.data,
         height=image.height,
@@ -214,10 +224,11 @@ def convert(source: Source, split: str, item: Item) -> Record:
         split=split,
         patient_id=known.get("patient_id"),
         study_id=known.get("study_id"),
-        sex=sex,
-        age=age,
+        sex=person.sex,
+        age=person.age,
         race=one_line(known["race"]).lower() if "race" in known else None,
     )
+    return Incomplete(record, noted=person.noted)
 
 
 def name_of(item: Item) -> str:
@@ -294,21 +305,9 @@ def _split_of(row: Row, splits: Splits) -> str:
     return split
 
 
-def _age(text: str | None) -> float | None:
-    """Years. Raises ValueError for what cannot be an age."""
-    if text is None:
-        return None
-    try:
-        age = float(text)
-    except ValueError as error:
-        raise ValueError(f"age {text!r} is no number of years, like 61 or 0.5") from error
-    # A birth year in the column of ages would pass as a number.
-    if not 0 <= age <= MAX_AGE:
-        raise ValueError(f"age {text!r} is not between 0 and {MAX_AGE} years")
-    return age
-
-
-def _read_jsonl(path: Path, required: Iterable[str]) -> Iterator[tuple[int, dict[str, str]]]:
+def _read_jsonl(
+    path: Path, required: Iterable[str], mend: Callable[[list[str], list[str]], str]
+) -> Iterator[tuple[int, dict[str, str]]]:
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -319,7 +318,8 @@ def _read_jsonl(path: Path, required: Iterable[str]) -> Iterator[tuple[int, dict
                 raise ValueError(f"{path}:{number} is not JSON: {error}") from error
             missing = [name for name in required if name not in row]
             if missing:
-                raise ValueError(f"{path}:{number} lacks {missing}; it has {list(row)}")
+                told = f"{path}:{number} lacks {missing}; it has {list(row)}"
+                raise ValueError(told + mend(missing, list(row)))
             # JSON knows true and false, and a closed question is answered by yes or no.
             words = {None: "", True: "yes", False: "no"}
             yield (
@@ -329,6 +329,20 @@ def _read_jsonl(path: Path, required: Iterable[str]) -> Iterator[tuple[int, dict
                     for key, value in row.items()
                 },
             )
+
+
+def _column_hint(columns: Mapping[str, str], missing: list[str], header: list[str]) -> str:
+    """The options that would name the missing columns, as far as their usual names tell."""
+    stated = [name for name in missing if name in columns.values()]
+    if stated:  # the user has said so, and mistyped it
+        return did_you_mean(stated[0], header)
+    options = []
+    for ours in missing:
+        usual = (ours, *USUAL_NAMES.get(ours, ()))
+        theirs = next((name for name in header if name.strip().lower() in usual), "NAME")
+        options.append(f"--column {ours}={theirs}")
+    some = " with one of these" if any(option.endswith("=NAME") for option in options) else ""
+    return f". Say which they are: {' '.join(options)}{some}"
 
 
 def _columns(items: list[str]) -> dict[str, str]:

@@ -59,7 +59,7 @@ from data_prep.pipeline.options import (
 )
 from data_prep.pipeline.program import run_program
 from data_prep.pipeline.release_files import file_inside
-from data_prep.pipeline.shards import Release, UnusableItemError
+from data_prep.pipeline.shards import Incomplete, Release, UnusableItemError
 
 NIFTI_MASKS = "--masks with --labels adds masks"
 DICOM_MASKS = "convert the series to NIfTI, then --nifti with --masks and --labels adds masks"
@@ -130,6 +130,7 @@ def releases(
         licence=licence,
         convert=partial(convert, source),
         name_of=name_of,
+        promises_masks=source.masks is not None,
         how_to_learn=DICOM_MASKS if source.is_dicom else NIFTI_MASKS,
     )
 
@@ -177,7 +178,7 @@ def list_dicom(args: argparse.Namespace) -> list[Item]:
     ]
 
 
-def convert(source: Source, split: str, item: Item) -> Iterator[Record]:
+def convert(source: Source, split: str, item: Item) -> Iterator[Incomplete]:
     """Slices of one volume as records. Raises UnusableItemError, always before the first one."""
     volume, facts = _read(source, item)
     check_even(volume, source.plane)
@@ -196,7 +197,7 @@ def convert(source: Source, split: str, item: Item) -> Iterator[Record]:
         if source.skip_empty and not targets:
             continue
         plane = source.plane if volume.affine is not None else "stored"
-        yield Record(
+        record = Record(
             id=f"{source.name}/{item.key}/{plane}-{index:04d}",
             image=png_of(to_grey(values, shown, volume.inverted)),
             height=values.shape[0],
@@ -221,6 +222,7 @@ def convert(source: Source, split: str, item: Item) -> Iterator[Record]:
                 **spacing,
             },
         )
+        yield Incomplete(record, noted=facts.noted)
 
 
 def name_of(item: Item) -> str:

@@ -7,7 +7,9 @@ Layout of --source, either the original release
     VQA_RAD Dataset Public.json      image_name, question, answer, answer_type, question_type, ...
     VQA_RAD Image Folder/synpic*.jpg
 
-or the Hugging Face form (the folder `data` may be left out), which lost all but the text:
+(or VQA_RAD_Dataset_Public.json, or its entries divided into trainset.json and testset.json, with
+the images in the folder images), or the Hugging Face form (the folder `data` may be left out),
+which lost all but the text:
 
     data/train-00000-of-00001-*.parquet        image {bytes, path}, question, answer
     data/test-00000-of-00001-*.parquet
@@ -34,6 +36,7 @@ from data_prep.pipeline import shards
 from data_prep.pipeline.program import run_program
 from data_prep.pipeline.release_files import (
     file_inside,
+    find_file,
     note_count,
     note_repeated,
     read_image,
@@ -53,7 +56,12 @@ from data_prep.wording.conversations import (
 )
 
 JSON_NAME = "VQA_RAD Dataset Public.json"
+JSON_NAMES = (JSON_NAME, "VQA_RAD_Dataset_Public.json")
+SPLIT_NAMES = {"train": "trainset.json", "test": "testset.json"}
+"""Copies that divided the entries by the split; the words of each entry are the same."""
+
 IMAGE_FOLDER = "VQA_RAD Image Folder"
+IMAGE_FOLDERS = (IMAGE_FOLDER, "VQA_RAD_Image_Folder", "images")
 NUM_QUESTIONS = {"train": 1_793, "test": 451}
 """Of the whole release, without repeated ones."""
 
@@ -89,7 +97,8 @@ def plan(source: Path) -> list[Release]:
     places: dict[str, ImagePlace] = {}
     rows: Mapping[str, Iterable[Asked]]
     # The original wins where both are there: the other form has lost the facts of the questions.
-    if (source / JSON_NAME).is_file():
+    files = {name: source / name for name in (*JSON_NAMES, *SPLIT_NAMES.values())}
+    if any(path.is_file() for path in files.values()):
         rows = _original(source)
     else:
         rows = {s: read_questions(split_files(source, s), places) for s in ("train", "test")}
@@ -115,19 +124,26 @@ def plan(source: Path) -> list[Release]:
 
 def _original(source: Path) -> dict[str, list[Asked]]:
     rows: dict[str, list[Asked]] = {"train": [], "test": []}
-    for number, entry in enumerate(read_json(source / JSON_NAME, list)):
+    whole = next((source / name for name in JSON_NAMES if (source / name).is_file()), None)
+    if whole is None:
+        for split, name in SPLIT_NAMES.items():
+            path = find_file(source, name)
+            entries = enumerate(read_json(path, list))
+            rows[split] = [_row(f"{name}:{number}", entry, split) for number, entry in entries]
+        return rows
+    for number, entry in enumerate(read_json(whole, list)):
         phrase = str(entry.get("phrase_type", "")).strip().lower()
         split = "test" if phrase.startswith(TEST_PREFIX) else "train"
-        rows[split].append(_row(number, entry, split))
+        rows[split].append(_row(f"{whole.name}:{entry.get('qid', number)}", entry, split))
     return rows
 
 
-def _row(number: int, entry: dict[str, Any], split: str) -> Asked:
+def _row(name: str, entry: dict[str, Any], split: str) -> Asked:
     """One entry of the original file; numbers and booleans occur as answers."""
     case = MEDPIX_CASE.search(str(entry.get("image_case_url", "")))
     return asked(
         str(entry.get("image_name", "")),
-        f"{JSON_NAME}:{entry.get('qid', number)}",
+        name,
         str(entry.get("question", "")),
         str(entry.get("answer", "")),
         str(entry.get("answer_type") or "") or None,
@@ -146,9 +162,10 @@ def _row(number: int, entry: dict[str, Any], split: str) -> Asked:
 
 def _items(gathered: Gathered, source: Path, places: dict[str, ImagePlace]) -> list[Item | Refused]:
     items: list[Item | Refused] = []
+    folder = next((name for name in IMAGE_FOLDERS if (source / name).is_dir()), IMAGE_FOLDER)
     for item in gathered.items:
         if isinstance(item, ImageQuestions):
-            place = places.get(item.image, Path(IMAGE_FOLDER) / item.image)
+            place = places.get(item.image, Path(folder) / item.image)
             # In parquet form images have no names; 64 bits of their content are as good.
             name = item.image[:16] if item.image in places else Path(item.image).stem
             items.append(Item(name, place, item.questions, item.facts))

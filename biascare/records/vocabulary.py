@@ -1,51 +1,86 @@
 """The names records use: one spelling per target and per modality, one key per fact of a question.
 
-`canonical_target("kidney_right") == "right kidney"`. Underscores become spaces and case is lowered;
-everything beyond that is a reviewed table, not a string rule, so that no side is lost and no two
-structures are merged by accident. A name outside the tables is kept.
+`canonical_target("kidney_right") == "right kidney"`. Underscores become spaces, case is lowered,
+and a side at the end of a name is put in front. Everything beyond that is a reviewed table, not a
+string rule, so that no two structures are merged by accident. A name outside the table is kept.
 """
 
 from __future__ import annotations
 
-from biascare.choices import did_you_mean
+from biascare.choices import nearest
 
 SIDES = ("left", "right")
 
+SIDE_LETTERS = {"l": "left", "r": "right"}
+
 SIDED_TARGETS = (
-    "adrenal gland", "atrial appendage", "autochthon", "brachiocephalic vein", "breast",
-    "cerebellum", "clavicle", "clavicula", "common carotid artery", "eye", "femur",
-    "gluteus maximus", "gluteus medius", "gluteus minimus", "heart atrium", "heart ventricle",
-    "hip", "humerus", "iliac artery", "iliac vena", "iliac vein", "iliopsoas", "kidney",
-    "lung", "lung lower lobe", "lung middle lobe", "lung upper lobe", "optic nerve", "parotid",
-    "scapula", "subclavian artery", "submandibular gland", "temporal lobe",
+    "adrenal gland", "carotid artery", "cochlea", "eustachian tube bone", "eye", "femur", "hip",
+    "hippocampus", "humerus", "internal auditory canal", "kidney", "lacrimal gland", "lens", "lung",
+    "mandible", "mastoid", "middle ear", "optic nerve", "parotid gland", "scapula",
+    "submandibular gland", "temporal lobe", "temporomandibular joint", "tympanic cavity",
+    "vestibular semicircular canal",
 )  # fmt: skip
-"""Paired structures that some releases write with the side last ("kidney_left")."""
+"""Paired structures that some releases write with a letter for the side ("Cochlea_L"). Only of
+these is a letter at the end a side: elsewhere it may be a level or a stage."""
 
 NUM_RIBS = 12
 
 TARGET_SYNONYMS = {
     "arota": "aorta",  # as misspelt in the AMOS release
     "bladder": "urinary bladder",
+    "bone mandible": "mandible",
     # One of the two spellings, or the same structure would be two targets.
     "brain tumour": "brain tumor",
+    "brainstem": "brain stem",
+    "chiasm": "optic chiasm",
+    "chiasma": "optic chiasm",
+    "clavicula": "clavicle",
     "covid-19 infection": "COVID-19 infection",
+    "crystalline lens": "lens",
+    "eye lens": "lens",
     "gall bladder": "gallbladder",
+    "glottic area": "glottis",
+    "glottic larynx": "glottis",
+    "iliac vena": "iliac vein",
     "ivc": "inferior vena cava",
+    "jaw joint": "temporomandibular joint",
     "lad": "left anterior descending artery",
     "lag": "left adrenal gland",
-    "left clavicula": "left clavicle",
-    "left iliac vena": "left iliac vein",
+    "larynx glottic": "glottis",
+    "larynx glottis": "glottis",
+    "larynx supraglottic": "supraglottic larynx",
+    "larynx supraglottis": "supraglottic larynx",
     "liver tumour": "liver tumor",
+    "middleear": "middle ear",
     "oesophagus": "esophagus",
+    "optic chiasma": "optic chiasm",
     "optic disk": "optic disc",
+    "optical chiasm": "optic chiasm",
+    "optical chiasma": "optic chiasm",
+    "optical nerve": "optic nerve",
+    "opticchiasm": "optic chiasm",
+    "opticnerve": "optic nerve",
+    "opticnrv": "optic nerve",
+    "parotid": "parotid gland",
+    "pituitary": "pituitary gland",
     "postcava": "inferior vena cava",
     "rag": "right adrenal gland",
-    "right clavicula": "right clavicle",
-    "right iliac vena": "right iliac vein",
+    "submandibular": "submandibular gland",
+    "supraglottis": "supraglottic larynx",
+    "temporal lobes": "temporal lobe",
+    "temporallobe": "temporal lobe",
+    "thyroid": "thyroid gland",
+    "tm joint": "temporomandibular joint",
+    "tmj": "temporomandibular joint",
+    "tmjoint": "temporomandibular joint",
     "tumour": "tumor",
+    "tympaniccavity": "tympanic cavity",
+    "vestibulsemi": "vestibular semicircular canal",
 }
-"""Spelling with the side first -> spelling in records. Reviewed by hand. Names whose organ depends
-on the dataset ("left ventricle" of heart or brain, "tumor") are not unified."""
+"""Spelling without its side -> spelling in records, the side put in front again. Reviewed by hand,
+with the names of AMOS, TotalSegmentator, SegRap 2023, HaN-Seg, PDDCA and StructSeg, of which
+IMed-361M is made. Names whose organ depends on the dataset ("left ventricle" of heart or brain,
+"tumor") are not unified."""
 
 MODALITIES = {
     "ct": ("ct", "computed tomography", "cbct", "cta"),
@@ -99,10 +134,7 @@ def _plain(name: str) -> str:
     return " ".join(name.replace("_", " ").lower().split())
 
 
-# A table and no rule: a rule would also move the "left" of names where it is no side of the body.
-_SIDE_FIRST = {f"{name} {side}": f"{side} {name}" for name in SIDED_TARGETS for side in SIDES} | {
-    f"rib {side} {n}": f"{side} rib {n}" for side in SIDES for n in range(1, NUM_RIBS + 1)
-}
+_RIBS = {f"rib {side} {n}": f"{side} rib {n}" for side in SIDES for n in range(1, NUM_RIBS + 1)}
 _MODALITIES = {alias: name for name, aliases in MODALITIES.items() for alias in aliases}
 
 
@@ -111,9 +143,30 @@ def canonical_target(name: str) -> str:
     plain = _plain(name)
     if not plain:
         raise ValueError(f"a target needs a name, got {name!r}; name it in the release's labels")
-    side_first = _SIDE_FIRST.get(plain, plain)
-    # After the sides, so that each synonym is listed once and not once per order of its words.
-    return TARGET_SYNONYMS.get(side_first, side_first)
+    # Whole names first: "lag" holds its side, and "rib left 7" has it in the middle.
+    whole = TARGET_SYNONYMS.get(plain) or _RIBS.get(plain)
+    if whole:
+        return whole
+    side, rest = _parted(plain)
+    # Synonyms without the side, so that each is listed once and not once per side and order.
+    return f"{side} {TARGET_SYNONYMS.get(rest, rest)}".strip()
+
+
+def _parted(plain: str) -> tuple[str, str]:
+    """(left, right or nothing, the rest) of a name in lower case."""
+    words = plain.split()
+    if words[0] in SIDES:
+        side, rest = words[0], words[1:]
+    else:
+        side, rest = words[-1], words[:-1]
+    name = " ".join(rest)
+    if side in SIDE_LETTERS and TARGET_SYNONYMS.get(name, name) in SIDED_TARGETS:
+        side = SIDE_LETTERS[side]
+    # In English a side stands before its noun, so one at the end was put there by a release. With
+    # two sides in a name nobody knows which of them is the structure's.
+    if side not in SIDES or not rest or set(rest) & set(SIDES):
+        return "", plain
+    return side, name
 
 
 def canonical_modality(name: str) -> str:
@@ -121,9 +174,11 @@ def canonical_modality(name: str) -> str:
     plain = _plain(name)
     # Not kept as it is, as a target is: flips and windows depend on the modality.
     if plain not in _MODALITIES:
-        near = did_you_mean(plain, _MODALITIES)
+        near = nearest(plain, _MODALITIES)
+        # The spelling of records, which the list holds; the near one may be an alias of it.
+        hint = f"; did you mean {_MODALITIES[near]!r}?" if near else ""
         raise ValueError(
-            f"unknown modality {name!r}{near}; expected one of {', '.join(MODALITIES)}. A new "
+            f"unknown modality {name!r}{hint}; expected one of {', '.join(MODALITIES)}. A new "
             "spelling is added to MODALITIES in biascare/records/vocabulary.py"
         )
     return _MODALITIES[plain]

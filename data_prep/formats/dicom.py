@@ -23,7 +23,7 @@ import numpy as np
 from biascare.records import MAX_IMAGE_PIXELS
 from biascare.records.vocabulary import canonical_modality
 from data_prep.formats.slices import MAX_VOLUME_BYTES, Range, Volume, check_affine, import_medical
-from data_prep.pipeline.options import sex_of
+from data_prep.pipeline.attributes import person_of
 from data_prep.pipeline.shards import UnusableItemError
 
 ALLOWED = ("Modality", "BodyPartExamined", "PatientSex", "PatientAge")
@@ -31,7 +31,6 @@ ALLOWED = ("Modality", "BodyPartExamined", "PatientSex", "PatientAge")
 
 IDENTIFIERS = ("SeriesInstanceUID", "StudyInstanceUID", "PatientID")
 
-AGE_UNITS = {"Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}
 OLDEST = 90.0
 """Years. Older patients are so few that their age names them; all are given this age."""
 
@@ -60,6 +59,7 @@ class Facts(NamedTuple):
     anatomy: str
     sex: str | None
     age: float | None  # years
+    noted: tuple[str, ...] = ()  # attributes that are written and cannot be read
 
 
 def read_key(path: Path) -> bytes:
@@ -135,15 +135,6 @@ def read_series(folder: Path, files: Sequence[str], cleared: bool = False) -> tu
         even=even,
     )
     return volume, _facts(slices[0])
-
-
-def age_of(text: str) -> float | None:
-    """ "045Y", "018M" -> years, at most OLDEST; None for anything else."""
-    digits, unit = text[:-1], text[-1:].upper()
-    if not (digits.isdigit() and unit in AGE_UNITS):
-        return None
-    # See OLDEST: an age above it is an identifier.
-    return min(int(digits) * AGE_UNITS[unit], OLDEST)
 
 
 def _read_header(path: Path, names: Iterable[str]) -> Any:
@@ -288,14 +279,16 @@ def _stated_range(dataset: Any) -> Range | None:
 def _facts(dataset: Any) -> Facts:
     # By the list alone: the dataset at hand holds the patient's name too.
     words = {name: str(dataset.get(name, "") or "").strip() for name in ALLOWED}
+    person = person_of(words["PatientSex"], words["PatientAge"])
     try:
-        sex = sex_of(words["PatientSex"])
         modality = canonical_modality(words["Modality"])
     except ValueError as error:
         raise UnusableItemError(str(error)) from error
     return Facts(
         modality=modality,
         anatomy=words["BodyPartExamined"].lower(),
-        sex=sex,
-        age=age_of(words["PatientAge"]),
+        sex=person.sex,
+        # See OLDEST: an age above it is an identifier.
+        age=None if person.age is None else min(person.age, OLDEST),
+        noted=person.noted,
     )

@@ -10,7 +10,8 @@
 
 Nothing is left out in silence: every skipped item is one JSON line, and too many of them are an
 error, because a converter that loses a tenth of a dataset has met another dataset than it was
-written for.
+written for. A line says whether the item has a record all the same (its masks are lost and not its
+questions), and whether it counts: what a release is known to hold is told and no error.
 """
 
 from __future__ import annotations
@@ -20,19 +21,22 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from biascare.durable import put_in_place, write_text
 
 SKIPPED = "skipped.jsonl"
+NUM_REASONS = 3
+"""How many are quoted; the file holds them all."""
 
 
 class Ledger:
-    """Counts items and notes the skipped ones, one JSON line {item, reason} each."""
+    """Counts items and notes what is lost, one JSON line {item, reason, record, counts} each."""
 
     def __init__(self, path: str | Path) -> None:
         """A file of an earlier run is removed; a new one exists only when something is skipped."""
         self.path = Path(path)
-        self.num_items = self.num_skipped = 0
+        self.num_items = self.num_skipped = self.num_incomplete = self.num_noted = 0
         self.path.unlink(missing_ok=True)
 
     def count(self, num_items: int = 1) -> None:
@@ -42,10 +46,19 @@ class Ledger:
     def skip(self, item: str, reason: str) -> None:
         """Note an item that is left out. The line is in the file when this returns."""
         self.num_skipped += 1
+        self._write(item, reason, record=False, counts=True)
+
+    def keep(self, item: str, reason: str, *, counts: bool) -> None:
+        """Note what an item's record has to do without. `counts`: against the limit."""
+        self.num_incomplete += counts
+        self.num_noted += not counts
+        self._write(item, reason, record=True, counts=counts)
+
+    def _write(self, item: str, reason: str, **facts: bool) -> None:
+        line = json.dumps({"item": item, "reason": reason, **facts}, ensure_ascii=False)
         with self.path.open("a", encoding="utf-8") as file:
-            # Opened for each line: skipped items are few, and the line is there when the process
-            # dies next.
-            file.write(json.dumps({"item": item, "reason": reason}, ensure_ascii=False) + "\n")
+            # Opened for each line: they are few, and the line is there when the process dies next.
+            file.write(line + "\n")
 
 
 def merge_ledgers(ledgers: Iterable[Path], path: Path) -> None:
@@ -63,23 +76,42 @@ def merge_ledgers(ledgers: Iterable[Path], path: Path) -> None:
 
 
 def check_skipped(path: Path, *, num_items: int, limit: float) -> None:
-    """Raises ValueError when the ledger at `path` holds more than `limit` (a share in [0, 1]) of
-    `num_items`, with the commonest reasons."""
+    """Raises ValueError when the ledger at `path` holds more that counts than `limit` (a share in
+    [0, 1]) of `num_items`, with the commonest reasons."""
     if not 0 <= limit <= 1:
         raise ValueError(f"--max-skipped is a share between 0 and 1, got {limit}")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = [line for line in _lines(path) if line["counts"]]
     # A share and no number: one bad file in ten is a misunderstanding, one in a million is a bad
     # file.
     if len(lines) <= limit * num_items:
         return
+    num_kept = sum(line["record"] for line in lines)
+    kept = f", {num_kept} of them with a record that lacks its masks" if num_kept else ""
+    raise ValueError(
+        f"{len(lines)} of {num_items} items skipped{kept}, more than the limit of {limit:.2%} "
+        f"({_common(lines)}); see {path}. Raise --max-skipped to accept that, or repair the source "
+        "and convert again with --overwrite"
+    )
+
+
+def reasons_in(path: Path) -> str:
+    """The commonest reasons of a ledger with their counts, for a person; those that do not count
+    against the limit come last."""
+    lines = _lines(path)
+    parts = [[line for line in lines if line["counts"] is counts] for counts in (True, False)]
+    return "; noted: ".join(_common(part) for part in parts if part)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def _common(lines: list[dict[str, Any]]) -> str:
     # The commonest reasons say what is wrong with the source; the single items stand in the file.
-    reasons = Counter(json.loads(line)["reason"] for line in lines).most_common(3)
+    reasons = Counter(line["reason"] for line in lines).most_common(NUM_REASONS)
     common = "; ".join(f"{n} x {reason}" for reason, n in reasons)
     num_others = len(lines) - sum(n for _, n in reasons)
     if num_others:
         common += f"; and {num_others} other{'s' if num_others > 1 else ''}"
-    raise ValueError(
-        f"{len(lines)} of {num_items} items skipped, more than the limit of {limit:.2%} ({common});"
-        f" see {path}. Raise --max-skipped to accept that, or repair the source and convert again "
-        "with --overwrite"
-    )
+    return common

@@ -13,14 +13,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from biascare.records import Record
 from biascare.records.vocabulary import canonical_modality, canonical_target
 from data_prep.pipeline.release_files import note
-from data_prep.pipeline.shards import Release, UnusableItemError
+from data_prep.pipeline.shards import Converted, Release, UnusableItemError
 from data_prep.wording.conversations import drawn_split
 
 Item = TypeVar("Item")
@@ -31,13 +30,9 @@ SUFFIXES = (
     ".nii.gz", ".nii", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif",
 )  # fmt: skip
 SPLIT_SYNONYMS = {"training": "train", "validation": "val", "valid": "val", "dev": "val"}
-SEXES = {"f": "F", "female": "F", "woman": "F", "m": "M", "male": "M", "man": "M"}
 PATIENT_REGEX = "--patient-regex finds the patient in a file's path and keeps them together"
 SHARE_TOLERANCE = 0.1
 """A realised share this far from the one asked for is told; the draw is binomial."""
-
-UNKNOWN = ("", "nan", "none", "null", "na", "n/a", "unknown", "not reported", "u", "o", "other")
-"""Spellings of "not known" in a column of attributes, in lower case. DICOM's sex O is "other"."""
 
 
 def add_source_arguments(
@@ -202,8 +197,9 @@ def releases_of(
     source: str,
     version: str,
     licence: str,
-    convert: Callable[..., Record | Iterable[Record] | None],
+    convert: Callable[..., Converted | Iterable[Converted] | None],
     name_of: Callable[[Item], str],
+    promises_masks: bool = False,
     how_to_learn: str = "",
 ) -> list[Release]:
     """One release per (split, items). `convert` takes the split, then the item."""
@@ -216,6 +212,7 @@ def releases_of(
             items=items,
             convert=partial(convert, split),
             name_of=name_of,
+            promises_masks=promises_masks,
             how_to_learn=how_to_learn,
         )
         for split, items in groups
@@ -281,11 +278,15 @@ def parse_labels(text: str) -> dict[Value, str]:
 
 
 def cut_masks(
-    values: np.ndarray, labels: Mapping[Value, str], ignored: Sequence[int] = ()
+    values: np.ndarray,
+    labels: Mapping[Any, str],
+    ignored: Sequence[int] = (),
+    named_by: str = "--labels",
 ) -> list[tuple[str, np.ndarray]]:
     """A label map -> non-empty targets, in the order of `labels`.
 
-    `values`: integers [H, W], or colours uint8 [H, W, 3]. Returns (name, bool [H, W]). Raises
+    `values`: integers [H, W], or colours uint8 [H, W, 3]; `labels` are keyed by `Value`, and
+    `named_by` is what the user may give to name more of them. Returns (name, bool [H, W]). Raises
     UnusableItemError for a value that is neither a label, ignored nor background (0 or black), and
     for colours where numbers are expected.
     """
@@ -315,7 +316,7 @@ def cut_masks(
         rest = np.unique(values[~np.isin(values, [0, *ignored, *numbers])])
         if len(rest):
             shown = [f"#{value:06x}" if coloured else str(value) for value in rest[:5]]
-            raise UnusableItemError(f"mask holds values that --labels does not name: {shown}")
+            raise UnusableItemError(f"mask holds values that {named_by} does not name: {shown}")
     return [(name, mask) for name, mask in masks if mask.any()]
 
 
@@ -325,17 +326,6 @@ def stem_of(path: str) -> str:
         if path.lower().endswith(suffix):
             return path[: -len(suffix)]
     return path
-
-
-def sex_of(text: str) -> str | None:
-    """F, M or None for not known. Raises ValueError for another word."""
-    plain = text.strip().lower()
-    if plain in UNKNOWN:
-        return None
-    # Not "unknown": a misread code would be missing from every audit by sex.
-    if plain not in SEXES:
-        raise ValueError(f"sex {text!r} is none of {', '.join(sorted(SEXES))}, nor unknown")
-    return SEXES[plain]
 
 
 def split_name(text: str) -> str:

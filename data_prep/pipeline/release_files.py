@@ -16,7 +16,7 @@ import io
 import json
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,10 +62,11 @@ def note_count(what: str, found: int, expected: int) -> None:
         note(f"expected {expected:,} {what}, found {found:,}")
 
 
-def note_repeated(what: str, num_repeated: int) -> None:
-    """Say how many repeated questions were left out."""
+def note_repeated(what: str, num_repeated: int, *, kept: bool = False) -> None:
+    """Say how many repeated questions were left out, or kept as official rows."""
     if num_repeated:
-        note(f"{what}: {num_repeated:,} repeated questions left out")
+        done = "kept, they are rows of the release" if kept else "left out"
+        note(f"{what}: {num_repeated:,} repeated questions {done}")
 
 
 def find_file(folder: Path, *names: str) -> Path:
@@ -87,14 +88,17 @@ def find_table(folder: Path, name: str) -> Path:
 
 
 def read_table(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
-    """Rows of a CSV file (or .csv.gz), in UTF-8 with or without a mark at its start. Raises
-    ValueError as `read_numbered`."""
+    """Rows of a file of comma or tab separated values (or its .gz), in UTF-8 with or without a mark
+    at its start. Raises ValueError as `read_numbered`."""
     for _, row in read_numbered(path, columns):
         yield row
 
 
-def read_numbered(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+def read_numbered(
+    path: Path, columns: Sequence[str], mend: Callable[[list[str], list[str]], str] | None = None
+) -> Iterator[tuple[int, dict[str, str]]]:
     """(line, row) of a table as `read_table` takes it; the line, from 1, is where the row begins.
+    `mend`: (missing columns, header) -> what to tell the user, if not the nearest name.
 
     Raises ValueError when one of `columns` is missing, when a row is longer than the header, and
     for anything that is not UTF-8 text.
@@ -104,12 +108,16 @@ def read_numbered(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dic
     opened = gzip.open if path.suffix == ".gz" else open
     try:
         with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter="\t" if ".tsv" in path.suffixes else ",")
+            # By the header and not by the name: Dataverse writes .tab, others no ending at all.
+            header_line = file.readline()
+            file.seek(0)
+            tabs = header_line.count("\t") > header_line.count(",")
+            reader = csv.DictReader(file, delimiter="\t" if tabs else ",")
             header = list(reader.fieldnames or [])
             missing = [name for name in columns if name not in header]
             if missing:
-                near = did_you_mean(missing[0], header)
-                raise ValueError(f"{path} lacks the columns {missing}; it has {header}{near}")
+                hint = mend(missing, header) if mend else did_you_mean(missing[0], header)
+                raise ValueError(f"{path} lacks the columns {missing}; it has {header}{hint}")
             for row in reader:
                 # An unquoted comma does this, and it shifts every later column of the row.
                 if None in row:

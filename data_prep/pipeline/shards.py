@@ -46,7 +46,13 @@ from data_prep.pipeline.fingerprints import (
     options_of,
     stable_form,
 )
-from data_prep.pipeline.ledger import SKIPPED, Ledger, check_skipped, merge_ledgers
+from data_prep.pipeline.ledger import (
+    SKIPPED,
+    Ledger,
+    check_skipped,
+    merge_ledgers,
+    reasons_in,
+)
 from data_prep.pipeline.progress import ShardBar
 from data_prep.pipeline.workers import Crew, ShardTask
 
@@ -56,6 +62,22 @@ ITEMS_PER_SHARD = 2000
 
 class UnusableItemError(Exception):
     """Why one item cannot become a record."""
+
+
+@dataclass(frozen=True)
+class Incomplete:
+    """A record, and what it has to do without."""
+
+    record: Record
+    lost: str = ""
+    """Why masks that the release promises could not be used. In the ledger, and against
+    --max-skipped like an item without a record: the record trains, but not what it was made for."""
+
+    noted: tuple[str, ...] = ()
+    """What is known of the release, or costs no target and no question: told, and not counted."""
+
+
+Converted = Record | Incomplete
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,13 +92,16 @@ class Release:
     """Paths, strings, numbers, and tuples, lists, dicts and dataclasses of them, in a stable order:
     picklable, cheap, and the same in every job."""
 
-    convert: Callable[[Any], Record | Iterable[Record] | None]
+    convert: Callable[[Any], Converted | Iterable[Converted] | None]
     """Item -> its record, its records (the slices of a volume), or None for an item that the user's
     own options leave out. Raises UnusableItemError with the reason, before the first record. A
     function of a module, or functools.partial of one."""
 
     name_of: Callable[[Any], str] = str
     """How an item is named in the ledger and in errors."""
+
+    promises_masks: bool = False
+    """Whether its images come with masks. Stands in the manifest: the linter misses them there."""
 
     how_to_learn: str = ""
     """What adds masks or questions, for a user whose records turn out to hold neither."""
@@ -162,14 +187,20 @@ def run(args: argparse.Namespace, releases: Iterable[Release]) -> None:
     _check(args)
     console = Console()
     problems = []
+    given: dict[str, set[str]] = {}
     with Crew(convert_shard, num_workers=args.num_workers, use_ray=args.ray) as crew:
         for release in releases:
+            if len(release.items):
+                given.setdefault(release.source, set()).add(release.split)
             try:
                 _prepare(args, release, crew, console)
             except ReleaseError as error:
                 # The others go on: a night of work should not end at the first of a hundred sub-
                 # datasets.
                 problems.append(f"{release.source}/{release.split}: {error}")
+    if args.overwrite:
+        for source, splits in given.items():
+            _set_dropped_aside(args.output / source, splits, console)
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -222,6 +253,8 @@ def convert_shard(task: ShardTask, advance: Callable[[int], None]) -> None:
             num_items=len(release.items) - num_left_out,
             num_left_out=num_left_out,
             num_skipped=ledger.num_skipped,
+            num_incomplete=ledger.num_incomplete,
+            num_noted=ledger.num_noted,
         )
         # A twin of another process may have been faster: the same fingerprint, the same bytes.
         with contextlib.suppress(FileExistsError):
@@ -252,6 +285,7 @@ def join(plan: Plan, max_skipped: float) -> str:
                 "items": plan.items_fingerprint,
                 "code": plan.code_fingerprint,
                 "options": plan.options,
+                "promises_masks": plan.release.promises_masks,
                 **facts,
             },
         )
@@ -294,7 +328,28 @@ def _prepare(args: argparse.Namespace, release: Release, crew: Crew, console: Co
             "and are not complete yet; the job that completes the last one joins them"
         )
     else:
-        console.print(f"{plan.name}: {join(plan, args.max_skipped)}", highlight=False)
+        # Not wrapped: a path that is broken over two lines cannot be opened.
+        told = f"{plan.name}: {join(plan, args.max_skipped)}"
+        console.print(told, highlight=False, soft_wrap=True)
+
+
+def _set_dropped_aside(folder: Path, splits: set[str], console: Console) -> None:
+    """Move splits of an earlier preparation that this one does not have out of the way."""
+    for manifest in sorted(folder.glob(f"[!.]*/{MANIFEST}")):
+        old = manifest.parent
+        # What no converter prepared is somebody else's.
+        is_ours = "preparation" in json.loads(manifest.read_text(encoding="utf-8"))
+        if old.name not in splits and is_ours:
+            # Its items are in the new splits now: a test set of yesterday would be trained on.
+            shutil.rmtree(_previous(old), ignore_errors=True)
+            old.rename(_previous(old))
+            ledger_path(old).unlink(missing_ok=True)
+            console.print(
+                f"{folder.name}/{old.name}: not among the splits any more, it is now "
+                f"{_previous(old)}",
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 def _convert_shards(args: argparse.Namespace, plan: Plan, crew: Crew, console: Console) -> None:
@@ -314,7 +369,8 @@ def _convert_shards(args: argparse.Namespace, plan: Plan, crew: Crew, console: C
         for task in crew.completed(tasks, bar.in_flight):
             bar.complete(len(task.release.items))
             # During the work: a wrong --source is known after minutes, not after all of a release.
-            num_skipped += read_part(task.folder).notes["num_skipped"]
+            notes = read_part(task.folder).notes
+            num_skipped += notes["num_skipped"] + notes["num_incomplete"]
             if num_skipped > allowed:
                 break  # whatever the rest holds, the limit is passed
     if num_skipped > allowed:
@@ -333,8 +389,18 @@ def _convert_item(release: Release, item: Any, part: PartWriter, ledger: Ledger)
         records = release.convert(item)
         if records is None:
             return False
-        for record in [records] if isinstance(records, Record) else records:
-            part.write(record)
+        # By item and not by record: the limit is a share of items, and a volume has many slices.
+        lost: dict[str, None] = {}
+        noted: dict[str, None] = {}
+        for one in [records] if isinstance(records, Record | Incomplete) else records:
+            part.write(one.record if isinstance(one, Incomplete) else one)
+            if isinstance(one, Incomplete):
+                lost |= {one.lost: None} if one.lost else {}
+                noted |= dict.fromkeys(one.noted)
+        if lost:
+            ledger.keep(release.name_of(item), "; ".join(lost), counts=True)
+        for reason in noted:
+            ledger.keep(release.name_of(item), reason, counts=False)
     except UnusableItemError as reason:
         # Half a volume in the records and its name in the ledger would contradict each other.
         assert len(part) == before, f"{release.name_of(item)}: unusable after its first record"
@@ -353,10 +419,13 @@ def _check_ledger(
     plan: Plan, parts: Sequence[Part], num_items: int, max_skipped: float
 ) -> dict[str, int]:
     """Write the ledger of the whole release and hold it against the limit; returns the counts."""
-    names = ("num_items", "num_skipped", "num_left_out")
+    names = ("num_items", "num_skipped", "num_incomplete", "num_noted", "num_left_out")
     facts = {name: sum(part.notes[name] for part in parts) for name in names}
     path = ledger_path(plan.folder)
-    merge_ledgers([part.folder / SKIPPED for part in parts if part.notes["num_skipped"]], path)
+    written = ("num_skipped", "num_incomplete", "num_noted")
+    merge_ledgers(
+        [part.folder / SKIPPED for part in parts if any(part.notes[name] for name in written)], path
+    )
     # What the user left out is no item, or --suspects exclude would widen the limit.
     num_items -= facts["num_left_out"]
     check_skipped(path, num_items=num_items, limit=max_skipped)
@@ -376,9 +445,10 @@ def _summary(plan: Plan, parts: Sequence[Part], facts: Mapping[str, int]) -> str
         text += f" that hold neither masks nor questions: training cannot use them{hint}"
     if facts["num_left_out"]:
         text += f", {facts['num_left_out']} items left out by the options"
-    if facts["num_skipped"]:
-        text += f", {facts['num_skipped']} skipped, see {ledger_path(plan.folder)}"
-    return text
+    told = {"num_skipped": "skipped", "num_incomplete": "without their masks", "num_noted": "noted"}
+    text += "".join(f", {facts[name]} {word}" for name, word in told.items() if facts[name])
+    path = ledger_path(plan.folder)
+    return f"{text} ({reasons_in(path)}), see {path}" if path.exists() else text
 
 
 def _is_prepared(plan: Plan, console: Console | None = None) -> bool:

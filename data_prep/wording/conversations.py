@@ -115,7 +115,7 @@ class Gathered(NamedTuple):
 
     items: list[ImageQuestions | Refused]
     num_questions: int
-    num_repeated: int  # left out: the same question with the same answer about the same image
+    num_repeated: int  # the same question with the same answer about the same image
 
 
 def one_line(text: str) -> str:
@@ -208,10 +208,17 @@ def facts_of(**stated: Any) -> dict[str, str]:
     return {key: text for key, text in facts.items() if text and text not in UNSTATED}
 
 
-def gather(rows: Iterable[Asked], seen: Iterable[tuple[str, Question]] = ()) -> Gathered:
+def gather(
+    rows: Iterable[Asked],
+    seen: Iterable[tuple[str, Question]] = (),
+    *,
+    keep_repeated: bool = False,
+) -> Gathered:
     """Rows of one split -> one item per image, in order of first appearance.
 
-    A repeated question is left out, as is one of `seen` (the questions of another split).
+    A repeated question, and one of `seen` (the questions of another split), is counted, and left
+    out unless `keep_repeated`: a benchmark is its official rows, and a score on fewer of them is
+    the score of another one.
     """
     images: dict[str, list[Asked]] = {}
     refused: list[Refused] = []
@@ -222,11 +229,12 @@ def gather(rows: Iterable[Asked], seen: Iterable[tuple[str, Question]] = ()) -> 
             refused.append(Refused(row.name, row.reason))
         # The answer is part of the question here: two answers to one question are both kept, and
         # the linter tells of them.
-        elif (row.image, row.question) in known:
-            num_repeated += 1
         else:
-            known.add((row.image, row.question))
-            images.setdefault(row.image, []).append(row)
+            repeated = (row.image, row.question) in known
+            num_repeated += repeated
+            if keep_repeated or not repeated:
+                known.add((row.image, row.question))
+                images.setdefault(row.image, []).append(row)
     items = [
         ImageQuestions(
             image=image,

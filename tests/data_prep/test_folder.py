@@ -13,7 +13,7 @@ from PIL import Image
 
 from biascare.records import Records, decode_mask
 from data_prep import folder
-from data_prep.folder import read_label_map
+from data_prep.formats.label_maps import read_label_map
 from data_prep.pipeline.options import cut_masks, note_shares, parse_labels, stem_of
 from data_prep.pipeline.shards import UnusableItemError
 from tests.data_prep.raw_releases import assert_lint_passes

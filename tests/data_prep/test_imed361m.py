@@ -326,6 +326,9 @@ def test_headers_that_are_not_imed361m_say_what_is_missing(tmp_path: Path) -> No
     [
         ("ABD_001_100", "ct", "ABD_001"),
         ("amos_0004_23", "mri", "amos_0004"),
+        ("patient001_frame01_1", "mri", "patient001"),
+        ("patient001_frame12_1", "mri", "patient001"),
+        ("A1_2_3", "ct", "A1_2"),
         ("ISIC_0000001", "dermoscopy", None),
         ("scan_7", "ct", None),  # one number: a slice or a patient, the name does not tell
         ("CHNCXR_0001_0", "xray", None),  # the last number is the diagnosis, not a slice
@@ -345,13 +348,48 @@ def test_target_names_keep_their_side() -> None:
     assert canonical_target("iliac_vena_right") == "right iliac vein"
     assert canonical_target("postcava") == "inferior vena cava"
     assert canonical_target("covid-19_infection") == "COVID-19 infection"
+    assert canonical_target("lung_upper_lobe_left") == "left lung upper lobe"
+    # A letter is a side where the structure is paired, and may be a level elsewhere.
+    assert canonical_target("Cochlea_L") == "left cochlea"
+    assert canonical_target("stage_l") == "stage l"
+    assert canonical_target("left lung of right patient left") == "left lung of right patient left"
+
+
+SEGRAP = (
+    "Cochlea", "Eustachian tube bone", "Eye", "Hippocampus", "Internal auditory canal", "Lens",
+    "Mandible", "Mastoid", "Middle ear", "Optic nerve", "Parotid", "Submandibular", "Temporal lobe",
+    "Temporomandibular joint", "Tympanic cavity", "Vestibular semicircular canal",
+)  # fmt: skip
+"""Its paired structures; the challenge writes "Cochlea left" and names the files Cochlea_L."""
+
+
+@pytest.mark.parametrize("name", SEGRAP)
+def test_a_side_in_front_at_the_end_or_as_a_letter_is_one_target(name: str) -> None:
+    spellings = (f"{name} left", f"left_{name}", f"{name}_L", f"{name.replace(' ', '_')}_left")
+    (canonical,) = {canonical_target(spelling) for spelling in spellings}
+    assert canonical.startswith("left ")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("left_lens", "lens_left"), ("mandible_right", "right mandible"),
+        ("left optical nerve", "optic_nerve_left"), ("left parotid", "parotid_gland_left"),
+        ("left temporal lobes", "temporal_lobe_left"), ("TMjoint_R", "right jaw joint"),
+        ("left submandibular gland", "Submandibular_L"), ("optical chiasma", "Chiasm"),
+        ("larynx_glottis", "Glottis"), ("right clavicula", "clavicle_right"),
+        ("left TMJ", "temporomandibular_joint_left"), ("OpticNrv_L", "left optic nerve"),
+    ],
+)  # fmt: skip
+def test_structures_that_releases_name_twice_are_one_target(one: str, other: str) -> None:
+    assert canonical_target(one) == canonical_target(other)
     with pytest.raises(ValueError, match="needs a name"):
         canonical_target("_")
 
 
 def test_no_table_entry_changes_a_side_or_needs_a_second_pass() -> None:
-    names = [*vocabulary.TARGET_SYNONYMS, *vocabulary._SIDE_FIRST]
-    for name in names:
+    names = [*vocabulary.TARGET_SYNONYMS, *vocabulary._RIBS]
+    for name in [*names, *(f"{name} {side}" for name in names for side in vocabulary.SIDES)]:
         canonical = canonical_target(name)
         assert canonical_target(canonical) == canonical, name
         for side in vocabulary.SIDES:

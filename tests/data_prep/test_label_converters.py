@@ -20,6 +20,7 @@ from PIL import Image
 from data_prep import ham10000, isic2018, papila
 from data_prep.formats.spreadsheets import read_sheet
 from data_prep.formats.zip_images import ImageFinder, Place
+from data_prep.pipeline.attributes import UNREADABLE_AGE, UNREADABLE_SEX
 from data_prep.pipeline.program import run_program
 from data_prep.pipeline.release_files import file_inside, find_table, read_image, read_table
 from data_prep.pipeline.shards import UnusableItemError
@@ -145,6 +146,34 @@ def test_ham10000_keeps_a_lesion_on_one_side_and_unknown_unknown(tmp_path: Path)
         None, None, "ham10000/HAM_0000099",
     )  # fmt: skip
     assert [answer for _, answer, _ in said(melanoma)][1:] == ["yes"]
+
+
+def quoted(value: str) -> str:
+    return value if value.replace(".", "").isdigit() or not value else f'"{value}"'
+
+
+@pytest.mark.parametrize("name", ["HAM10000_metadata.tab", "HAM10000_metadata"])
+def test_ham10000_reads_the_forms_of_dataverse_and_its_ages(tmp_path: Path, name: str) -> None:
+    rows = [
+        ham_row(1, 1), ham_row(2, 2, age="0.0"), ham_row(3, 3, age="old", sex="x"),
+        ham_row(4, 4, age="85+"),
+    ]  # fmt: skip
+    # As Dataverse ingests a table: tabs between columns, texts in quotes. Or as it was uploaded.
+    tab = name.endswith(".tab")
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    body = [[quoted(value) for value in line] if tab else line for line in lines]
+    put(tmp_path / "in" / name, "\n".join(("\t" if tab else ",").join(line) for line in body))
+    for row in rows:
+        put(tmp_path / "in" / "images" / f"{row['image_id']}.jpg", picture(1))
+    shares = ("--test-share", "0", "--val-share", "0")
+    run(ham10000, tmp_path / "in", tmp_path / "out", *shares)
+    folder = tmp_path / "out" / "ham10000" / "train"
+    assert [row["age"] for row in rows_of(folder).values()] == [80.0, None, None, 85.0]
+    assert skipped(folder) == [
+        ("ISIC_0000002", "age 0 is taken for unknown"),
+        ("ISIC_0000003", UNREADABLE_SEX),
+        ("ISIC_0000003", UNREADABLE_AGE),
+    ]
 
 
 # --- PAPILA

@@ -130,6 +130,81 @@ def test_trouble_goes_to_the_ledger_and_too_much_is_an_error(tmp_path: Path) -> 
     ]
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"masks": None}, r"manifest\.jsonl:2: masks: expected an object, \{\} .*, got null"),
+        (
+            {"body_part": ...},
+            "jsonl:2: body_part: expected a text or null, got no such key",
+        ),
+        ({"age": "sixty"}, "manifest.jsonl:2: age: age unreadable"),
+        ({"age": True}, "manifest.jsonl:2: age: expected years or null, got true"),
+        ({"sex": "x"}, "manifest.jsonl:2: sex: sex unreadable"),
+        ({"split": "valid"}, "manifest.jsonl:2: split: got 'valid', .*; did you mean 'val'"),
+        ({"modality": "MRT"}, "manifest.jsonl:2: modality: unknown modality 'MRT'"),
+        ({"masks": {"liver": "m.png"}}, "manifest.jsonl:2: masks, 'liver': expected .file, value"),
+        ({"qa": [{"q": "a?"}]}, "manifest.jsonl:2: qa: expected .q, a, answer_type"),
+        (
+            {"source": "busi", "labels": {"class": "cyst"}},
+            "labels, class: got 'cyst', expected",
+        ),
+        ({"id": 7, "qa": None}, r"(?s)jsonl:2: id: .*jsonl:2: qa: "),
+    ],
+)
+def test_a_bad_line_of_the_manifest_is_one_message_with_line_and_key(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    bad = {key: value for key, value in (line() | changes).items() if value is not ...}
+    pack = make_pack(tmp_path / "pack", [line(qa=[question("Yes")]), bad])
+    with pytest.raises(ValueError, match=message):
+        run(pack, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels_without_a_rule_are_named_counted_and_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = [
+        line(id=f"w{number}", source="wbc2", labels={"cell_type": kind, "sequence": ["T1", "T2"]})
+        for number, kind in enumerate(["neutrophil", "basophil", "neutrophil"])
+    ]
+    unstated = line(id="w3", source="wbc2", labels={"cell_type": None}, text="A note.")
+    pack = make_pack(tmp_path / "pack", [*cells, unstated])
+    run(pack, tmp_path / "out")
+    records = Records(tmp_path / "out" / "wbc2" / "train")
+    assert [row["labels"] for row in records] == [
+        ["cell type: neutrophil", "sequence: T1, T2"],
+        ["cell type: basophil", "sequence: T1, T2"],
+        ["cell type: neutrophil", "sequence: T1, T2"],
+        [],
+    ]
+    turns = records[1]["conversations"]
+    assert [(t["text"], t["kind"]) for t in turns[1::2]] == [
+        ("basophil", "choice"), ("T1, T2", "open"),
+    ]  # fmt: skip
+    assert sorted(turns[0]["options"]) == ["basophil", "neutrophil"]
+    assert "cell type" in turns[0]["text"]
+    notes = capsys.readouterr().out
+    told = "asked in general words, among 2 values (basophil, neutrophil)"
+    assert f"wbc2: the label 'cell_type' of 3 images has no rule of its own and is {told}" in notes
+    assert "the label 'sequence' of 3 images" in notes
+
+
+def test_a_known_source_without_its_label_has_no_question_and_benign_is_not_guessed(
+    tmp_path: Path,
+) -> None:
+    lines = [
+        line(source="busi", labels={"benign_malignant": "indeterminate"}, text="A note."),
+        line(id="x2", source="nih", labels={"findings": []}, text="A note.", age="90+"),
+    ]
+    run(make_pack(tmp_path / "pack", lines), tmp_path / "out")
+    for source in ("busi", "nih"):
+        (row,) = Records(tmp_path / "out" / source / "train")
+        assert [turn["kind"] for turn in row["conversations"]] == ["report", "report"]
+    assert row["age"] == 90.0
+
+
 def test_a_folder_without_manifest_says_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         run(tmp_path, tmp_path / "out")

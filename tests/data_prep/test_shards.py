@@ -26,7 +26,13 @@ from biascare.records import Record, Records, RecordWriter, Turn
 from data_prep.pipeline import shards
 from data_prep.pipeline.fingerprints import options_of, sources_of, stable_form
 from data_prep.pipeline.ledger import Ledger, check_skipped
-from data_prep.pipeline.shards import Release, UnusableItemError, convert_shard, plan_release
+from data_prep.pipeline.shards import (
+    Incomplete,
+    Release,
+    UnusableItemError,
+    convert_shard,
+    plan_release,
+)
 from data_prep.pipeline.workers import ShardTask
 
 ROOT = Path(__file__).parents[2]
@@ -332,6 +338,47 @@ def test_records_that_teach_nothing_are_told(
     ) in said
     run(tmp_path / "other", names(3))
     assert "neither" not in capsys.readouterr().out
+
+
+def convert_without_masks(item: str) -> Iterable[Incomplete | Record]:
+    """A volume of two slices: the masks of one are lost, of the other something is noted."""
+    if not item.startswith("lost"):
+        return [make_record(item)]
+    first = Incomplete(make_record(item, targets=[]), lost="mask unreadable", noted=("old age",))
+    return [first, Incomplete(make_record(f"second-{item}", targets=[]), lost="mask unreadable")]
+
+
+def test_lost_masks_count_once_per_item_and_what_is_noted_does_not_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    items = [*names(18), "lost-1", "lost-2"]
+    with pytest.raises(ValueError, match=r"2 of 20 items skipped, 2 of them with a record that"):
+        run(tmp_path, items, "--max-skipped", "0.05", convert=convert_without_masks)
+    folder = run(tmp_path, items, "--max-skipped", "0.1", convert=convert_without_masks)
+    assert skipped(folder) == ["lost-1", "lost-1", "lost-2", "lost-2"]
+    assert len(Records(folder)) == 22
+    told = "22 records, 2 without their masks, 2 noted (2 x mask unreadable; noted: 2 x old age)"
+    assert told in capsys.readouterr().out
+
+
+def test_overwriting_with_fewer_splits_leaves_no_stale_one_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards.run(arguments(tmp_path), [release(names(4)), *dropped(names(2, "late"))])
+    foreign = tmp_path / "toy" / "notes"
+    foreign.mkdir()
+    # The same items without a held-out share: train holds all of them now.
+    run(tmp_path, [*names(4), *names(2, "late")], "--overwrite")
+    assert beside(tmp_path / "toy" / "train") == [".val.previous", "notes", "train"]
+    assert "toy/val: not among the splits any more" in capsys.readouterr().out
+
+
+def dropped(items: list[str]) -> list[Release]:
+    return [release(items, split="val", convert=convert_val)]
+
+
+def convert_val(item: str) -> Record:
+    return make_record(item, split="val")
 
 
 def test_the_reasons_of_skipped_items_add_up(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ nibabel = pytest.importorskip("nibabel", reason="the extra [medical] is not inst
 pydicom = pytest.importorskip("pydicom", reason="the extra [medical] is not installed")
 
 from data_prep import volumes  # noqa: E402
-from data_prep.formats.dicom import age_of, list_series, pseudonym, read_key, read_series  # noqa: E402
+from data_prep.formats.dicom import list_series, pseudonym, read_key, read_series  # noqa: E402
 from data_prep.formats.nifti import read_label_volume, read_nifti  # noqa: E402
 from data_prep.formats.slices import (  # noqa: E402
     PLANES,
@@ -458,11 +459,26 @@ def test_the_window_of_the_file_is_that_of_the_standard(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "years"),
-    [("045Y", 45.0), ("018M", 1.5), ("052W", 0.9966), ("097Y", 90.0), ("", None), ("45", None)],
+    ("header", "age", "sex"),
+    [
+        ({"PatientAge": "018M"}, 1.5, "F"),
+        ({"PatientAge": "097Y"}, 90.0, "F"),  # the oldest are not told apart
+        ({"PatientAge": "", "PatientSex": "O"}, None, None),
+        ({"PatientAge": "old", "PatientSex": "W"}, None, None),
+    ],
 )
-def test_ages_are_years_and_the_oldest_are_not_told_apart(text: str, years: float | None) -> None:
-    assert age_of(text) == (None if years is None else pytest.approx(years, abs=1e-3))
+def test_an_attribute_that_cannot_be_read_is_noted_and_costs_no_slice(
+    tmp_path: Path, header: dict[str, str], age: float | None, sex: str | None
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pydicom sees that "old" is no age
+        make_series(tmp_path / "in", order=(0, 1, 2), **header)
+        folder = run_dicom(tmp_path)
+    assert {(row["age"], row["sex"]) for row in Records(folder / "train")} == {(age, sex)}
+    ledger = folder / "train.skipped.jsonl"
+    lines = ledger.read_text().splitlines() if ledger.exists() else []
+    assert len(lines) == (2 if header["PatientAge"] == "old" else 0)
+    assert all("unreadable" in line and '"counts": false' in line for line in lines)
 
 
 def test_a_short_key_is_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,26 @@ def test_vqa_rad_original_keeps_the_official_questions_once(
     assert "expected 1,793 VQA-RAD train questions, found 4" in notes
 
 
+@pytest.mark.parametrize("divided", [False, True])
+def test_copies_of_vqa_rad_with_other_names_give_the_same_records(
+    rad: Path, tmp_path: Path, divided: bool
+) -> None:
+    run(vqa_rad, rad, tmp_path / "one", "--max-skipped", "0.5")
+    entries = json.loads((rad / vqa_rad.JSON_NAME).read_text())
+    (rad / vqa_rad.JSON_NAME).unlink()
+    (rad / vqa_rad.IMAGE_FOLDER).rename(rad / "images")
+    if divided:
+        tests = [entry for entry in entries if entry["phrase_type"].startswith("test")]
+        put_json(rad / "trainset.json", [entry for entry in entries if entry not in tests])
+        put_json(rad / "testset.json", tests)
+    else:
+        put_json(rad / "VQA_RAD_Dataset_Public.json", entries)
+    run(vqa_rad, rad, tmp_path / "two", "--max-skipped", "0.5")
+    for split in ("train", "test"):
+        one, two = (Records(tmp_path / name / "vqa_rad" / split) for name in ("one", "two"))
+        assert one.manifest["content_hash"] == two.manifest["content_hash"]
+
+
 def test_vqa_rad_parquet_gathers_copies_of_an_image(tmp_path: Path) -> None:
     source = tmp_path / "vqa-rad"
     one, two = picture(1), picture(2)
@@ -179,7 +200,7 @@ def test_a_folder_that_is_no_vqa_rad_is_told_what_is_missing(tmp_path: Path) -> 
 # --- PathVQA
 
 
-def test_pathvqa_keeps_held_out_questions_and_cleans_train(
+def test_pathvqa_keeps_the_official_rows_and_tells_what_repeats(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = tmp_path / "path-vqa"
@@ -194,14 +215,18 @@ def test_pathvqa_keeps_held_out_questions_and_cleans_train(
     run(pathvqa, source, tmp_path / "out")
     out = tmp_path / "out" / "pathvqa"
     train, val, test = (rows_of(out / split) for split in ("train", "val", "test"))
-    assert said(train[f"pathvqa/{digest(one)}"]) == [("where is it?", "skin", "open")]
-    assert said(train[f"pathvqa/{digest(two)}"]) == [("is it?", "yes", "closed")]
+    assert said(train[f"pathvqa/{digest(one)}"]) == [
+        ("where is it?", "skin", "open"), ("is it?", "yes", "closed"),
+    ]  # fmt: skip
+    # "Yes" and "yes" are one question here and two rows of the release.
+    assert said(train[f"pathvqa/{digest(two)}"]) == [("is it?", "yes", "closed")] * 2
     assert said(val[f"pathvqa/{digest(two)}"]) == [("what?", "a cell", "open")]
     assert said(test[f"pathvqa/{digest(one)}"]) == [("is it?", "yes", "closed")]
     assert {row["modality"] for row in train.values()} == {"pathology"}
     notes = capsys.readouterr().out
-    assert "PathVQA train: 2 repeated questions left out" in notes
-    assert "expected 19,654 PathVQA train questions, found 2" in notes
+    assert "PathVQA train: 1 repeated questions kept, they are rows of the release" in notes
+    assert "PathVQA train: 1 questions stand in a held-out split before it too" in notes
+    assert "expected 19,654 PathVQA train questions, found 4" in notes
 
 
 # --- PMC-VQA
@@ -288,35 +313,51 @@ def slake_entry(qid: int, **changes: Any) -> dict[str, Any]:
     return base | changes
 
 
+def label_map(values: list[list[int]], mode: str) -> bytes:
+    """A mask.png as SLAKE's annotators saved it: grey in RGB, or in opaque RGBA."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.array(values, dtype=np.uint8)).convert(mode).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 @pytest.fixture
 def slake_source(tmp_path: Path) -> Path:
+    """The layout of the release: a CT whose mask is RGB, an MRI whose mask is opaque RGBA, and an
+    X-ray whose mask is the image with coloured structures painted over it."""
     source = tmp_path / "Slake1.0"
     chinese = slake_entry(
         2, question="\u80ba\u5065\u5eb7\u5417\uff1f", answer="\u4e0d", q_lang="zh"
     )
+    ct = {"img_name": "xmlab1/source.jpg", "modality": "CT"}
     brain = {"img_name": "xmlab2/source.jpg", "location": "Brain_Tissue", "modality": "MRI"}
-    test = {"img_name": "xmlab3/source.jpg"}
-    put_json(source / "train.json", [slake_entry(1), chinese, slake_entry(3, **brain)])
-    put_json(source / "validation.json", [slake_entry(4, **brain)])
-    put_json(source / "test.json", [slake_entry(5, **test, answer_type="OPEN", answer="Yes")])
+    xray = {"img_name": "xmlab3/source.jpg"}
+    put_json(source / "train.json", [slake_entry(1, **ct), chinese | ct, slake_entry(3, **xray)])
+    put_json(source / "validate.json", [slake_entry(4, **brain)])
+    put_json(source / "test.json", [slake_entry(5, **xray, answer_type="OPEN", answer="Yes")])
     for number in (1, 2, 3):
         put(source / "imgs" / f"xmlab{number}" / "source.jpg", picture(number))
-    put(source / "imgs" / "xmlab1" / "mask.png", png([[0, 3, 3, 0, 5, 5]] * 4))
-    put(source / "imgs" / "xmlab2" / "mask.png", png([[0, 9, 9, 0, 5, 5]] * 4))
+    put(source / "imgs" / "xmlab1" / "mask.png", label_map([[0, 3, 3, 0, 5, 5]] * 4, "RGB"))
+    put(source / "imgs" / "xmlab2" / "mask.png", label_map([[0, 9, 9, 0, 9, 9]] * 4, "RGBA"))
+    put(source / "imgs" / "xmlab3" / "mask.png", picture(3, kind="PNG"))
     put_json(source / "imgs" / "xmlab1" / "detection.json", [{"Lung": [1.0, 0.0, 2.0, 4.0]}])
-    put(source / "mask.txt", "Right Lung: 3\n\nLeft Lung: 5\n")
+    put(source / "mask.txt", "Right Lung: 3\n\nLeft Lung: 5\nBrain Tissue: 9\n")
     return source
 
 
-def test_slake_has_the_questions_of_one_language_and_named_masks(
-    slake_source: Path, tmp_path: Path
+OVERLAY = "mask is a colour overlay, its values are lost"
+
+
+def test_slake_masks_in_rgb_and_rgba_become_targets_and_overlays_of_xrays_are_told(
+    slake_source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    # The default limit of one percent: overlays are the release itself, so it converts as it is.
     run(slake, slake_source, tmp_path / "out")
-    train = rows_of(tmp_path / "out" / "slake" / "train")
-    assert list(train) == ["slake/xmlab1", "slake/xmlab2"]
+    out = tmp_path / "out" / "slake"
+    train = rows_of(out / "train")
+    assert list(train) == ["slake/xmlab1", "slake/xmlab3"]
     first = train["slake/xmlab1"]
     assert said(first) == [("Is the lung healthy?", "no", "closed")]
-    assert (first["modality"], first["anatomy"]) == ("xray", "lung")
+    assert (first["modality"], first["anatomy"]) == ("ct", "lung")
     masks = masks_of(first)
     assert {name: int(mask.sum()) for name, mask in masks.items()} == {
         "right lung": 8, "left lung": 8,
@@ -324,27 +365,114 @@ def test_slake_has_the_questions_of_one_language_and_named_masks(
     np.testing.assert_array_equal(masks["right lung"], [[0, 1, 1, 0, 0, 0]] * 4)
     assert facts_of(first) == [
         {
-            "qid": "1", "language": "en", "modality": "X-Ray", "location": "Lung",
+            "qid": "1", "language": "en", "modality": "CT", "location": "Lung",
             "answer_type": "CLOSED", "base_type": "vqa", "content_type": "Abnormality",
             "triple": "vhead, _, _",
         }
     ]  # fmt: skip
-    assert first["extra"]["boxes"] == [{"name": "Lung", "box": [1.0, 0.0, 2.0, 4.0]}]
-    second = train["slake/xmlab2"]
-    assert (second["anatomy"], second["targets"]) == ("brain tissue", [])
-    assert second["extra"]["left_out"] == "mask values without a name: [9]"
-    (test,) = rows_of(tmp_path / "out" / "slake" / "test").values()
+    assert first["extra"] == {"boxes": [{"name": "Lung", "box": [1.0, 0.0, 2.0, 4.0]}]}
+    (val,) = rows_of(out / "val").values()
+    assert (val["anatomy"], list(masks_of(val))) == ("brain tissue", ["brain tissue"])
+    (test,) = rows_of(out / "test").values()
     assert said(test) == [("Is the lung healthy?", "Yes", "open")]  # the release says open
-    assert test["extra"]["left_out"] == "mask missing"
-    assert len(rows_of(tmp_path / "out" / "slake" / "val")) == 1
+    told = f"{OVERLAY} (as the release has it for X-rays)"
+    assert skipped(out / "train") == [("xmlab3/source.jpg", told)]
+    preparation = Records(out / "train").manifest["preparation"]
+    assert (preparation["num_incomplete"], preparation["num_noted"]) == (0, 1)
+    assert preparation["promises_masks"] is True
+    output = capsys.readouterr().out
+    assert f"slake/train: 2 records, 1 noted (1 x {told})" in output
 
 
-def test_slake_languages_can_be_chosen(slake_source: Path, tmp_path: Path) -> None:
-    put_json(slake_source / "test.json", [slake_entry(5, q_lang="zh")])
-    put_json(slake_source / "validation.json", [slake_entry(4, q_lang="zh")])
-    run(slake, slake_source, tmp_path / "out", "--language", "zh")
-    (row,) = rows_of(tmp_path / "out" / "slake" / "train").values()
+def overlay(source: Path) -> None:
+    put(source / "imgs" / "xmlab1" / "mask.png", picture(9, kind="PNG"))
+
+
+def unnamed(source: Path) -> None:
+    put(source / "mask.txt", "Right Lung: 3\n")
+
+
+def missing(source: Path) -> None:
+    (source / "imgs" / "xmlab1" / "mask.png").unlink()
+
+
+def half_transparent(source: Path) -> None:
+    faded = Image.new("RGBA", (6, 4), (3, 3, 3, 128))
+    faded.save(source / "imgs" / "xmlab1" / "mask.png")
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (overlay, OVERLAY),
+        (unnamed, "mask: mask holds values that --mask-names does not name: ['5']"),
+        (missing, "mask: file missing"),
+        (half_transparent, "mask: mask is partly transparent"),
+    ],
+)
+def test_a_slake_mask_that_should_be_usable_counts_as_lost_and_keeps_its_questions(
+    slake_source: Path, tmp_path: Path, damage: Callable[[Path], None], reason: str
+) -> None:
+    damage(slake_source)
+    with pytest.raises(ValueError, match="1 of 2 items skipped, 1 of them with a record that lack"):
+        run(slake, slake_source, tmp_path / "out")
+    run(slake, slake_source, tmp_path / "out", "--max-skipped", "1")
+    row = rows_of(tmp_path / "out" / "slake" / "train")["slake/xmlab1"]
+    assert (row["targets"], said(row)) == ([], [("Is the lung healthy?", "no", "closed")])
+    assert skipped(tmp_path / "out" / "slake" / "train")[0] == ("xmlab1/source.jpg", reason)
+
+
+def test_a_broken_detection_file_costs_the_boxes_alone(slake_source: Path, tmp_path: Path) -> None:
+    put(slake_source / "imgs" / "xmlab1" / "detection.json", "[{")
+    run(slake, slake_source, tmp_path / "out")
+    row = rows_of(tmp_path / "out" / "slake" / "train")["slake/xmlab1"]
+    assert (len(row["targets"]), row["extra"]) == (2, {})
+    ledger = skipped(tmp_path / "out" / "slake" / "train")
+    assert ("xmlab1/source.jpg", "detection.json unreadable") in ledger
+
+
+def test_slake_without_a_table_of_mask_values_is_refused_unless_masks_are_not_wanted(
+    slake_source: Path, tmp_path: Path
+) -> None:
+    (slake_source / "mask.txt").unlink()
+    with pytest.raises(
+        ValueError, match=r"mask\.txt is not a readable.*--mask-names, or --no-masks"
+    ):
+        run(slake, slake_source, tmp_path / "out")
+    run(slake, slake_source, tmp_path / "out", "--no-masks")
+    assert Records(tmp_path / "out" / "slake" / "train").manifest["num_segmentation_units"] == 0
+    assert not (tmp_path / "out" / "slake" / "train.skipped.jsonl").exists()
+
+
+def test_slake_languages_can_be_chosen_and_together_they_share_images(
+    slake_source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The Hugging Face form renamed one of the files.
+    (slake_source / "validate.json").rename(slake_source / "validation.json")
+    chinese = {"q_lang": "zh", "img_name": "xmlab2/source.jpg", "modality": "MRI"}
+    put_json(slake_source / "test.json", [slake_entry(5, **chinese), slake_entry(7)])
+    put_json(slake_source / "validation.json", [slake_entry(4, **chinese)])
+    run(slake, slake_source, tmp_path / "zh", "--language", "zh")
+    (row,) = rows_of(tmp_path / "zh" / "slake" / "train").values()
     assert said(row) == [("\u80ba\u5065\u5eb7\u5417\uff1f", "\u4e0d", "closed")]
+    assert "of train are in val or test" not in capsys.readouterr().out
+    run(slake, slake_source, tmp_path / "all", "--language", "all")
+    notes = capsys.readouterr().out
+    assert "SLAKE: 1 images of train are in val or test too" in notes
+    assert "--language en keeps images apart" in notes
+
+
+def test_slake_keeps_official_rows_that_repeat(
+    slake_source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entries = [slake_entry(qid, modality="CT") for qid in (1, 2)]
+    put_json(slake_source / "train.json", entries)
+    run(slake, slake_source, tmp_path / "out")
+    (row,) = rows_of(tmp_path / "out" / "slake" / "train").values()
+    assert said(row) == [("Is the lung healthy?", "no", "closed")] * 2
+    notes = capsys.readouterr().out
+    assert "SLAKE train: 1 repeated questions kept, they are rows of the release" in notes
+    assert "expected 4,919 SLAKE train questions (en), found 2" in notes
 
 
 def test_a_table_of_mask_values_is_read_either_way_round_or_refused(tmp_path: Path) -> None:
