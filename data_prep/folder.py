@@ -45,7 +45,7 @@ from data_prep.pipeline.options import (
     releases_of,
 )
 from data_prep.pipeline.program import run_program
-from data_prep.pipeline.release_files import file_inside, read_image
+from data_prep.pipeline.release_files import file_inside, files_below, read_image
 from data_prep.pipeline.shards import Release, UnusableItemError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
@@ -220,15 +220,11 @@ def _mask_folders(source: Source) -> list[tuple[str, Path]]:
 
 def _by_stem(folder: Path, suffixes: Sequence[str], ending: str = "") -> dict[str, str]:
     """Path without suffix and ending -> path, both relative, of all files below a folder."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder")
     found: dict[str, str] = {}
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        # macOS puts a file ._a.png beside a.png, with the suffix of an image.
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if path.suffix.lower() not in suffixes or not path.stem.endswith(ending) or hidden:
+    for path in files_below(folder):
+        if path.suffix.lower() not in suffixes or not path.stem.endswith(ending):
             continue
+        relative = path.relative_to(folder)
         stem = relative.with_suffix("").as_posix().removesuffix(ending)
         # a.png and a.jpg pair with one mask, and only one of them can be the image it was drawn on.
         if stem in found:

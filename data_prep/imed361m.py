@@ -37,6 +37,7 @@ from data_prep.formats.orientation import (
 )
 from data_prep.pipeline import shards
 from data_prep.pipeline.program import run_program
+from data_prep.pipeline.release_files import file_inside
 from data_prep.pipeline.shards import Release, UnusableItemError
 
 SPLITS = {"train": "training", "test": "test"}
@@ -300,12 +301,7 @@ def _inside(folder: Path, relative: str | None) -> Path:
     if not relative:
         raise UnusableItemError("entry without a path")
     prefixed = Path(relative).parts[0] == folder.name and not (folder / relative).exists()
-    path = ((folder.parent if prefixed else folder) / relative).resolve()
-    if not path.is_relative_to(folder):
-        raise UnusableItemError("path leaves the sub-dataset")
-    if not path.is_file():
-        raise UnusableItemError("file missing")
-    return path
+    return file_inside(folder, relative.partition("/")[2] if prefixed else relative)
 
 
 def _shape_in_name(path: Path) -> tuple[int, ...]:

@@ -15,7 +15,6 @@ key.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import random
 from collections.abc import Iterator
@@ -34,7 +33,7 @@ from data_prep.formats.orientation import orientation_of, turn_image, turn_mask
 from data_prep.pipeline import shards
 from data_prep.pipeline.attributes import UNKNOWN, age_of, sex_of
 from data_prep.pipeline.program import run_program
-from data_prep.pipeline.release_files import note
+from data_prep.pipeline.release_files import file_inside, note
 from data_prep.pipeline.shards import Release, UnusableItemError
 from data_prep.wording.conversations import (
     DIAGNOSES,
@@ -296,7 +295,7 @@ def build_record(source: Path, others: tuple[OtherLabel, ...], line: dict[str, A
     """One line of the manifest -> record. Raises UnusableItemError with the reason."""
     # By source, as for IMed-361M: slices of BTCV lie with the spine up.
     turn = orientation_of(line["source"]).turn
-    image = _read(source, line["image"])
+    image = file_inside(source, line["image"]).read_bytes()
     try:
         size = image_size(image)
         image = turn_image(image, turn)
@@ -433,7 +432,7 @@ def _extra(line: dict[str, Any]) -> dict[str, Any]:
 def _mask(source: Path, name: str, entry: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
     """Mask of one target -> bool [H, W], checked against the image size and the stated pixels."""
     try:
-        with Image.open(io.BytesIO(_read(source, entry["file"])), formats=("PNG",)) as image:
+        with Image.open(file_inside(source, entry["file"]), formats=("PNG",)) as image:
             values = np.asarray(image)
     except (OSError, SyntaxError) as error:
         raise UnusableItemError(f"mask of {name} unreadable") from error
@@ -444,16 +443,6 @@ def _mask(source: Path, name: str, entry: dict[str, Any], size: tuple[int, int])
     if int(mask.sum()) != entry["pixels"] or not mask.any():
         raise UnusableItemError(f"mask of {name} does not have the stated number of pixels")
     return mask
-
-
-def _read(source: Path, relative: str) -> bytes:
-    # A manifest may be a stranger's: its paths must not lead to other files of the user.
-    path = (source / relative).resolve()
-    if not path.is_relative_to(source.resolve()):
-        raise UnusableItemError("path leaves the source")
-    if not path.is_file():
-        raise UnusableItemError("file missing")
-    return path.read_bytes()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -155,13 +156,48 @@ def read_json(path: Path, kind: type) -> Any:
 
 def file_inside(folder: Path, relative: str) -> Path:
     """An existing file below `folder`. Raises UnusableItemError for others."""
-    # Resolved first: a link or ".." in a table must not lead to files of the user's own.
-    path = (folder / relative).resolve()
-    if not relative or not path.is_relative_to(folder.resolve()):
+    # As it is written: ".." of a stranger's table must not lead to files of the user's own. A link
+    # is no such thing, the user's own source contains it; data often lie on another disk.
+    path = Path(os.path.normpath(relative))
+    if not relative or path.is_absolute() or ".." in path.parts:
         raise UnusableItemError("path leaves the source" if relative else "entry without a path")
-    if not path.is_file():
-        raise UnusableItemError("file missing")
-    return path
+    file = folder / path
+    # Of regular files only: reading a device or a pipe may never end.
+    if file.is_file() and os.access(file, os.R_OK):
+        return file
+    link = next((folder / part for part in [*reversed(path.parents), path]
+                 if part.name and (folder / part).is_symlink()), None)  # fmt: skip
+    if link is not None:
+        raise UnusableItemError(f"the link {link} leads to no file that can be read")
+    raise UnusableItemError("file may not be read" if file.is_file() else "file missing")
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files below a folder, in order of name, also behind links; names that begin with a dot
+    are passed over (macOS puts ._a.png beside a.png). Raises ValueError for a folder that is none,
+    and for a link that leads nowhere: what it held would be missing without a word."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    return sorted(_files_below(folder, ()))
+
+
+def _files_below(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+    here = folder.resolve()
+    # A link to a folder above itself: what it shows is listed already, and again without end.
+    if here in above:
+        return
+    for entry in folder.iterdir():
+        if entry.name.startswith("."):
+            continue
+        if entry.is_symlink() and not entry.exists():
+            raise ValueError(
+                f"the link {entry} leads nowhere ({os.readlink(entry)}); mount its disk, mend the "
+                "link or remove it"
+            )
+        if entry.is_dir():
+            yield from _files_below(entry, (*above, here))
+        elif entry.is_file():
+            yield entry
 
 
 def read_image(source: Path | bytes) -> EncodedImage:

@@ -15,6 +15,7 @@ from biascare.records import Records, decode_mask
 from data_prep import folder
 from data_prep.formats.label_maps import read_label_map
 from data_prep.pipeline.options import cut_masks, note_shares, parse_labels, stem_of
+from data_prep.pipeline.release_files import file_inside
 from data_prep.pipeline.shards import UnusableItemError
 from tests.data_prep.raw_releases import assert_lint_passes
 
@@ -340,3 +341,52 @@ def test_a_stem_loses_its_suffix_only() -> None:
     assert [stem_of(name) for name in ("p/a.b.nii.gz", "a.PNG", "1.2.840")] == [
         "p/a.b", "a", "1.2.840",
     ]  # fmt: skip
+
+
+def test_links_of_the_users_own_source_are_followed(tmp_path: Path) -> None:
+    disk = tmp_path / "another disk"
+    for stem in ("p1/a", "p2/b"):
+        save_image(disk / "img" / f"{stem}.png")
+        save(disk / "seg" / f"{stem}.png", LABELS)
+    save_image(tmp_path / "img" / "p3" / "c.png")
+    save(tmp_path / "seg" / "p3" / "c.png", LABELS)
+    (tmp_path / "img" / "p1").symlink_to(disk / "img" / "p1")
+    (tmp_path / "img" / "p2").mkdir()
+    (tmp_path / "img" / "p2" / "b.png").symlink_to(disk / "img" / "p2" / "b.png")
+    for name in ("p1", "p2"):
+        (tmp_path / "seg" / name).symlink_to(disk / "seg" / name)
+    (tmp_path / "img" / "again").symlink_to(tmp_path / "img")  # a circle ends
+    found = run(tmp_path, "--labels", "1=liver,2=spleen")
+    records = Records(found / "train")
+    ids = [records[k]["id"] for k in range(len(records))]
+    assert ids == ["mine/p1/a", "mine/p2/b", "mine/p3/c"]
+    assert list(masks_of(records[0])) == ["liver", "spleen"]
+
+
+def test_a_link_that_leads_nowhere_is_named_before_any_work(tmp_path: Path) -> None:
+    save_image(tmp_path / "img" / "a.png")
+    save(tmp_path / "seg" / "a.png", LABELS)
+    (tmp_path / "img" / "p1").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(ValueError, match=r"the link .*img/p1 leads nowhere \(.*unmounted\); mount"):
+        run(tmp_path, "--labels", "1=liver,2=spleen")
+
+
+def test_a_path_of_a_table_may_pass_a_link_of_the_source_and_never_leave_it(tmp_path: Path) -> None:
+    save_image(tmp_path / "disk" / "a.png")
+    (tmp_path / "secret.png").write_bytes(b"of the user")
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "imgs").symlink_to(tmp_path / "disk")
+    (tmp_path / "source" / "gone").symlink_to(tmp_path / "unmounted")
+    source = tmp_path / "source"
+    assert file_inside(source, "imgs/a.png").read_bytes() == (tmp_path / "disk/a.png").read_bytes()
+    # As it is written: behind the link, ".." would be a folder of the user's own.
+    for path, reason in (
+        ("../secret.png", "path leaves the source"),
+        (str(tmp_path / "secret.png"), "path leaves the source"),
+        ("imgs/../secret.png", "file missing"),
+        ("gone/a.png", "the link .*source/gone leads to no file"),
+        ("b.png", "file missing"),
+        ("", "entry without a path"),
+    ):
+        with pytest.raises(UnusableItemError, match=reason):
+            file_inside(source, path)

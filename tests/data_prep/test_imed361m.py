@@ -208,7 +208,7 @@ def test_what_cannot_be_used_is_in_the_ledger_with_its_reason(tmp_path: Path) ->
         ("image/resized.png", "image and label differ in size"),
         ("image/cut.png", "image unreadable"),
         ("image/rows.png", "label shape, file name and label list disagree"),
-        ("../secret.png", "path leaves the sub-dataset"),
+        ("../secret.png", "path leaves the source"),
         ("image/good.png", "image listed before"),
     ]
     assert skipped(tmp_path / "out" / "Unknown" / "test.skipped.jsonl") == [
