@@ -32,6 +32,7 @@ from transformers import (
 from biascare.interfaces import POINT_POSITIVE, Batch, Prompts
 from biascare.models.language.pathway import MLLMOpener
 from biascare.models.network import DualPathNetwork
+from biascare.models.weights.files import refuse_code
 from biascare.models.weights.llava import (
     is_original_llava,
     llava_config,
@@ -161,6 +162,7 @@ def mllm_config(path: str) -> Any:
 
 
 def _read(path: str, **keywords: Any) -> Any:
+    refuse_code(path)
     if not keywords:
         raw = read_config(path)
         if is_original_llava(raw):
@@ -170,7 +172,7 @@ def _read(path: str, **keywords: Any) -> Any:
             return llava_config(
                 raw, _clip_large(), image_token_id=raw["vocab_size"], vocab_size=rows
             )
-    config = AutoConfig.from_pretrained(path, **keywords)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False, **keywords)
     if config.model_type not in MLLM_FAMILIES:
         raise ValueError(
             f"the model at {path!r} is of type {config.model_type!r}, expected an image-text model "

@@ -25,6 +25,7 @@ from transformers import (
     LlavaProcessor,
 )
 
+from biascare.models.weights.files import refuse_code
 from biascare.models.weights.llava import grown_rows, num_vocabulary_rows
 from biascare.models.weights.llava_templates import IMAGE_TOKEN, with_image_parts
 
@@ -46,9 +47,12 @@ def open_language_model(path: str | Path) -> tuple[Any, Any]:
     """
     # A .gguf file is named inside its folder, which is where its tokenizer is looked for as well.
     place = Path(path)
-    where: dict[str, Any] = {"pretrained_model_name_or_path": str(place)}
+    folder, chosen = place, dict[str, str]()
     if place.suffix == ".gguf":
-        where = {"pretrained_model_name_or_path": str(place.parent), "gguf_file": place.name}
+        folder, chosen = place.parent, {"gguf_file": place.name}
+    refuse_code(folder)
+    where: dict[str, Any] = {"pretrained_model_name_or_path": str(folder)} | chosen
+    where["trust_remote_code"] = False
     try:
         tokenizer = AutoTokenizer.from_pretrained(**where)
         # fp32 whatever the file holds: a quantised one is unpacked, and the result gets trained.
@@ -69,6 +73,7 @@ def open_language_model(path: str | Path) -> tuple[Any, Any]:
 
 def _open_tower(path: str | Path) -> tuple[Any, Any]:
     """(CLIP vision tower, its image processor) of a folder."""
+    refuse_code(path)
     try:
         return CLIPVisionModel.from_pretrained(path), CLIPImageProcessor.from_pretrained(path)
     except (OSError, ValueError) as error:

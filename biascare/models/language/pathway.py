@@ -34,7 +34,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from biascare.interfaces import Generated
 from biascare.models.language.packing import enable_packing, pack, unpack
-from biascare.models.weights.files import refuse_unusable
+from biascare.models.weights.files import refuse_code, refuse_unusable
 from biascare.models.weights.llava import (
     is_original_llava,
     load_original_llava,
@@ -73,7 +73,7 @@ def load_processor(path: str) -> Any:
     if not alone and is_original_llava(_opened(path, read_config)):
         processor: Any = load_original_llava_processor(path)
     else:
-        processor = _opened(path, AutoProcessor.from_pretrained)
+        processor = _opened(path, AutoProcessor.from_pretrained, trust_remote_code=False)
     if getattr(processor, "chat_template", None) is None:
         raise ValueError(
             f"the processor in {path!r} has no chat template; add chat_template.jinja to that "
@@ -87,6 +87,7 @@ def load_processor(path: str) -> Any:
 
 def _opened(path: str, opener: Callable[..., Any], **keywords: Any) -> Any:
     """`opener(path, ...)`, with one kind of error that says what could not be opened."""
+    refuse_code(path)
     try:
         return opener(path, **keywords)
     except (OSError, ValueError, SafetensorError) as error:
@@ -120,6 +121,7 @@ def open_mllm(path: str, dtype: torch.dtype, attention: str) -> tuple[Any, LoadR
     model, report = _opened(
         path,
         AutoModelForImageTextToText.from_pretrained,
+        trust_remote_code=False,
         dtype=dtype,
         attn_implementation=attention,
         output_loading_info=True,

@@ -240,3 +240,36 @@ def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
             f"{', '.join(WRAPPERS)}"
         )
     return state
+
+
+def refuse_code(path: str | Path) -> None:
+    """Raise ValueError where a folder in Hugging Face format brings classes of its own.
+
+    Beside `trust_remote_code=False`, which every opening passes: transformers then either takes
+    the class of that name that it knows, or fails in the middle of loading. A name that is no
+    folder is left to that.
+    """
+    # Every configuration file that a model, a tokenizer or a part of a processor is opened by.
+    for file in sorted(Path(path).glob("*config.json")) if Path(path).is_dir() else []:
+        try:
+            named = _code_of(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, RecursionError):
+            continue  # whoever opens it tells what is wrong with it
+        if named:
+            raise ValueError(
+                f"{file} names code of its own (auto_map: {listed(named)}); code that comes with a "
+                "model is never run here. Take a model that opens with the classes of transformers "
+                "itself; where these are meant, remove auto_map from that file"
+            )
+
+
+def _code_of(value: Any) -> list[str]:
+    """What every `auto_map` below a JSON value points to; processors nest those of their parts."""
+    if isinstance(value, list):
+        return [name for item in value for name in _code_of(item)]
+    if not isinstance(value, dict):
+        return []
+    mine = value.get("auto_map") or []
+    entries = mine.values() if isinstance(mine, dict) else [mine] if mine else []
+    below = [name for key, item in value.items() if key != "auto_map" for name in _code_of(item)]
+    return [*(str(entry) for entry in entries), *below]

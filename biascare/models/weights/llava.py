@@ -215,7 +215,9 @@ def _tokenizer(folder: Path) -> Any:
     """The checkpoint's tokenizer, which knows the image token."""
     try:
         # With a configuration given, it does not ask what a model_type unknown to it would need.
-        tokenizer = AutoTokenizer.from_pretrained(folder, config=PretrainedConfig())
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, config=PretrainedConfig(), trust_remote_code=False
+        )
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(
             f"cannot open the tokenizer in {folder} ({first_line(error)}); expected "
