@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -195,7 +196,8 @@ def load_vision_checkpoint(
     # What a layout may lack keeps its own values, so that loading can stay strict.
     fitted = {key: wanted[key] for key in missing}
     for key, value in named.items():
-        if not wanted[key].is_meta:  # of a plan, which has shapes alone
+        # A plan has shapes alone; and a batch norm counts its batches in whole numbers.
+        if not wanted[key].is_meta and not value.dtype == wanted[key].dtype == torch.int64:
             refuse_unusable(key, value, source)
         fitted[key], done = fit(key, value, wanted[key], global_blocks)
         if done:

@@ -262,6 +262,15 @@ def test_the_published_weights_load_to_the_last_tensor(weights: Path) -> None:
     assert not (report.converted or report.missing or report.dropped)
 
 
+def test_counts_of_batch_norms_are_whole_numbers_and_no_fault(pathway: VisionPathway) -> None:
+    state = pathway.state_dict()
+    counts = [name for name, value in state.items() if value.dtype == torch.int64]
+    assert counts, "a file of the layout holds them"
+    other = VisionPathway("litemedsam", 64)
+    load_vision_checkpoint(other, state)
+    assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())
+
+
 def test_its_weights_are_refused_for_another_architecture_with_the_right_name(
     weights: Path,
 ) -> None:
