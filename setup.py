@@ -48,6 +48,9 @@ EXTRAS = {
         "pydicom>=3.0",
         "nibabel>=5.2",
         "psutil>=6.0",
+        # second implementations that scores are compared with
+        "fairlearn>=0.12",
+        "monai>=1.4",
         "pytest>=8.3",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",

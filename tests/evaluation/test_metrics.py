@@ -7,25 +7,34 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from monai.metrics import compute_hausdorff_distance, compute_iou, compute_surface_dice
 
 from biascare.evaluation.cases import AnswerCase, Header, MaskCase, MaskPrediction
 from biascare.evaluation.metrics.answers import (
     is_correct,
     likeliest,
     normalise_answer,
+    open_recall,
     read_choice,
+    read_closed,
+    recall_llava,
     summarise_answers,
 )
 from biascare.evaluation.metrics.segmentation import (
     DISC_SHARES,
+    click_auc,
     dice_score,
     disc,
     failure_auroc,
     fit_disc,
+    iou_score,
     mean_by,
+    noc,
     summarise_segmentation,
+    surface_scores,
 )
 from biascare.records import encode_mask
 from tests.tiny import HEIGHT, WIDTH, tiny_facts
@@ -260,3 +269,125 @@ def test_options_are_also_judged_by_their_likelihood() -> None:
     assert (table["num"], table["num_scored"]) == (3, 2)
     assert table["accuracy_by_option"] == pytest.approx(1 / 2)
     assert table["accuracy"] == pytest.approx(2 / 3)
+
+
+YES_NO = ("yes", "no")
+
+
+@pytest.mark.parametrize(
+    "text, strict, lenient",
+    [
+        ("Yes, there is a nodule", "yes", "yes"),
+        ("Yes, there is no doubt", "yes", None),
+        ("No.", "no", "no"),
+        ("no", "no", "no"),
+        ("There is no nodule", None, "no"),
+        ("unknown", None, None),
+        ("Not normal", None, None),
+        ("nope", None, None),
+        ("yes and no", None, None),
+        ("Yes or no", None, None),
+        ("yes, yes", "yes", "yes"),
+        ("", None, None),
+        ("   ...", None, None),
+        ("normal", None, None),
+        ("YES", "yes", "yes"),
+        ("noyes", None, None),
+        ("I cannot answer medical questions.", None, None),
+    ],
+)
+def test_closed_answers_are_read_by_whole_words_or_not_at_all(
+    text: str, strict: str | None, lenient: str | None
+) -> None:
+    assert read_closed(text, YES_NO) == strict
+    assert read_closed(text, YES_NO, "lenient") == lenient
+
+
+@pytest.mark.parametrize(
+    "text, options, strict, lenient",
+    [
+        ("right lung", ("lung", "right lung"), "right lung", "right lung"),
+        ("the right lung", ("lung", "right lung"), None, "right lung"),
+        ("lung and right lung", ("lung", "right lung"), None, None),
+        ("not normal", ("normal", "abnormal"), None, None),
+        ("abnormal", ("normal", "abnormal"), "abnormal", "abnormal"),
+        ("A and B", ("A", "B"), None, None),
+        ("T2-weighted", ("T2", "T2-weighted"), "T2-weighted", "T2-weighted"),
+        ("3.5 cm", ("3", "3.5"), "3.5", "3.5"),
+        ("anything", (), None, None),
+    ],
+)
+def test_options_of_several_words_are_read_whole(
+    text: str, options: tuple[str, ...], strict: str | None, lenient: str | None
+) -> None:
+    assert read_closed(text, options) == strict
+    assert read_closed(text, options, "lenient") == lenient
+
+
+def test_an_unknown_reading_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected 'strict' or 'lenient'"):
+        read_closed("yes", YES_NO, "loose")
+
+
+def test_open_recall_counts_each_word_as_often_as_the_reference_has_it() -> None:
+    assert open_recall("the left lung", "left lower lung") == pytest.approx(2 / 3)
+    assert open_recall("lung lung lung", "left lung") == 0.5
+    assert open_recall("T2 weighted", "T2-weighted") == 0.0
+    assert open_recall("", "lung") == 0.0
+    assert (open_recall("", ""), open_recall("lung", "")) == (1.0, 0.0)
+    # Three hits of one word against one that was missed.
+    assert recall_llava("lung lung lung", "left lung") == 0.75
+    assert recall_llava("", "") == 0.0
+
+
+def blob(seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    center, size = rng.integers(8, 24, 2), rng.integers(3, 9, 2)
+    y, x = np.ogrid[:32, :40]
+    return ((y - center[0]) / size[0]) ** 2 + ((x - center[1]) / size[1]) ** 2 <= 1
+
+
+BY_MONAI = pytest.mark.filterwarnings("ignore:monai")  # of an argument that it passes itself
+
+
+@BY_MONAI
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("spacing", [None, (0.7, 1.5)])
+def test_iou_and_surface_scores_are_those_of_monai(seed: int, spacing: Any) -> None:
+    prediction, truth = blob(seed), blob(seed + 100)
+    tensors = [torch.from_numpy(mask)[None, None].float() for mask in (prediction, truth)]
+    assert iou_score(prediction, truth) == pytest.approx(float(compute_iou(*tensors)), abs=1e-6)
+    ours = surface_scores(prediction, truth, 2.0, spacing)
+    theirs = compute_surface_dice(*tensors, class_thresholds=[2.0], spacing=spacing)
+    assert ours.nsd == pytest.approx(float(theirs), abs=1e-6)  # MONAI counts in float32
+    distance = compute_hausdorff_distance(*tensors, percentile=95, spacing=spacing)
+    assert ours.hd95 == pytest.approx(float(distance), rel=1e-6)
+
+
+@BY_MONAI
+def test_a_volume_has_the_surface_scores_of_monai_too() -> None:
+    prediction, truth = (np.stack([blob(s + i) for i in range(4)]) for s in (0, 50))
+    tensors = [torch.from_numpy(mask)[None, None].float() for mask in (prediction, truth)]
+    ours = surface_scores(prediction, truth, 2.0)
+    theirs = compute_surface_dice(*tensors, class_thresholds=[2.0])
+    assert ours.nsd == pytest.approx(float(theirs), abs=1e-6)
+
+
+def test_empty_and_one_pixel_masks_have_defined_surface_scores() -> None:
+    empty, one = np.zeros((5, 5), bool), np.zeros((5, 5), bool)
+    one[2, 2] = True
+    assert surface_scores(empty, empty, 2) == (1.0, None)
+    assert surface_scores(one, empty, 2) == surface_scores(empty, one, 2) == (0.0, None)
+    assert surface_scores(one, one, 0) == (1.0, 0.0)
+    assert iou_score(empty, empty) == 1.0 and iou_score(one, empty) == 0.0
+    moved = np.roll(one, 2, axis=1)
+    assert surface_scores(one, moved, 2) == (1.0, 2.0) and surface_scores(one, moved, 1).nsd == 0
+
+
+def test_clicks_until_a_threshold_and_the_area_over_clicks_are_those_by_hand() -> None:
+    scores = [0.5, 0.7, 0.8, 0.85, 0.9]
+    assert click_auc(scores) == pytest.approx(3.05) and click_auc(scores) / 4 == pytest.approx(
+        0.7625
+    )
+    assert (noc(scores, 0.85), noc(scores, 0.9), noc(scores, 0.95)) == (4, 5, None)
+    assert noc([], 0.5) is None and click_auc([0.5]) == 0

@@ -3,7 +3,9 @@
     is_correct("B: CT", case)
     table = summarise_answers(cases)
 
-Answers are compared as whole texts, never by what they contain: "no mass" contains "mass".
+Answers are compared as whole texts, never by what they contain: "no mass" contains "mass". Answers
+from a closed set are read by stated rules (`read_closed`); what they do not read is wrong and
+counted, never a nearest or a random option.
 """
 
 from __future__ import annotations
@@ -39,6 +41,80 @@ def read_choice(text: str, options: Sequence[str]) -> str | None:
         place = ascii_lowercase.index(lettered.group(1))
         return options[place] if place < len(options) else None
     return next((option for option in options if normalise_answer(option) == text), None)
+
+
+WORD = re.compile(r"[^\W_]+(?:[-./'][^\W_]+)*")
+"""A word: "T2-weighted" and "3.5" stay whole."""
+
+NEGATIONS = ("no", "not", "non", "without", "neither", "nor", "never")
+
+JOINTS = ("and", "or", "nor")
+
+
+def words(text: str) -> list[str]:
+    """The words of a text in lower case."""
+    return WORD.findall(text.lower())
+
+
+def read_closed(text: str, options: Sequence[str], reading: str = "strict") -> str | None:
+    """Which option an answer to a closed question names; None where it names none or several.
+
+    "strict": the option that the text begins with, as whole words ("Yes, there is a nodule" is
+    yes, "unknown" is not no); "yes or no" is neither. "lenient": the only option mentioned
+    anywhere, unless a negation stands before it: "not normal" does not say normal.
+    """
+    if reading not in ("strict", "lenient"):
+        raise ValueError(f"reading: got {reading!r}, expected 'strict' or 'lenient'")
+    said = words(text)
+    found = _mentions(said, options)
+    if reading == "strict":
+        first = next(iter(found), None)
+        if first is None or first[0] != 0:
+            return None
+        _, end, option = first
+        joined = [
+            other for start, _, other in found[1:] if said[end:start] in ([j] for j in JOINTS)
+        ]
+        return None if any(other != option for other in joined) else option
+    named = {
+        option
+        for start, _, option in found
+        if start == 0 or said[start - 1] not in NEGATIONS or said[start - 1] == option.lower()
+    }
+    return named.pop() if len(named) == 1 else None
+
+
+def _mentions(said: list[str], options: Sequence[str]) -> list[tuple[int, int, str]]:
+    """(first word, word after it, option) of what a text names, the longest option first: "right
+    lung" is no mention of the option "lung"."""
+    spelt = sorted(((words(option), option) for option in options), key=lambda o: -len(o[0]))
+    found, place = [], 0
+    while place < len(said):
+        here = [o for o in spelt if o[0] and said[place : place + len(o[0])] == o[0]]
+        if here:
+            found.append((place, place + len(here[0][0]), here[0][1]))
+        place += len(here[0][0]) if here else 1
+    return found
+
+
+def open_recall(prediction: str, reference: str) -> float:
+    """Share of the reference's words that the prediction holds, each as often as it is there.
+
+    An empty reference is recalled by an empty prediction alone.
+    """
+    said, wanted = Counter(words(prediction)), Counter(words(reference))
+    if not wanted:
+        return float(not said)
+    return (said & wanted).total() / wanted.total()
+
+
+def recall_llava(prediction: str, reference: str) -> float:
+    """Recall as LLaVA-Med's evaluation counts it: a shared word counts as often as the prediction
+    repeats it, so that repeating raises the score. For comparison with published numbers alone."""
+    said, wanted = Counter(prediction.lower().split()), Counter(reference.lower().split())
+    hits = sum(num for word, num in said.items() if word in wanted)
+    missed = sum(num for word, num in wanted.items() if word not in said)
+    return hits / (hits + missed) if hits + missed else 0.0
 
 
 def is_correct(text: str, case: AnswerCase) -> bool:

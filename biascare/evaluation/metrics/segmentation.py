@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import ndimage  # type: ignore[import-untyped, unused-ignore]
+from scipy.integrate import trapezoid  # type: ignore[import-untyped, unused-ignore]
 from sklearn.metrics import roc_auc_score
 
 from biascare.evaluation.cases import Header, MaskCase
@@ -31,6 +33,62 @@ def dice_score(prediction: np.ndarray, truth: np.ndarray) -> float:
     # Both empty agree completely; only one empty is a complete failure, whatever its size.
     size = int(prediction.sum()) + int(truth.sum())
     return 2 * int((prediction & truth).sum()) / size if size else 1.0
+
+
+def iou_score(prediction: np.ndarray, truth: np.ndarray) -> float:
+    """Intersection over union of two binary masks of one shape; 1 if both are empty."""
+    prediction, truth = prediction.astype(bool), truth.astype(bool)
+    union = int((prediction | truth).sum())
+    return int((prediction & truth).sum()) / union if union else 1.0
+
+
+class SurfaceScores(NamedTuple):
+    """Agreement of two outlines."""
+
+    nsd: float  # normalised surface Dice: share of both outlines within the tolerance of the other
+    hd95: float | None  # the larger of the two 95th percentiles; None where a mask is empty
+
+
+def surface_scores(
+    prediction: np.ndarray,
+    truth: np.ndarray,
+    tolerance: float,
+    spacing: Sequence[float] | None = None,
+) -> SurfaceScores:
+    """Of two binary masks [H, W] or [D, H, W]; `tolerance` and `hd95` are in the unit of `spacing`
+    (one per axis), or in pixels.
+
+    The outline of a mask are its pixels with a neighbour outside it, as in MONAI; what lies beyond
+    the image is outside. Both empty agree completely (1), one empty not at all (0).
+    """
+    prediction, truth = prediction.astype(bool), truth.astype(bool)
+    if not prediction.any() or not truth.any():
+        return SurfaceScores(float(prediction.any() == truth.any()), None)
+    # Only the box around both is looked at: a structure of 20 pixels in an image of a million.
+    box = ndimage.find_objects((prediction | truth).astype(np.int8))[0]
+    outlines = [np.pad(mask[box], 1) for mask in (prediction, truth)]
+    outlines = [mask & ~ndimage.binary_erosion(mask) for mask in outlines]
+    distances = [
+        ndimage.distance_transform_edt(~other, sampling=spacing)[own]
+        for own, other in (outlines, outlines[::-1])
+    ]
+    near = sum(int((found <= tolerance).sum()) for found in distances)
+    return SurfaceScores(
+        nsd=near / sum(len(found) for found in distances),
+        hd95=float(max(np.quantile(found, 0.95) for found in distances)),
+    )
+
+
+def noc(iou_per_click: Sequence[float], threshold: float) -> int | None:
+    """Number of clicks until the IoU reaches `threshold`; None where it never does. Its mean is
+    only of those that do: failures are counted apart."""
+    return next((n for n, iou in enumerate(iou_per_click, 1) if iou >= threshold), None)
+
+
+def click_auc(score_per_click: Sequence[float]) -> float:
+    """Area under a score over clicks 1 to n by the trapezoid rule, in units of clicks; divided by
+    n - 1 it is a mean score. One click has no area."""
+    return float(trapezoid(score_per_click))
 
 
 def mask_scores(case: MaskCase, header: Header) -> dict[str, float]:
