@@ -39,6 +39,8 @@ REQUIRES = [
     "matplotlib>=3.8",
     # scores
     "scikit-learn>=1.5",
+    "sacrebleu>=2.4",
+    "rouge-score>=0.1.2",
 ]
 
 EXTRAS = {
