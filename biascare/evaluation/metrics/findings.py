@@ -54,13 +54,18 @@ FINDINGS: dict[str, tuple[str, ...]] = {
         r"chf",
     ),
     "Consolidation": (r"consolidat(?:ion|ions|ive)",),
-    "Pneumonia": (r"(?:broncho)?pneumonias?", r"infectious process", r"infection"),
+    "Pneumonia": (
+        r"(?:broncho)?pneumonias?",
+        r"infectious process",
+        r"(?<!granulomatous )infection",
+    ),
     "Atelectasis": (r"atelecta(?:sis|ses|tic)", r"collapse"),
     "Pneumothorax": (r"(?:hydro)?pneumothora(?:x|ces)",),
     "Pleural Effusion": (
         r"(?:pleural )?effusions?",
         r"pleural fluid",
-        r"(?:blunting|blunted)(?: \w+){0,4} costophrenic (?:angles?|sulc(?:us|i))",
+        r"(?:blunting|blunted)(?: \w+){0,4} costophrenic",
+        r"costophrenic (?:\w+ )?blunting",
     ),
     "Pleural Other": (
         r"pleural (?:thickening|plaques?|scar(?:ring)?)",
@@ -100,8 +105,8 @@ _UNCHANGED = (
     r"(?: in| of)?|not (?:\w+ )?changed|not only"
 )
 _DENIED_BEFORE = (
-    r"\bno\b|\bnot\b|\bnor\b|\bwithout\b|\bnegative for\b|\bfree of\b|\babsence of\b|\bdenies\b|"
-    r"\bresol(?:ved|ution of)\b|\bclearing of\b|\bno longer\b|\bnever\b"
+    r"\bno\b|\bnot\b|\bnor\b|\bwithout\b|\bnegative for\b|\b(?:free|clear) of\b|"
+    r"\babsence of\b|\bdenies\b|\bresol(?:ved|ution of)\b|\bclearing of\b|\bno longer\b|\bnever\b"
 )
 _DENIED_AFTER = (
     r"^(?: \w+){0,3} (?:not (?:\w+ )?(?:seen|identified|present|visualized|visualised|evident|"
