@@ -45,8 +45,9 @@ from biascare.evaluation.cases import (
     read_cases,
     read_lines,
 )
-from biascare.evaluation.metrics.answers import summarise_answers
-from biascare.evaluation.metrics.segmentation import summarise_segmentation
+from biascare.evaluation.metrics.answers import is_correct, summarise_answers
+from biascare.evaluation.metrics.groups import Measured, summarise_groups
+from biascare.evaluation.metrics.segmentation import mask_scores, summarise_segmentation
 from biascare.hitl.clicks import refine_once
 from biascare.inference.answerer import Answerer, spoken
 from biascare.inference.segmenter import Decoded, Segmenter
@@ -109,13 +110,24 @@ def evaluate(
 
 
 def summarise(cases: Cases) -> dict[str, Any]:
-    """Numbers of both kinds of cases: `segmentation` and `answers`, each where there are some."""
+    """Numbers of both kinds of cases: `segmentation` and `answers`, each where there are some, and
+    `groups` of patients where something is known of them."""
     summary: dict[str, Any] = {}
+    measured: list[Measured] = []
     if cases.masks:
-        summary["segmentation"] = summarise_segmentation(cases.masks, cases.header)
+        scores = [mask_scores(case, cases.header) for case in cases.masks]
+        summary["segmentation"] = summarise_segmentation(cases.masks, scores)
+        facts = [case.facts for case in cases.masks]
+        mix = [f"{f.modality}, {f.target}" for f in facts]
+        measured.append(Measured("dice", facts, [score["dice"] for score in scores], mix))
     if cases.answers:
         summary["answers"] = summarise_answers(cases.answers)
-    return summary
+        facts = [case.facts for case in cases.answers]
+        right = [float(is_correct(case.text, case)) for case in cases.answers]
+        mix = [f"{f.modality}, {f.kind}" for f in facts]
+        measured.append(Measured("accuracy", facts, right, mix))
+    groups = summarise_groups(measured)
+    return summary | ({"groups": groups} if groups else {})
 
 
 # ---------------------------------------------------------------- one batch

@@ -9,7 +9,8 @@ from rich.table import Table
 
 
 def evaluation_table(summary: Mapping[str, Any], title: str) -> Table:
-    """Dice by prevalence group and modality, accuracy by kind beside constant answers."""
+    """Dice by prevalence group and modality, accuracy by kind beside constant answers, and gaps
+    between groups of patients beside what chance would show."""
     table = Table(title=title)
     for column in ("what", "group", "n", "score", "reference"):
         table.add_column(column, justify="left" if column in ("what", "group") else "right")
@@ -36,6 +37,13 @@ def evaluation_table(summary: Mapping[str, Any], title: str) -> Table:
         if "accuracy_by_option" in cell:
             scored, accuracy = str(cell["num_scored"]), _f(cell["accuracy_by_option"])
             table.add_row("", "likeliest option", scored, accuracy, "")
+    for metric, by_name in summary.get("groups", {}).items():
+        for name, found in by_name.items():
+            if found["gap"] is None:  # fewer than two groups that are large enough
+                continue
+            chance = f"{_f(found['null_mean'])} by chance, p {_f(found['p_holm'])}"
+            groups = f"{found['worst']} to {found['best']}"
+            table.add_row(f"{metric}, gap by {name}", groups, "", _f(found["gap"]), chance)
     return table
 
 

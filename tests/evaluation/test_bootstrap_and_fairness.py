@@ -27,6 +27,8 @@ from biascare.evaluation.metrics.fairness import (
     permuted_gaps,
     standardised,
 )
+from biascare.evaluation.metrics.groups import Measured, age_band, sex_and_age, summarise_groups
+from tests.tiny import tiny_facts
 
 EACH = np.arange(2000)
 
@@ -204,3 +206,38 @@ def test_one_threshold_keeps_groups_by_their_scores_and_ties_in_part() -> None:
     kept = deferral([0.9, 0.8, 0.5, 0.5], ["a", "a", "b", "c"], 0.75)
     assert kept == {"a": 1.0, "b": 0.5, "c": 0.5}
     assert deferral([0.1, 0.2], ["a", "b"], 0) == {"a": 0.0, "b": 0.0}
+
+
+def measured(sex: list[str | None], age: list[float | None], values: list[float]) -> Measured:
+    facts = [
+        tiny_facts(f"i{n}", patient_id=f"p{n}", sex=s, age=a)
+        for n, (s, a) in enumerate(zip(sex, age, strict=True))
+    ]
+    return Measured("dice", facts, values, ["CT"] * len(facts))
+
+
+def test_ages_are_grouped_in_bands_and_intersections_need_both() -> None:
+    ages = [None, 39.9, 40.0, 60.0, 80.0]
+    facts = [tiny_facts("i", age=age, sex="F") for age in ages]
+    assert [age_band(f) for f in facts] == [None, "under 40", "40 to 59", "60 to 79", "80 and over"]
+    assert sex_and_age(facts[1]) == "F, under 40" and sex_and_age(facts[0]) is None
+
+
+def test_every_known_attribute_is_compared_and_adjusted_as_a_family() -> None:
+    rng = np.random.default_rng(9)
+    sex = ["F", "M"] * 100
+    values = [0.5 + 0.3 * (s == "M") + rng.normal(0, 0.1) for s in sex]
+    ages = [30.0] * 100 + [50.0] * 100
+    found = summarise_groups([measured(list(sex), list(ages), values)], num_draws=200)["dice"]
+    assert set(found) == {"sex", "age", "sex and age"}
+    by_sex = found["sex"]
+    assert (by_sex["worst"], by_sex["best"]) == ("F", "M") and by_sex["p"] == pytest.approx(1 / 201)
+    assert by_sex["p_holm"] == pytest.approx(3 / 201) and found["age"]["p_holm"] > 0.05
+    assert by_sex["groups"][0]["standardised"] == pytest.approx(by_sex["groups"][0]["mean"])
+    assert by_sex["p_case_mix"] < 0.05 and by_sex["groups"][0]["mix_covered"] == 1
+
+
+def test_nothing_known_of_patients_makes_no_comparison() -> None:
+    assert summarise_groups([measured([None] * 30, [None] * 30, [0.5] * 30)]) == {}
+    small = summarise_groups([measured(["F"] * 3, [None] * 3, [0.5] * 3)])["dice"]["sex"]
+    assert small["gap"] is None and small["p_holm"] is None and small["p_case_mix_holm"] is None

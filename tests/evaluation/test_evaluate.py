@@ -163,7 +163,8 @@ def test_without_language_there_is_no_text_mask_and_no_semantic_uncertainty(
     case = segment(KnowingModel(), records, tmp_path / "cases.jsonl", num_corrections=0)[0]
     assert case.by_text is None and case.instruction is None
     assert case.predictions[0].uncertainty == {"joint_label_free": 0.0, "predicted_dice_loss": 0.0}
-    assert set(mask_scores(case, HEADER)) == {"dice", "dice_disc", "dice_disc_by_target"}
+    first = {"dice", "iou", "nsd", "hd95"}
+    assert set(mask_scores(case, HEADER)) == first | {"dice_disc", "dice_disc_by_target"}
 
 
 def test_a_case_says_everything_a_table_needs(
@@ -176,11 +177,14 @@ def test_a_case_says_everything_a_table_needs(
     assert (case.facts.sex, case.facts.age, case.facts.race) == ("F", 40.0, None)
     assert case.instruction == "Segment the liver in this MR image."
     assert decode_mask(case.truth.encode(), case.height, case.width).sum() == 22 * 24
-    metrics = {"dice", "dice_text", "dice_click_1", "dice_click_2"}
+    metrics = {"dice", "dice_text", "dice_click_1", "dice_click_2", "nsd", "hd95"}
+    metrics |= {"iou", "iou_click_1", "iou_click_2"}
     metrics |= {"dice_disc", "dice_disc_by_target"}
     for case in cases:
         scores = mask_scores(case, HEADER)
         assert set(scores) == metrics
+        distance = scores.pop("hd95")  # in pixels, NaN where nothing was found
+        assert not distance < 0
         assert all(0 <= score <= 1 for score in scores.values())
         for prediction in (case.by_text, *case.predictions):
             assert prediction is not None
@@ -357,6 +361,11 @@ def test_a_summary_has_what_there_are_cases_of(
     records: Records, tiny_mllm: Path, tmp_path: Path
 ) -> None:
     cases = both_sides(tiny_mllm, records, tmp_path / "cases.jsonl")
-    assert set(summarise(cases)) == {"segmentation", "answers"}
-    assert set(summarise(cases._replace(masks=[]))) == {"answers"}
+    summary = summarise(cases)
+    assert set(summary) == {"segmentation", "answers", "groups"}
+    assert json.loads(json.dumps(summary)) == summary
+    assert set(summary["groups"]["dice"]) == {"sex", "age", "sex and age"}  # no race is known
+    sexes = {group["name"]: group["num"] for group in summary["groups"]["dice"]["sex"]["groups"]}
+    assert sum(sexes.values()) == len(cases.masks) and set(sexes) == {"F", "M", "missing"}
+    assert set(summarise(cases._replace(masks=[]))) == {"answers", "groups"}
     assert summarise(cases._replace(masks=[], answers=[])) == {}

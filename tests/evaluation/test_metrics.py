@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -18,10 +20,12 @@ from biascare.evaluation.metrics.answers import (
     likeliest,
     normalise_answer,
     open_recall,
+    option_confidence,
     read_choice,
     read_closed,
     recall_llava,
     summarise_answers,
+    text_confidence,
 )
 from biascare.evaluation.metrics.segmentation import (
     DISC_SHARES,
@@ -31,6 +35,7 @@ from biascare.evaluation.metrics.segmentation import (
     failure_auroc,
     fit_disc,
     iou_score,
+    mask_scores,
     mean_by,
     noc,
     summarise_segmentation,
@@ -118,6 +123,10 @@ def mask_case(num: int, target: str, prevalence: str, doubt: float, **known: Any
     )
 
 
+def scores_of(cases: list[MaskCase], header: Header) -> list[dict[str, float]]:
+    return [mask_scores(case, header) for case in cases]
+
+
 CASES = [
     mask_case(10, "liver", "head", 0.1),  # Dice 1
     mask_case(6, "liver", "head", 0.4),  # 12 / 16
@@ -128,7 +137,7 @@ DICE = [1, 12 / 16, 16 / 18, 4 / 12]
 
 
 def test_a_summary_gives_the_means_computed_by_hand() -> None:
-    summary = summarise_segmentation(CASES, HEADER)
+    summary = summarise_segmentation(CASES, scores_of(CASES, HEADER))
     assert summary["num_masks"] == 4
     assert summary["dice"]["mean"] == pytest.approx(sum(DICE) / 4)
     liver = sum(DICE[:3]) / 3
@@ -143,12 +152,41 @@ def test_a_summary_gives_the_means_computed_by_hand() -> None:
 
 def test_the_disc_stands_beside_the_model_where_its_size_is_known() -> None:
     header = Header(**(vars(HEADER) | {"disc_share": 0.05, "disc_share_by_target": {"liver": 0.5}}))
-    summary = summarise_segmentation(CASES, header)
+    summary = summarise_segmentation(CASES, scores_of(CASES, header))
     # A disc of one pixel finds it, of ten around the first pixel two (radius 1.8).
     assert summary["dice_disc"]["mean"] == pytest.approx(2 / 11)
     by_target = summary["dice_disc_by_target"]["by_target"]
     assert by_target["liver"]["mean"] == pytest.approx(4 / 12)
     assert by_target["duct"]["mean"] == pytest.approx(2 / 11)  # of unknown size: the one for all
+
+
+def test_clicks_are_counted_from_a_click_and_from_a_box_apart() -> None:
+    """IoU of n of 10 found pixels is n / 10. A box is no click."""
+
+    def corrected(box: Any, *found: int) -> MaskCase:
+        case = mask_case(found[0], "liver", "head", 0.1)
+        first = dataclasses.replace(case.predictions[0], box=box)
+        rest = [dataclasses.replace(first, mask=code(n)) for n in found[1:]]
+        return dataclasses.replace(case, predictions=[first, *rest])
+
+    box = (0.0, 0.0, 9.0, 0.0)
+    cases = [
+        corrected(None, 5, 9, 9),  # 85 and 90 at the second click
+        corrected(None, 5, 6, 7),  # never
+        corrected(None, 9, 9, 10),  # both at the first
+        corrected(box, 9, 9, 9),  # from the box alone
+        corrected(box, 0, 10, 10),  # after one click; empty, so without a distance
+    ]
+    summary = summarise_segmentation(cases, scores_of(cases, HEADER))
+    click, by_box = summary["clicks"]["click"], summary["clicks"]["box"]
+    assert click["num"] == 3 and click["noc_90"] == {"mean": 1.5, "num_failed": 1}
+    assert click["mean_iou_over_clicks"] == pytest.approx((0.8 + 0.6 + 0.925) / 3)
+    assert by_box["noc_85"] == {"mean": 0.5, "num_failed": 0}
+    # Of the truth's pixels 5 to 9 the last is 5 from what was found, of pixel 9 alone 1.
+    far, near = (np.quantile([0] * n + list(range(1, 11 - n)), 0.95) for n in (5, 9))
+    assert summary["hd95"] == {"mean": pytest.approx((far + near) / 2), "num_undefined": 1}
+    assert summary["iou"]["mean"] == pytest.approx((0.5 + 0.5 + 0.9 + 0.9 + 0) / 5)
+    assert json.loads(json.dumps(summary)) == summary
 
 
 def test_unknown_attributes_form_a_group_of_their_own() -> None:
@@ -159,11 +197,11 @@ def test_unknown_attributes_form_a_group_of_their_own() -> None:
 
 def test_failures_cannot_be_ranked_when_all_masks_are_good_or_there_are_none() -> None:
     assert failure_auroc(DICE[:3], [0.1, 0.4, 0.2]) is None
-    assert summarise_segmentation([], HEADER) == {"num_masks": 0}
+    assert summarise_segmentation([], []) == {"num_masks": 0}
 
 
 def answer_case(kind: str, reference: str, text: str, **known: Any) -> AnswerCase:
-    stated: dict[str, Any] = {"options": [], "option_log_probs": None}
+    stated: dict[str, Any] = {"options": [], "option_log_probs": None, "token_log_probs": []}
     facts = {name: known.pop(name) for name in ("modality", "source") if name in known}
     return AnswerCase(
         id="",
@@ -172,7 +210,6 @@ def answer_case(kind: str, reference: str, text: str, **known: Any) -> AnswerCas
         question_facts={},
         prompt="",
         text=text,
-        token_log_probs=[],
         reference=reference,
         seconds=0.0,
         **(stated | known),
@@ -269,6 +306,45 @@ def test_options_are_also_judged_by_their_likelihood() -> None:
     assert (table["num"], table["num_scored"]) == (3, 2)
     assert table["accuracy_by_option"] == pytest.approx(1 / 2)
     assert table["accuracy"] == pytest.approx(2 / 3)
+
+
+def test_closed_answers_are_scored_by_each_reading_with_fixed_labels() -> None:
+    scored: dict[str, Any] = {"options": ["yes", "no"], "option_log_probs": [-0.1, -2.0]}
+    cases = [
+        answer_case("closed", "yes", "Yes, there is.", **scored),
+        answer_case("closed", "no", "There is no nodule", **scored),
+        answer_case("closed", "yes", "unknown", **scored),
+        answer_case("closed", "left", "left"),  # closed, and neither yes nor no
+    ]
+    table = summarise_answers(cases)["closed"]["readings"]
+    assert table["num"] == 3
+    assert table["strict"]["accuracy"] == pytest.approx(1 / 3)
+    assert (table["strict"]["num_unread"], table["lenient"]["num_unread"]) == (2, 1)
+    # yes: precision 1, recall 1/2, F1 2/3; no: nothing. Unread is no third class.
+    assert table["strict"]["macro_f1"] == pytest.approx((2 / 3 + 0) / 2)
+    assert table["lenient"]["macro_f1"] == pytest.approx((2 / 3 + 1) / 2)
+    assert table["option"]["accuracy"] == pytest.approx(2 / 3)
+
+
+def test_both_confidences_of_answers_are_calibrated_against_being_right() -> None:
+    case = answer_case(
+        "closed",
+        "yes",
+        "yes",
+        options=["yes", "no"],
+        option_log_probs=[math.log(0.3), math.log(0.1)],
+        token_log_probs=[math.log(0.5), math.log(0.125)],
+    )
+    assert option_confidence(case) == pytest.approx(0.75)
+    assert text_confidence(case) == pytest.approx(0.25)
+    silent = answer_case("closed", "yes", "", token_log_probs=[])
+    assert option_confidence(silent) is None and text_confidence(silent) is None
+    table = summarise_answers([case, silent])["closed"]["calibration"]
+    assert table["option"]["ece"] == pytest.approx(0.25) and table["option"]["num_missing"] == 1
+    assert table["text"]["signed"] == pytest.approx(-0.75) and table["text"]["auroc"] is None
+    assert (
+        summarise_answers([answer_case("open", "left lung", "the lung")])["open"]["recall"] == 0.5
+    )
 
 
 YES_NO = ("yes", "no")

@@ -10,13 +10,18 @@ counted, never a nearest or a random option.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from string import ascii_lowercase
 from typing import Any
 
+import numpy as np
+from sklearn.metrics import precision_recall_fscore_support
+
 from biascare.evaluation.cases import AnswerCase
+from biascare.evaluation.metrics.calibration import calibration_errors, excess_ece, ranking
 
 
 def normalise_answer(text: str) -> str:
@@ -170,10 +175,91 @@ def _accuracy_table(cases: Sequence[AnswerCase]) -> dict[str, Any]:
             normalise_answer(likeliest(case) or "") == normalise_answer(case.reference)
             for case in scored
         )
+    table["calibration"] = _calibration_table(cases)
+    if cases[0].facts.kind == "open":
+        table["recall"] = float(np.mean([open_recall(c.text, c.reference) for c in cases]))
     if cases[0].facts.kind == "closed":
+        table["readings"] = _readings_table(cases)
         # Beside the best constant, which may be "no": to agree with every question is a failure of
         # its own.
         table["always_yes"] = _share(normalise_answer(case.reference) == "yes" for case in cases)
+    return table
+
+
+CLOSED = ("yes", "no")
+"""Labels of the macro scores of closed questions: fixed, or an answer that cannot be read would
+become a third class of its own."""
+
+
+def _readings_table(cases: Sequence[AnswerCase]) -> dict[str, Any]:
+    """Closed questions whose reference is yes or no, by each reading."""
+    mine = [case for case in cases if normalise_answer(case.reference) in CLOSED]
+    wanted = [normalise_answer(case.reference) for case in mine]
+    read: dict[str, list[str | None]] = {
+        reading: [read_closed(case.text, CLOSED, reading) for case in mine]
+        for reading in ("strict", "lenient")
+    }
+    if mine and all(case.option_log_probs is not None for case in mine):
+        read["option"] = [normalise_answer(likeliest(case) or "") for case in mine]
+    table: dict[str, Any] = {"num": len(mine)}
+    for reading, said in read.items() if mine else ():
+        scores = precision_recall_fscore_support(
+            wanted,
+            [answer or "unread" for answer in said],
+            labels=CLOSED,
+            average="macro",
+            zero_division=0,
+        )
+        table[reading] = {
+            "accuracy": _share(a == w for a, w in zip(said, wanted, strict=True)),
+            "num_unread": sum(answer is None for answer in said),
+            **dict(
+                zip(
+                    ("macro_precision", "macro_recall", "macro_f1"),
+                    map(float, scores[:3]),
+                    strict=True,
+                )
+            ),
+        }
+    return table
+
+
+def option_confidence(case: AnswerCase) -> float | None:
+    """Probability of the likeliest option among the options; None where none was scored."""
+    if case.option_log_probs is None:
+        return None
+    return 1 / sum(math.exp(p - max(case.option_log_probs)) for p in case.option_log_probs)
+
+
+def text_confidence(case: AnswerCase) -> float | None:
+    """Geometric mean of the probabilities of the generated tokens; None for an empty answer."""
+    if not case.token_log_probs:
+        return None
+    return min(1.0, math.exp(sum(case.token_log_probs) / len(case.token_log_probs)))
+
+
+def _calibration_table(cases: Sequence[AnswerCase]) -> dict[str, Any]:
+    """Both confidences against being right, each with its null; `num_missing` had none."""
+    answers: dict[str, Callable[[AnswerCase], tuple[float | None, bool]]] = {
+        "option": lambda case: (
+            option_confidence(case),
+            normalise_answer(likeliest(case) or "") == normalise_answer(case.reference),
+        ),
+        "text": lambda case: (text_confidence(case), is_correct(case.text, case)),
+    }
+    table = {}
+    for name, judged in answers.items():
+        pairs = [judged(case) for case in cases]
+        stated = [(confidence, right) for confidence, right in pairs if confidence is not None]
+        if not stated:
+            continue
+        confidence, right = zip(*stated, strict=True)
+        table[name] = {
+            **calibration_errors(confidence, right)._asdict(),
+            **excess_ece(confidence, right)._asdict(),
+            **ranking(confidence, right),
+            "num_missing": len(pairs) - len(stated),
+        }
     return table
 
 

@@ -95,12 +95,13 @@ def disparity(
     low, high = drawn.interval()
     num = np.bincount(group[valid], minlength=len(names))
     patients = [len(np.unique(clusters[valid & (group == g)])) for g in range(len(names))]
-    compared = [n >= min_group and name != MISSING for n, name in zip(num, names, strict=True)]
+    sizes: list[int] = num.tolist()
+    compared = [n >= min_group and name != MISSING for n, name in zip(sizes, names, strict=True)]
     groups = [
         GroupMean(*row)
         for row in zip(
             names,
-            num.tolist(),
+            sizes,
             patients,
             drawn.estimate.tolist(),
             low.tolist(),
@@ -170,13 +171,13 @@ def permuted_gaps(
         for one, kind in zip(unit.tolist(), strata, strict=True):
             mix.setdefault(one, set()).add(str(kind))
         stratum = named_groups([" ".join(sorted(mix[u])) for u in range(num_units)])[0]
-    by_stratum = [np.flatnonzero(stratum == s) for s in range(int(stratum.max()) + 1)]
+    by_stratum = np.argsort(stratum, kind="stable")
     present, label = np.unique(label, return_inverse=True)
     rng, gaps = np.random.default_rng(seed), np.empty(num_draws)
     for draw in range(num_draws):
-        dealt = label.copy()
-        for units in by_stratum:
-            dealt[units] = label[rng.permutation(units)]
+        # In order of stratum, and at random inside each: one sort instead of a loop over strata.
+        dealt = np.empty_like(label)
+        dealt[by_stratum] = label[np.argsort(stratum + rng.random(num_units))]
         means = np.bincount(dealt, sums, len(present)) / np.bincount(dealt, counts, len(present))
         gaps[draw] = np.ptp(means)
     return gaps

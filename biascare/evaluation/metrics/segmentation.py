@@ -1,6 +1,7 @@
 """Mask cases to numbers.
 
-    table = summarise_segmentation(cases, header)
+    scores = [mask_scores(case, header) for case in cases]
+    table = summarise_segmentation(cases, scores)
 
 Scores are per mask at native size. Means are given over masks and, so that frequent targets do not
 hide rare ones, over targets.
@@ -22,6 +23,9 @@ from biascare.records import decode_mask
 
 FAILURE_DICE = 0.5
 """A mask below this Dice counts as failed when uncertainties are asked to find failures."""
+
+NOC_THRESHOLDS = (0.85, 0.90)
+"""IoU that clicks are counted to."""
 
 GROUPINGS = ("target", "prevalence", "modality")
 """Facts that means are given by."""
@@ -91,21 +95,33 @@ def click_auc(score_per_click: Sequence[float]) -> float:
     return float(trapezoid(score_per_click))
 
 
+NSD_TOLERANCE = 2.0
+"""Pixels at native size."""
+
+
 def mask_scores(case: MaskCase, header: Header) -> dict[str, float]:
-    """Dice of everything a case holds: by the first prompt (`dice`), by text alone (`dice_text`),
-    after each correction (`dice_click_1`, ...), and of the trivial answers to its first click: a
-    disc of one size for all (`dice_disc`), or of its target's mean size (`dice_disc_by_target`)."""
+    """Scores of everything a case holds: by the first prompt (`dice`, `iou`, `nsd`, `hd95`, which
+    is NaN where a mask is empty), by text alone (`dice_text`), after each correction
+    (`dice_click_1`, `iou_click_1`, ...), and of the trivial answers to its first click: a disc of
+    one size for all (`dice_disc`), or of its target's mean size (`dice_disc_by_target`)."""
     size = case.height, case.width
-    truth = decode_mask(case.truth.encode("ascii"), *size)
 
-    def score(mask: str) -> float:
-        return dice_score(decode_mask(mask.encode("ascii"), *size), truth)
+    def decoded(mask: str) -> np.ndarray:
+        return decode_mask(mask.encode("ascii"), *size)
 
-    scores = {} if case.by_text is None else {"dice_text": score(case.by_text.mask)}
-    first, *corrected = case.predictions
-    scores["dice"] = score(first.mask)
-    scores |= {f"dice_click_{n}": score(p.mask) for n, p in enumerate(corrected, 1)}
+    truth = decoded(case.truth)
+    scores = {}
+    if case.by_text is not None:
+        scores["dice_text"] = dice_score(decoded(case.by_text.mask), truth)
+    for number, prediction in enumerate(case.predictions):
+        mask, after = decoded(prediction.mask), f"_click_{number}" if number else ""
+        scores |= {f"dice{after}": dice_score(mask, truth), f"iou{after}": iou_score(mask, truth)}
+        if not number:
+            surface = surface_scores(mask, truth, NSD_TOLERANCE)
+            scores["nsd"] = surface.nsd
+            scores["hd95"] = float("nan") if surface.hd95 is None else surface.hd95
     # A disc needs a click to stand on; a box says more than its size and has no such baseline.
+    first = case.predictions[0]
     if header.disc_share is not None and first.points:
         own = header.disc_share_by_target.get(case.facts.target or "", header.disc_share)
         shares = {"dice_disc": header.disc_share, "dice_disc_by_target": own}
@@ -175,11 +191,15 @@ def failure_auroc(dice: Sequence[float], uncertainty: Sequence[float]) -> float 
     return float(roc_auc_score(failed, list(uncertainty)))
 
 
-def summarise_segmentation(cases: Sequence[MaskCase], header: Header) -> dict[str, Any]:
-    """Means over masks and targets, by group, and how uncertainty ranks failures."""
-    scores = [mask_scores(case, header) for case in cases]
+def summarise_segmentation(
+    cases: Sequence[MaskCase], scores: Sequence[dict[str, float]]
+) -> dict[str, Any]:
+    """Means over masks and targets, by group, and how uncertainty ranks failures; `scores` are the
+    `mask_scores` of the cases."""
     summary: dict[str, Any] = {"num_masks": len(cases)}
     for metric in scores[0] if scores else ():
+        if metric == "hd95" or metric.startswith("iou_click"):
+            continue
         values = [score[metric] for score in scores]
         tables = {
             f"by_{name}": mean_by([getattr(case.facts, name) for case in cases], values)
@@ -191,9 +211,45 @@ def summarise_segmentation(cases: Sequence[MaskCase], header: Header) -> dict[st
             "mean": float(np.mean(values)),
             "mean_over_targets": float(np.mean(targets)),
         } | tables
+    if scores:
+        distances = np.array([score["hd95"] for score in scores])
+        defined = distances[~np.isnan(distances)]
+        summary["hd95"] = {
+            "mean": float(defined.mean()) if len(defined) else None,
+            "num_undefined": len(distances) - len(defined),
+        }
+        summary["clicks"] = _click_table(cases, scores)
     for name in cases[0].predictions[0].uncertainty if cases else ():
-        values = [case.predictions[0].uncertainty[name] for case in cases]
-        auroc = failure_auroc([score["dice"] for score in scores], values)
+        doubts = [case.predictions[0].uncertainty[name] for case in cases]
+        auroc = failure_auroc([score["dice"] for score in scores], doubts)
         # Of the first prediction: that is what decides whom an expert sees first.
-        summary[name] = {"mean": float(np.mean(values)), "failure_auroc": auroc}
+        summary[name] = {"mean": float(np.mean(doubts)), "failure_auroc": auroc}
     return summary
+
+
+def _click_table(
+    cases: Sequence[MaskCase], scores: Sequence[dict[str, float]]
+) -> dict[str, dict[str, Any]]:
+    """{"click" or "box" (what a case started with): how IoU grows with clicks}; only of cases with
+    corrections. A box is no click: a mask that is good from its box needs 0."""
+    table: dict[str, dict[str, Any]] = {}
+    for start in ("click", "box"):
+        curves = [
+            [score["iou"], *(score[f"iou_click_{n}"] for n in range(1, len(case.predictions)))]
+            for case, score in zip(cases, scores, strict=True)
+            if len(case.predictions) > 1
+            and (case.predictions[0].box is not None) == (start == "box")
+        ]
+        if not curves:
+            continue
+        table[start] = {"num": len(curves)}
+        for threshold in NOC_THRESHOLDS:
+            needed = [noc(curve, threshold) for curve in curves]
+            found = [number - (start == "box") for number in needed if number is not None]
+            table[start][f"noc_{threshold:.0%}".rstrip("%")] = {
+                "mean": float(np.mean(found)) if found else None,
+                "num_failed": len(needed) - len(found),
+            }
+        areas = [click_auc(curve) / (len(curve) - 1) for curve in curves]
+        table[start]["mean_iou_over_clicks"] = float(np.mean(areas))
+    return table

@@ -1,0 +1,91 @@
+"""How a model serves groups of patients: every metric by every attribute, beside what chance shows.
+
+    found = summarise_groups([Measured("dice", facts, values, mix)])
+    found["dice"]["sex"]["gap"], found["dice"]["sex"]["p_holm"]
+
+All comparisons of a call are one family: `p_holm` is the chance of any false alarm among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from biascare.evaluation.metrics.bootstrap import NUM_DRAWS, cluster_numbers
+from biascare.evaluation.metrics.fairness import disparity, holm, standardised
+from biascare.interfaces import Facts
+
+AGE_BANDS = ((40, "under 40"), (60, "40 to 59"), (80, "60 to 79"))
+"""First age that is no longer in the band; above the last one is `OLDEST`."""
+
+OLDEST = "80 and over"
+
+
+def age_band(facts: Facts) -> str | None:
+    if facts.age is None:
+        return None
+    return next((name for end, name in AGE_BANDS if facts.age < end), OLDEST)
+
+
+def sex_and_age(facts: Facts) -> str | None:
+    """The intersection; unknown where one of the two is."""
+    band = age_band(facts)
+    return None if facts.sex is None or band is None else f"{facts.sex}, {band}"
+
+
+ATTRIBUTES: dict[str, Callable[[Facts], str | None]] = {
+    "sex": lambda facts: facts.sex,
+    "age": age_band,
+    "race": lambda facts: facts.race,
+    "sex and age": sex_and_age,
+}
+
+
+class Measured(NamedTuple):
+    """One metric of N cases; higher is better."""
+
+    name: str
+    facts: Sequence[Facts]
+    values: Sequence[float]
+    case_mix: Sequence[str]  # what makes a case easy or hard: modality, target, kind of question
+
+
+def summarise_groups(
+    metrics: Sequence[Measured], num_draws: int = NUM_DRAWS, seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """{metric: {attribute: comparison}} for attributes that at least one case states.
+
+    A comparison holds the fields of `Disparity`, the same p within case mixes (`p_case_mix`), both
+    adjusted over the family, and each group's mean over a common case mix.
+    """
+    result: dict[str, dict[str, Any]] = {}
+    for metric in metrics:
+        patients = cluster_numbers(
+            [facts.patient_id for facts in metric.facts], [f.image_id for f in metric.facts]
+        )
+        values = np.asarray(metric.values, np.float64)
+        for name, of in ATTRIBUTES.items():
+            groups = [of(facts) for facts in metric.facts]
+            if not any(group is not None for group in groups):
+                continue
+            mix = metric.case_mix
+            plain = disparity(values, groups, patients, num_draws=num_draws, seed=seed)
+            within = disparity(values, groups, patients, strata=mix, num_draws=num_draws, seed=seed)
+            common = standardised(values, groups, mix)
+            shown = [group._asdict() for group in plain.groups]
+            for group in shown:
+                group["standardised"], group["mix_covered"] = common[group["name"]]
+            result.setdefault(metric.name, {})[name] = plain._asdict() | {
+                "groups": shown,
+                "p_case_mix": within.p,
+            }
+    family = [found for by_name in result.values() for found in by_name.values()]
+    for key in ("p", "p_case_mix"):
+        stated = [found for found in family if found[key] is not None]
+        for found in family:
+            found[f"{key}_holm"] = None
+        for found, adjusted in zip(stated, holm([f[key] for f in stated]), strict=True):
+            found[f"{key}_holm"] = adjusted
+    return result
