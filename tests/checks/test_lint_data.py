@@ -115,6 +115,98 @@ def test_sound_folders_have_no_finding_at_all(tmp_path: Path) -> None:
     assert (train.sides_right, train.sides_wrong) == (3, 0)
 
 
+def label_map(record: Record, greys: Sequence[int]) -> np.ndarray:
+    """The masks of a record as the image that converters have taken for it: [H, W, 3]."""
+    image = np.full((HEIGHT, WIDTH), greys[0], np.uint8)
+    for (_, mask), grey in zip(record.targets, greys[1:], strict=True):
+        image[mask] = grey
+    return np.repeat(image[..., None], 3, axis=2)
+
+
+@pytest.mark.parametrize("greys", [(0, 1, 2), (0, 127, 255)])
+def test_a_label_map_in_place_of_the_image_is_an_error(
+    tmp_path: Path, greys: tuple[int, ...]
+) -> None:
+    records = [sound_record(index, "train") for index in range(3)]
+    swapped = [replace(r, image=encoded_png(label_map(r, greys))) for r in records]
+    found = codes(check(folder_of(tmp_path, "train", swapped)))
+    assert found["image-is-mask"] == 3
+    # Stretched to the range of a screen, its values are small no more.
+    assert found.get("image-like-labels", 0) == (3 if max(greys) < 32 else 0)
+
+
+def test_an_image_with_the_values_of_a_label_map_is_doubtful_without_masks_too(
+    tmp_path: Path,
+) -> None:
+    image = label_map(sound_record(0, "train"), (0, 4, 20))
+    records = [sound_record(0, "train", image=encoded_png(image), targets=[])]
+    found = codes(check(folder_of(tmp_path, "train", records)))
+    assert found["image-like-labels"] == 1
+    assert "image-is-mask" not in found
+
+
+def test_an_image_one_pixel_wide_is_an_error(tmp_path: Path) -> None:
+    column = sound_record(0, "train", image=encoded_png(scene(1)[:, :1]), width=1, targets=[])
+    report = check(folder_of(tmp_path, "train", [column]))
+    (finding,) = [one for one in report.findings if one.code == "image-line"]
+    assert (finding.level, finding.examples[0].endswith(f": {HEIGHT} x 1")) == ("error", True)
+
+
+def test_promised_masks_that_no_record_has_are_an_error_unless_each_lack_is_noted(
+    tmp_path: Path,
+) -> None:
+    folder = folder_of(tmp_path, "train", [sound_record(i, "train", targets=[]) for i in range(3)])
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert "masks-missing" not in codes(check(folder))
+    for stated, code in (
+        ({"num_incomplete": 0, "num_noted": 0}, "masks-missing"),
+        ({"num_incomplete": 3, "num_noted": 0}, "masks-missing"),
+        ({"num_incomplete": 0, "num_noted": 3}, None),
+    ):
+        preparation = {"promises_masks": True, "num_items": 3} | stated
+        path.write_text(json.dumps(manifest | {"preparation": preparation}))
+        assert {"masks-missing"} & codes(check(folder)).keys() == ({code} if code else set())
+    some = folder_of(tmp_path, "test")
+    path = some / "manifest.json"
+    preparation = {"promises_masks": True, "num_items": 4, "num_incomplete": 1, "num_noted": 0}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"preparation": preparation}))
+    (finding,) = check(some).findings
+    assert (finding.code, finding.examples) == ("masks-lost", ["1 of 4 items"])
+
+
+def test_records_with_nothing_to_learn_and_labels_of_two_spellings_are_told(tmp_path: Path) -> None:
+    records = [
+        sound_record(0, "train", labels=["Pneumonia"]),
+        sound_record(1, "train", labels=["pneumonia"], targets=[], conversations=[]),
+    ]
+    report = check(folder_of(tmp_path, "train", records))
+    told = {finding.code: finding.examples for finding in report.findings}
+    assert told["no-lesson"] == [f"{records[1].id}, 1 of 2 records"]
+    assert told["label-variants"] == ["'Pneumonia' and 'pneumonia'"]
+
+
+def test_two_roots_with_the_same_folder_names_are_told_apart(tmp_path: Path) -> None:
+    for root in ("old", "new"):
+        folder_of(tmp_path / root / "tiny", "train")
+    folders = [tmp_path / root / "tiny" / "train" for root in ("old", "new")]
+    report = check(*folders, folder_of(tmp_path / "new" / "tiny", "test"))
+    assert [folder.where for folder in report.folders] == [
+        "tiny/train (old/tiny/train)", "tiny/train (new/tiny/train)", "tiny/test",
+    ]  # fmt: skip
+    twice = next(one for one in report.findings if one.code == "image-twice")
+    assert "tiny/train (old/tiny/train):" in twice.examples[0]
+    assert "tiny/train (new/tiny/train):" in twice.examples[0]
+
+
+def test_a_suggestion_is_one_of_the_words_that_are_listed() -> None:
+    for mistyped in ("x-rya", "colonoscop", "mammogramm", "flaire", "MRT"):
+        with pytest.raises(ValueError, match="unknown modality") as caught:
+            canonical_modality(mistyped)
+        hint = re.search(r"did you mean '([^']+)'\?; expected one of (.*?)\.", str(caught.value))
+        assert hint is None or hint[1] in hint[2].split(", "), str(caught.value)
+
+
 def test_several_processes_find_the_same_as_one(tmp_path: Path) -> None:
     train = folder_of(tmp_path, "train", [sound_record(i, "train") for i in range(70)])
     damage(train, lambda rows: [row.update(age=-1.0) for row in rows[::9]] and None)
@@ -197,7 +289,10 @@ OTHER_SIZE = np.ones((HEIGHT + 1, WIDTH), np.bool_)
         (set_first(split="test"), {"row-of-another-folder"}),
         (lambda rows: rows[0].update(id=rows[1]["id"]), {"duplicate-id"}),
         (lambda rows: rows[0].update(image=rows[1]["image"]), {"image-twice"}),
-        (lambda rows: rows[0].update(targets=[], conversations=[]), {"units", "manifest-counts"}),
+        (
+            lambda rows: rows[0].update(targets=[], conversations=[]),
+            {"units", "manifest-counts", "no-lesson"},
+        ),
         (lambda rows: rows.pop(), {"folder-unreadable"}),
     ],
 )
