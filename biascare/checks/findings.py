@@ -38,7 +38,7 @@ CODES: dict[str, tuple[str, str]] = {
     "leak-patient": ("error", "images of one patient stand in several splits"),
     "leak-study": ("error", "images of one study stand in several splits"),
     "leak-image": ("error", "the same pixels stand in several splits"),
-    "leak-near": ("warning", "nearly the same image stands in several splits; see the sheet"),
+    "leak-near": ("warning", "an image and a changed copy stand in several splits; see the sheet"),
     "shared-patient-id": ("warning", "unrelated sources of several splits use one patient id"),
     # A warning: a release that names no patients could else never pass.
     "no-patient": ("warning", "records without patient id: leaks by patient cannot be seen"),

@@ -3,7 +3,7 @@
     scans = scan_folders([Records("prepared/btcv/train")], settings, advance=progress)
     scans[0].issues["mask-empty"]      # (3, ["btcv/17: liver", ...]): count, examples
 
-What is kept of an image are its two hashes, 50 bytes, so that millions of rows fit; `lint.py` looks
+What is kept of an image are its hashes, 270 bytes, so that millions of rows fit; `lint.py` looks
 at columns and across folders. A finding has a code of `CODES`, and the level belongs to the code.
 """
 
@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from biascare.checks.duplicates import fingerprint
+from biascare.checks.duplicates import NUM_HASHES, fingerprint
 from biascare.checks.findings import Issues, LintSettings
 from biascare.data.transforms import Geometry, apply_mask, decode_image
 from biascare.records import (
@@ -54,7 +54,7 @@ class FolderScan(NamedTuple):
 
     issues: dict[str, tuple[int, list[str]]]  # code -> count, examples
     exact: NDArray[np.uint64]  # [n, 2]; zeros where undecodable
-    perceptual: NDArray[np.uint64]  # [n, 4]
+    perceptual: NDArray[np.uint64]  # [n, NUM_HASHES, 4]
     comparable: NDArray[np.bool_]  # [n] decoded and not blank
     native_areas: Counter[int]  # area histogram: pixels rounded down to a power of two -> masks
     training_areas: Counter[int]  # the same at the training size
@@ -104,6 +104,9 @@ def _place(stated: dict[str, Any]) -> str:
 # ---------------------------------------------------------------- one row
 
 
+_NOTHING = np.zeros(2, np.uint64), np.zeros((NUM_HASHES, 4), np.uint64), False
+
+
 class RowScan:
     """Collects what the rows of a chunk show."""
 
@@ -124,7 +127,7 @@ class RowScan:
             row = records.unchecked(index)
         except ValueError as error:
             self.issues.add("row-unreadable", str(error))
-            return np.zeros(2, np.uint64), np.zeros(4, np.uint64), False
+            return _NOTHING
         for code, detail in (*attribute_issues(row, self.manifest), *text_issues(row)):
             self.issues.add(code, f"{row['id']}: {detail}")
         try:
@@ -135,7 +138,7 @@ class RowScan:
         # Also without an image: whether codes are whole does not depend on it.
         self._masks(row, image)
         if image is None:
-            return np.zeros(2, np.uint64), np.zeros(4, np.uint64), False
+            return _NOTHING
         found = fingerprint(image)
         if min(image.shape[:2]) == 1:
             self.issues.add("image-line", f"{row['id']}: {image.shape[0]} x {image.shape[1]}")
@@ -336,7 +339,7 @@ def scan_folders(
         FolderScan(
             issues={},
             exact=np.zeros((len(records), 2), np.uint64),
-            perceptual=np.zeros((len(records), 4), np.uint64),
+            perceptual=np.zeros((len(records), NUM_HASHES, 4), np.uint64),
             comparable=np.zeros(len(records), np.bool_),
             native_areas=Counter(),
             training_areas=Counter(),
