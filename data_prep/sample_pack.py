@@ -34,7 +34,7 @@ from data_prep.pipeline import shards
 from data_prep.pipeline.attributes import UNKNOWN, age_of, sex_of
 from data_prep.pipeline.program import run_program
 from data_prep.pipeline.release_files import file_inside, note
-from data_prep.pipeline.shards import Release, UnusableItemError
+from data_prep.pipeline.shards import Incomplete, Release, UnusableItemError
 from data_prep.wording.conversations import (
     DIAGNOSES,
     FINDING_QUESTIONS,
@@ -291,7 +291,7 @@ def label_text(value: Any) -> str:
     return "" if told.lower() in UNKNOWN else told
 
 
-def build_record(source: Path, others: tuple[OtherLabel, ...], line: dict[str, Any]) -> Record:
+def build_record(source: Path, others: tuple[OtherLabel, ...], line: dict[str, Any]) -> Incomplete:
     """One line of the manifest -> record. Raises UnusableItemError with the reason."""
     # By source, as for IMed-361M: slices of BTCV lie with the spine up.
     turn = orientation_of(line["source"]).turn
@@ -301,13 +301,18 @@ def build_record(source: Path, others: tuple[OtherLabel, ...], line: dict[str, A
         image = turn_image(image, turn)
     except (ValueError, OSError, SyntaxError) as error:
         raise UnusableItemError("image unreadable") from error
-    targets = [
-        (canonical_target(name), turn_mask(_mask(source, name, entry, size), turn))
-        for name, entry in line["masks"].items()
-    ]
+    targets, lost = [], []
+    for name, entry in line["masks"].items():
+        try:
+            mask = turn_mask(_mask(source, name, entry, size), turn)
+            targets.append((canonical_target(name), mask))
+        except UnusableItemError as reason:
+            lost.append(str(reason))
     height, width = image_size(image)
     conversations = build_conversations(line, others)
-    return Record(
+    if lost and not (targets or conversations):
+        raise UnusableItemError("; ".join(lost))
+    record = Record(
         id=line["id"],
         image=image,
         height=height,
@@ -327,6 +332,7 @@ def build_record(source: Path, others: tuple[OtherLabel, ...], line: dict[str, A
         race=None,
         extra=_extra(line),
     )
+    return Incomplete(record, "; ".join(lost))
 
 
 def build_labels(line: dict[str, Any], others: tuple[OtherLabel, ...] = ()) -> list[str]:

@@ -118,6 +118,9 @@ def _open(paths: Sequence[str | Path]) -> tuple[list[Finding], list[Records]]:
     findings, records = [], []
     # A folder that is named twice would be a duplicate of itself, in every row.
     for path in dict.fromkeys(Path(p).absolute() for p in paths):
+        # Ledgers lie beside the folders, and come along with a shell's "*".
+        if path.name.endswith(".skipped.jsonl"):
+            continue
         try:
             records.append(Records(path))
         except (ValueError, OSError) as error:

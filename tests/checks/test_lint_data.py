@@ -199,6 +199,13 @@ def test_two_roots_with_the_same_folder_names_are_told_apart(tmp_path: Path) -> 
     assert "tiny/train (new/tiny/train):" in twice.examples[0]
 
 
+def test_a_ledger_beside_a_folder_is_no_folder_that_cannot_be_opened(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "train")
+    ledger = folder.with_name("train.skipped.jsonl")
+    ledger.write_text("{}\n")
+    assert codes(check(folder, ledger)) == {}
+
+
 def test_a_suggestion_is_one_of_the_words_that_are_listed() -> None:
     for mistyped in ("x-rya", "colonoscop", "mammogramm", "flaire", "MRT"):
         with pytest.raises(ValueError, match="unknown modality") as caught:
