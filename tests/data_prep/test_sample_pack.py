@@ -147,8 +147,11 @@ def test_trouble_goes_to_the_ledger_and_too_much_is_an_error(tmp_path: Path) -> 
         ({"sex": "x"}, "manifest.jsonl:2: sex: sex unreadable"),
         ({"split": "valid"}, "manifest.jsonl:2: split: got 'valid', .*; did you mean 'val'"),
         ({"modality": "MRT"}, "manifest.jsonl:2: modality: unknown modality 'MRT'"),
-        ({"masks": {"liver": "m.png"}}, "manifest.jsonl:2: masks, 'liver': expected .file, value"),
-        ({"qa": [{"q": "a?"}]}, "manifest.jsonl:2: qa: expected .q, a, answer_type"),
+        ({"masks": {"liver": "m.png"}}, "jsonl:2: masks, 'liver': expected .* file, value, pixels"),
+        ({"qa": [{"q": "a?"}]}, "jsonl:2: qa: expected an object with q, a, answer_type"),
+        ({"qa": [question("yes") | {"a": None}]}, "jsonl:2: qa: expected an object with q, a"),
+        ({"labels": {"findings": ["Mass", 3]}}, "jsonl:2: labels, findings: expected a list of te"),
+        ({"source": "busi", "labels": {"class": ["cyst"]}}, "jsonl:2: labels, class: got"),
         (
             {"source": "busi", "labels": {"class": "cyst"}},
             "labels, class: got 'cyst', expected",
