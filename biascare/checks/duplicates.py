@@ -149,17 +149,25 @@ def _meet(
     """Near pairs [p, 2] of a whole image among `queries` and a view of one among `items`."""
     symmetries = _symmetries()
     for band in range(_BANDS):
-        values = np.ascontiguousarray(views[items]).view(np.uint16)[:, band]
-        # Equal hashes side by side, so that a long run (black borders make some) hides no copy.
-        order = items[np.lexsort((*views[items].T, values))]
-        ends = np.cumsum(np.bincount(values, minlength=2**16))
+        keys = _keys_from(views[items], band)
+        order = np.argsort(keys, kind="stable")
+        keys, order = keys[order], items[order]
+        # Where each value of the band begins, and the last one ends.
+        begins = np.searchsorted(keys, np.arange(2**16, dtype=np.uint64) << np.uint64(48))
+        begins = np.append(begins, len(keys))
         for start in range(0, len(queries), _QUERIES):
             block = queries[start : start + _QUERIES]
             for symmetry in symmetries:
                 turned = wholes[block] ^ symmetry
-                wanted = turned.view(np.uint16)[:, band]
-                firsts = np.where(wanted > 0, ends[wanted - 1], 0)
-                counts = np.minimum(ends[wanted] - firsts, _LONGEST_RUN)
+                wanted = _keys_from(turned, band)
+                value = (wanted >> np.uint64(48)).astype(np.int64)
+                firsts, counts = begins[value], begins[value + 1] - begins[value]
+                # Of a long run (black borders make some) the hashes that go on most alike.
+                long = np.flatnonzero(counts > _LONGEST_RUN)
+                middle = np.searchsorted(keys, wanted[long]) - _LONGEST_RUN // 2
+                last = firsts[long] + counts[long] - _LONGEST_RUN
+                firsts[long] = np.clip(middle, firsts[long], last)
+                counts[long] = _LONGEST_RUN
                 query = np.repeat(np.arange(len(block)), counts)
                 within = np.arange(len(query)) - np.repeat(np.cumsum(counts) - counts, counts)
                 one, other = block[query], order[np.repeat(firsts, counts) + within]
@@ -169,6 +177,13 @@ def _meet(
                 query, one, other = query[apart], one[apart], other[apart]
                 near = hamming(turned[query], views[other]) <= NEAR_BITS
                 yield np.stack([one[near], other[near]], axis=1)
+
+
+def _keys_from(hashes: NDArray[np.uint64], band: int) -> NDArray[np.uint64]:
+    """[n] a band of every hash [n, 4] as the highest 16 bits, and the three bands after it."""
+    bands = np.ascontiguousarray(hashes).view(np.uint16).astype(np.uint64)
+    four = [bands[:, (band + k) % _BANDS] << np.uint64(48 - 16 * k) for k in range(4)]
+    return four[0] | four[1] | four[2] | four[3]
 
 
 def shared_keys(

@@ -635,6 +635,19 @@ def test_banded_search_finds_the_near_pairs_of_different_groups(seed: int) -> No
     assert hamming(hashes[:1], hashes[1:2])[0] == int((bits[0] != bits[1]).sum())
 
 
+def test_a_copy_is_found_among_many_hashes_that_agree_in_every_band_but_one() -> None:
+    rng = np.random.default_rng(0)
+    bands = np.tile(rng.integers(0, 2**16, 16, np.uint16), (2000, 1))
+    bands[:, 15] = rng.permutation(2**16)[:2000]
+    bands[:, 8:15] = rng.integers(0, 2**16, (2000, 7), np.uint16)
+    bands[1999] = bands[700]
+    bands[1999, 15] ^= 1
+    exact = np.arange(4000, dtype=np.uint64).reshape(-1, 2)
+    groups = np.repeat([0, 1], [1999, 1])
+    found = near_pairs(bands.view(np.uint64)[:, None], exact, groups)
+    assert found.tolist() == [[700, 1999]]
+
+
 def cropped(image: np.ndarray, left: float, top: float, right: float, bottom: float) -> np.ndarray:
     """With these shares of the sides cut off."""
     height, width = image.shape[:2]

@@ -440,6 +440,8 @@ def test_a_broken_detection_file_costs_the_boxes_alone(slake_source: Path, tmp_p
 def test_slake_without_a_table_of_mask_values_is_refused_unless_masks_are_not_wanted(
     slake_source: Path, tmp_path: Path
 ) -> None:
+    with pytest.raises(ValueError, match="is not a folder; --source is the folder of the raw"):
+        run(slake, tmp_path / "elsewhere", tmp_path / "out")
     (slake_source / "mask.txt").unlink()
     with pytest.raises(
         ValueError, match=r"mask\.txt is not a readable.*--mask-names, or --no-masks"
