@@ -44,6 +44,9 @@ RADIOLOGICAL = ("ct", "mri", "mr", "pet", "xray", "x-ray")
 MAX_LABEL_GREY = 32
 """An image without any brighter grey is hardly one: 8-bit images use their range."""
 
+MIN_JUDGED_PIXELS = 1024
+"""Smaller images, of tests most of all, may be constant wherever a mask is."""
+
 MIN_CONSTANT_AREA = 16  # pixels; smaller masks may well lie on equal pixels
 _CHUNK = 32  # rows of one task
 _MARGIN = 2  # pixels around a mask
@@ -231,6 +234,8 @@ def _is_grey(image: NDArray[np.uint8]) -> bool:
 
 def _is_label_map(image: NDArray[np.uint8], masks: Sequence[NDArray[np.bool_]]) -> bool:
     """Whether an image that is not constant is constant in each of its masks, and outside them."""
+    if image.size < 3 * MIN_JUDGED_PIXELS:
+        return False
     values: set[tuple[int, ...]] = set()
     # One after another: the first mask decides about nearly every image.
     for mask in (*masks, None):
