@@ -186,10 +186,14 @@ def convert(source: Path, split: str, expert: int, suspects: str, item: Item) ->
     name = image_name(item)
     person = person_of("", item.age)  # the table's codes of sex are told from the start
     image = read_image(file_inside(source, f"FundusImages/{name}.jpg"))
-    targets = [
-        (target, _mask(source, f"{name}_{word}_exp{expert}.txt", image.height, image.width))
-        for target, word in STRUCTURES.items()
-    ]
+    targets, lost = [], []
+    for target, word in STRUCTURES.items():
+        file = f"{name}_{word}_exp{expert}.txt"
+        try:
+            targets.append((target, _mask(source, file, image.height, image.width)))
+        except UnusableItemError as reason:
+            # The eye keeps its grade and the other contour, and the ledger counts the loss.
+            lost.append(f"{target}: {reason}")
     record = Record(
         id=f"papila/{name}",
         image=image.data,
@@ -210,7 +214,7 @@ def convert(source: Path, split: str, expert: int, suspects: str, item: Item) ->
         race=None,
         extra={"eye": EYES[item.eye], "expert": expert},
     )
-    return Incomplete(record, noted=person.noted)
+    return Incomplete(record, "; ".join(lost), person.noted)
 
 
 def turns_for(name: str, diagnosis: str) -> list[Turn]:

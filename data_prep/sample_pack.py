@@ -34,7 +34,7 @@ from data_prep.pipeline import shards
 from data_prep.pipeline.attributes import UNKNOWN, age_of, sex_of
 from data_prep.pipeline.program import run_program
 from data_prep.pipeline.release_files import file_inside, note
-from data_prep.pipeline.shards import Release, UnusableItemError
+from data_prep.pipeline.shards import Incomplete, Release, UnusableItemError
 from data_prep.wording.conversations import (
     DIAGNOSES,
     FINDING_QUESTIONS,
@@ -91,7 +91,10 @@ FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
 }
 """Key of a line -> types it may have, and how they are told."""
 
-MASK_FIELDS = {"file": str, "value": int, "pixels": int}
+MASK_FIELDS: dict[str, type | tuple[type, ...]] = {"file": str, "value": int, "pixels": int}
+QUESTION_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "q": str, "a": (str, int, float), "answer_type": str,
+}  # fmt: skip
 SPLITS = ("train", "val", "test")
 MAX_PROBLEMS = 5
 MAX_SHOWN = 80
@@ -214,20 +217,21 @@ def read_manifest(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def line_problems(line: Any) -> Iterator[str]:
+def line_problems(line: Any) -> list[str]:
     """What a line holds that it must not: its key, what was got, what was expected."""
     if not isinstance(line, dict):
-        yield f"expected an object, got {type(line).__name__}"
-        return
-    sound = True
+        return [f"expected an object, got {type(line).__name__}"]
+    problems = []
     for key, (types, told) in FIELDS.items():
         # True is an int of Python and no number of years.
         if key not in line or not isinstance(line[key], types) or isinstance(line[key], bool):
-            sound = False
             got = json.dumps(line[key])[:MAX_SHOWN] if key in line else "no such key"
-            yield f"{key}: expected {told}, got {got}"
-    if not sound:
-        return
+            problems.append(f"{key}: expected {told}, got {got}")
+    # What fields hold is looked at when all of them are there.
+    return problems or list(_content_problems(line))
+
+
+def _content_problems(line: dict[str, Any]) -> Iterator[str]:
     if line["split"] not in SPLITS:
         yield unknown("split", line["split"], SPLITS)
     for key, read in (("modality", canonical_modality), ("sex", sex_of), ("age", age_of)):
@@ -235,20 +239,26 @@ def line_problems(line: Any) -> Iterator[str]:
             read("" if line[key] is None else str(line[key]))
         except ValueError as error:
             yield f"{key}: {error}"
-    for name, entry in line["masks"].items():
-        for key, kind in MASK_FIELDS.items():
-            if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
-                yield f"masks, {name!r}: expected {{file, value, pixels}}, got {json.dumps(entry)}"
-                break
-    for item in line["qa"]:
-        if not (isinstance(item, dict) and {"q", "a", "answer_type"} <= item.keys()):
-            yield f"qa: expected {{q, a, answer_type}}, got {json.dumps(item)[:MAX_SHOWN]}"
+    for key, entries, kinds in (
+        *((f"masks, {name!r}", [entry], MASK_FIELDS) for name, entry in line["masks"].items()),
+        ("qa", line["qa"], QUESTION_FIELDS),
+    ):
+        for entry in entries:
+            is_object = isinstance(entry, dict)
+            if not is_object or not all(isinstance(entry.get(k), t) for k, t in kinds.items()):
+                got = json.dumps(entry)[:MAX_SHOWN]
+                yield f"{key}: expected an object with {', '.join(kinds)}, got {got}"
+    labels = line["labels"]
+    findings = labels.get("findings", [])
+    if not (isinstance(findings, list) and all(isinstance(text, str) for text in findings)):
+        yield f"labels, findings: expected a list of texts, got {json.dumps(findings)[:MAX_SHOWN]}"
+    if not isinstance(labels.get("localization"), (str, NoneType)):
+        yield "labels, localization: expected a text or null"
     choice = CHOICES.get(line["source"])
-    value = line["labels"].get(choice.label) if choice else None
-    if choice and value is not None and value not in choice.options:
-        yield unknown(f"labels, {choice.label}", value, choice.options)
-    if not isinstance(line["labels"].get("findings", []), list):
-        yield "labels, findings: expected a list of texts"
+    if choice and labels.get(choice.label) is not None:
+        value = labels[choice.label]
+        if not isinstance(value, str) or value not in choice.options:
+            yield unknown(f"labels, {choice.label}", value, choice.options)
 
 
 class OtherLabel(NamedTuple):
@@ -291,7 +301,7 @@ def label_text(value: Any) -> str:
     return "" if told.lower() in UNKNOWN else told
 
 
-def build_record(source: Path, others: tuple[OtherLabel, ...], line: dict[str, Any]) -> Record:
+def build_record(source: Path, others: tuple[OtherLabel, ...], line: dict[str, Any]) -> Incomplete:
     """One line of the manifest -> record. Raises UnusableItemError with the reason."""
     # By source, as for IMed-361M: slices of BTCV lie with the spine up.
     turn = orientation_of(line["source"]).turn
@@ -301,13 +311,18 @@ def build_record(source: Path, others: tuple[OtherLabel, ...], line: dict[str, A
         image = turn_image(image, turn)
     except (ValueError, OSError, SyntaxError) as error:
         raise UnusableItemError("image unreadable") from error
-    targets = [
-        (canonical_target(name), turn_mask(_mask(source, name, entry, size), turn))
-        for name, entry in line["masks"].items()
-    ]
+    targets, lost = [], []
+    for name, entry in line["masks"].items():
+        try:
+            mask = turn_mask(_mask(source, name, entry, size), turn)
+            targets.append((canonical_target(name), mask))
+        except UnusableItemError as reason:
+            lost.append(str(reason))
     height, width = image_size(image)
     conversations = build_conversations(line, others)
-    return Record(
+    if lost and not (targets or conversations):
+        raise UnusableItemError("; ".join(lost))
+    record = Record(
         id=line["id"],
         image=image,
         height=height,
@@ -327,6 +342,7 @@ def build_record(source: Path, others: tuple[OtherLabel, ...], line: dict[str, A
         race=None,
         extra=_extra(line),
     )
+    return Incomplete(record, "; ".join(lost))
 
 
 def build_labels(line: dict[str, Any], others: tuple[OtherLabel, ...] = ()) -> list[str]:

@@ -95,6 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
     masks.add_argument("--no-masks", action="store_true", help="questions only")
     shards.add_arguments(parser)
     args = parser.parse_args(arguments)
+    find_file(args.source, *SPLITS["train"])  # a wrong --source is told as that, not as mask.txt
     table = args.mask_names or args.source / "mask.txt"
     names = {} if args.no_masks else read_mask_names(table)
     shards.run(args, plan(args.source, args.language, names))

@@ -1,9 +1,9 @@
 """What folders share: patients, studies and images across splits, duplicates, contradictions.
 
-    findings, near = cross_findings(records, scans, settings)
+    findings, near = cross_findings(records, names, scans, settings)
 
-About 100 bytes per image and per question are kept. Ids are compared within a source, and between
-sources only where they are known to share them (`ID_FAMILIES`).
+About 350 bytes per image and 30 per question are kept. Ids are compared within a source, and
+between sources only where they are known to share them (`ID_FAMILIES`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from biascare.checks.duplicates import key_of, near_pairs, shared_keys
 from biascare.checks.findings import CODES, Finding, LintSettings
-from biascare.checks.rows import FolderScan, name_of
+from biascare.checks.rows import FolderScan
 from biascare.checks.statistics import column_table
 from biascare.records import Records
 
@@ -38,19 +38,19 @@ MAX_WITHOUT_PATIENT = 0.1
 _ID_KINDS = {"id": "leak-id", "patient_id": "leak-patient", "study_id": "leak-study"}
 
 
-def patient_findings(records: Sequence[Records]) -> list[Finding]:
+def patient_findings(records: Sequence[Records], names: Sequence[str]) -> list[Finding]:
     """Sources with several splits here, of which a folder hardly names patients."""
     splits: dict[str, set[str]] = {}
     for r in records:
         splits.setdefault(r.manifest["source"], set()).add(r.manifest["split"])
     findings, code = [], "no-patient"
-    for r in records:
+    for r, name in zip(records, names, strict=True):
         missing = column_table(r, ("patient_id",))["patient_id"].null_count
         # A source of a single split cannot leak to itself.
         several = len(splits[r.manifest["source"]]) > 1
         if several and missing > MAX_WITHOUT_PATIENT * len(r):
             example = f"{missing:,} of {len(r):,} records"
-            findings.append(Finding(code, CODES[code][0], name_of(r), missing, [example]))
+            findings.append(Finding(code, CODES[code][0], name, missing, [example]))
     return findings
 
 
@@ -67,11 +67,14 @@ class _Rows(NamedTuple):
 
 
 def cross_findings(
-    records: Sequence[Records], scans: Sequence[FolderScan], settings: LintSettings
+    records: Sequence[Records],
+    names: Sequence[str],
+    scans: Sequence[FolderScan],
+    settings: LintSettings,
 ) -> tuple[list[Finding], list[tuple[tuple[int, int], tuple[int, int]]]]:
-    """Leaks and duplicates, and the near pairs to look at."""
+    """Leaks and duplicates, and the near pairs to look at. `names` of the folders are told."""
     rows = _all_rows(records)
-    report = _Shared(records, rows, settings.num_examples)
+    report = _Shared(records, names, rows, settings.num_examples)
     # Ids before pixels: where a release names its patients, that is the leak to mend first.
     for column, code in _ID_KINDS.items():
         keys = np.concatenate([_id_keys(r, column) for r in records])
@@ -131,21 +134,17 @@ def _all_rows(records: Sequence[Records]) -> _Rows:
 
 def _near(hashes: NDArray[np.uint64], exact: NDArray[np.uint64], rows: _Rows) -> NDArray[np.int64]:
     """[p, 2] near pairs, not equal, of different splits or different sources."""
-
-    def keep(first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.bool_]:
-        apart = (rows.split[first] != rows.split[second]) | (
-            rows.source[first] != rows.source[second]
-        )
-        return apart & (exact[first] != exact[second]).any(axis=1)
-
-    return near_pairs(hashes, keep)
+    return near_pairs(hashes, exact, rows.split * (rows.source.max(initial=0) + 1) + rows.source)
 
 
 class _Shared:
     """Turns shared keys and pairs into findings."""
 
-    def __init__(self, records: Sequence[Records], rows: _Rows, num_examples: int) -> None:
-        self.records, self.rows, self.num_examples = records, rows, num_examples
+    def __init__(
+        self, records: Sequence[Records], names: Sequence[str], rows: _Rows, num_examples: int
+    ) -> None:
+        self.records, self.names, self.rows = records, names, rows
+        self.num_examples = num_examples
         self.findings: list[Finding] = []
 
     def leak(
@@ -199,7 +198,7 @@ class _Shared:
     ) -> None:
         if not len(items):
             return
-        folders = [name_of(self.records[f]) for f in np.unique(self.rows.folder[items])]
+        folders = [self.names[f] for f in np.unique(self.rows.folder[items])]
         where = ", ".join(folders[:4]) + (f" and {len(folders) - 4} more" * (len(folders) > 4))
         shown = [
             f"{self._id(a)} = {self._id(b)}{note}"
@@ -208,7 +207,7 @@ class _Shared:
         self.findings.append(Finding(code, CODES[code][0], where, len(items), shown))
 
     def _id(self, item: int) -> str:
-        return f"{name_of(self.records[int(self.rows.folder[item])])}:{self._value(item, 'id')}"
+        return f"{self.names[int(self.rows.folder[item])]}:{self._value(item, 'id')}"
 
     def _value(self, item: int, column: str) -> Any:
         table = column_table(self.records[int(self.rows.folder[item])], (column,))

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from biascare.checks.findings import CODES, Finding, Issues, LintSettings, Vocabulary
 from biascare.checks.leaks import ID_FAMILIES, cross_findings, patient_findings, plain_id
-from biascare.checks.rows import RADIOLOGICAL, FolderScan, name_of, scan_folders
+from biascare.checks.rows import RADIOLOGICAL, FolderScan, name_of, names_of, scan_folders
 from biascare.checks.statistics import column_table, profile_folders
 from biascare.choices import unknown
 from biascare.records import Records
@@ -76,7 +76,7 @@ def lint(
     findings, records = _open(paths)
     begin(sum(len(r) for r in records))
     scans = scan_folders(records, settings, advance)
-    names = [name_of(r) for r in records]
+    names = names_of(records)
     for r, scan, name in zip(records, scans, names, strict=True):
         issues = Issues(settings.num_examples)
         issues.merge(scan.issues)
@@ -90,16 +90,16 @@ def lint(
             issues.add("sides-disagree", example, wrong)
         findings += _findings(issues, name)
     findings += _vocabulary_findings(records, settings)
-    findings += patient_findings(records)
+    findings += patient_findings(records, names)
     near: list[Any] = []
     if records:
-        found, near = cross_findings(records, scans, settings)
+        found, near = cross_findings(records, names, scans, settings)
         findings += found
     # Shown all the same: what is accepted today should be seen by who reads the report next.
     findings = [f._replace(level="allowed") if f.code in allowed else f for f in findings]
     order = list(CODES)
     findings.sort(key=lambda f: (_LEVELS.index(f.level), order.index(f.code), f.where))
-    summaries = [_summary(r, scan) for r, scan in zip(records, scans, strict=True)]
+    summaries = [_summary(*one) for one in zip(records, names, scans, strict=True)]
     return Report(findings=findings, folders=summaries, near=near, records=records)
 
 
@@ -118,6 +118,9 @@ def _open(paths: Sequence[str | Path]) -> tuple[list[Finding], list[Records]]:
     findings, records = [], []
     # A folder that is named twice would be a duplicate of itself, in every row.
     for path in dict.fromkeys(Path(p).absolute() for p in paths):
+        # Ledgers lie beside the folders, and come along with a shell's "*".
+        if path.name.endswith(".skipped.jsonl"):
+            continue
         try:
             records.append(Records(path))
         except (ValueError, OSError) as error:
@@ -133,9 +136,9 @@ def _findings(issues: Issues, where: str) -> list[Finding]:
     ]
 
 
-def _summary(records: Records, scan: FolderScan) -> FolderSummary:
+def _summary(records: Records, name: str, scan: FolderScan) -> FolderSummary:
     return FolderSummary(
-        where=name_of(records),
+        where=name,
         folder=str(records.folder),
         num_rows=len(records),
         num_masks=scan.native_areas.total(),
@@ -168,6 +171,19 @@ def _column_issues(records: Records) -> Iterator[tuple[str, str, int]]:
         yield "units", "language", 1
     if not len(records.segmentation_units) and not len(records.language_units):
         yield "no-units", f"{len(records):,} images, 0 masks, 0 questions", len(records)
+    elif (num_idle := int(((targets == 0) & (pairs == 0)).sum())) > 0:
+        idle = str(table["id"][int(np.flatnonzero((targets == 0) & (pairs == 0))[0])])
+        yield "no-lesson", f"{idle}, {num_idle:,} of {len(records):,} records", num_idle
+    preparation = records.manifest.get("preparation", {})
+    # What the converter knew of its release; a folder that no converter wrote promises nothing.
+    # Where each record's lack is noted, the release is known to have none for these images.
+    is_known = preparation.get("num_noted", 0) >= len(records)
+    promised = preparation.get("promises_masks") and not is_known
+    if promised and not len(records.segmentation_units):
+        yield "masks-missing", f"{len(records):,} records", len(records)
+    elif preparation.get("num_incomplete"):
+        num_lost = preparation["num_incomplete"]
+        yield "masks-lost", f"{num_lost:,} of {preparation['num_items']:,} items", num_lost
     profile = profile_folders([records])
     for name, axis in _HISTOGRAMS.items():
         stated = records.manifest.get(name, {})
@@ -191,9 +207,11 @@ def _vocabulary_findings(records: Sequence[Records], settings: LintSettings) -> 
     for r in records:
         targets.update(r.target_counts)
     modalities = {name for r in records for name in r.manifest.get("modality", {})}
+    labels = {name for r in records for name in r.manifest.get("labels", {})}
     for code, example, count in (
         *_modality_issues(modalities, settings.vocabulary),
         *_target_issues(targets, settings.vocabulary),
+        *(("label-variants", f"{a!r} and {b!r}", 1) for a, b in target_variants(labels)),
         *_unseen_issues(records),
     ):
         issues.add(code, example, count)

@@ -3,7 +3,7 @@
     scans = scan_folders([Records("prepared/btcv/train")], settings, advance=progress)
     scans[0].issues["mask-empty"]      # (3, ["btcv/17: liver", ...]): count, examples
 
-What is kept of an image are its two hashes, 50 bytes, so that millions of rows fit; `lint.py` looks
+What is kept of an image are its hashes, 270 bytes, so that millions of rows fit; `lint.py` looks
 at columns and across folders. A finding has a code of `CODES`, and the level belongs to the code.
 """
 
@@ -11,19 +11,21 @@ from __future__ import annotations
 
 import io
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from functools import lru_cache
 from itertools import islice
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from biascare.checks.duplicates import fingerprint
+from biascare.checks.duplicates import NUM_HASHES, fingerprint
 from biascare.checks.findings import Issues, LintSettings
 from biascare.data.transforms import Geometry, apply_mask, decode_image
 from biascare.records import (
@@ -39,6 +41,12 @@ from biascare.records import (
 )
 
 RADIOLOGICAL = ("ct", "mri", "mr", "pet", "xray", "x-ray")
+MAX_LABEL_GREY = 32
+"""An image without any brighter grey is hardly one: 8-bit images use their range."""
+
+MIN_JUDGED_PIXELS = 1024
+"""Smaller images, of tests most of all, may be constant wherever a mask is."""
+
 MIN_CONSTANT_AREA = 16  # pixels; smaller masks may well lie on equal pixels
 _CHUNK = 32  # rows of one task
 _MARGIN = 2  # pixels around a mask
@@ -49,7 +57,7 @@ class FolderScan(NamedTuple):
 
     issues: dict[str, tuple[int, list[str]]]  # code -> count, examples
     exact: NDArray[np.uint64]  # [n, 2]; zeros where undecodable
-    perceptual: NDArray[np.uint64]  # [n, 4]
+    perceptual: NDArray[np.uint64]  # [n, NUM_HASHES, 4]
     comparable: NDArray[np.bool_]  # [n] decoded and not blank
     native_areas: Counter[int]  # area histogram: pixels rounded down to a power of two -> masks
     training_areas: Counter[int]  # the same at the training size
@@ -77,12 +85,29 @@ def name_of(records: Records) -> str:
     return _place(records.manifest)
 
 
+def names_of(records: Sequence[Records]) -> list[str]:
+    """source/split of each folder; where two roots hold the same one, with what tells their paths
+    apart."""
+    names = [name_of(r) for r in records]
+    folders: dict[str, list[Path]] = {}
+    for r, name in zip(records, names, strict=True):
+        folders.setdefault(name, []).append(r.folder)
+    roots = {name: os.path.commonpath(twins) for name, twins in folders.items() if len(twins) > 1}
+    return [
+        f"{name} ({r.folder.relative_to(roots[name])})" if name in roots else name
+        for r, name in zip(records, names, strict=True)
+    ]
+
+
 def _place(stated: dict[str, Any]) -> str:
     """source/split as a manifest or a row states it."""
     return f"{stated['source']}/{stated['split']}"
 
 
 # ---------------------------------------------------------------- one row
+
+
+_NOTHING = np.zeros(2, np.uint64), np.zeros((NUM_HASHES, 4), np.uint64), False
 
 
 class RowScan:
@@ -105,7 +130,7 @@ class RowScan:
             row = records.unchecked(index)
         except ValueError as error:
             self.issues.add("row-unreadable", str(error))
-            return np.zeros(2, np.uint64), np.zeros(4, np.uint64), False
+            return _NOTHING
         for code, detail in (*attribute_issues(row, self.manifest), *text_issues(row)):
             self.issues.add(code, f"{row['id']}: {detail}")
         try:
@@ -116,8 +141,13 @@ class RowScan:
         # Also without an image: whether codes are whole does not depend on it.
         self._masks(row, image)
         if image is None:
-            return np.zeros(2, np.uint64), np.zeros(4, np.uint64), False
+            return _NOTHING
         found = fingerprint(image)
+        if min(image.shape[:2]) == 1:
+            self.issues.add("image-line", f"{row['id']}: {image.shape[0]} x {image.shape[1]}")
+        # Darker than any image, but not empty.
+        if image.min() < image.max() < MAX_LABEL_GREY and _is_grey(image):
+            self.issues.add("image-like-labels", f"{row['id']}: 0 to {image.max()}")
         if found.is_blank:
             self.issues.add("image-blank", row["id"])
         return found.exact, found.perceptual, not found.is_blank
@@ -159,6 +189,8 @@ class RowScan:
             self._mask(mask, image, about)
             if mask.any():
                 masks.append((target["name"], mask.astype(bool)))
+        if image is not None and masks and _is_label_map(image, [mask for _, mask in masks]):
+            self.issues.add("image-is-mask", row["id"])
         # Elsewhere "right" is no side of the image: a right eye fills it whole.
         if row["modality"].lower() in RADIOLOGICAL:
             self.sides.update(self.settings.vocabulary.sides_agree(masks))
@@ -194,6 +226,24 @@ def _lies_on_nothing(mask: NDArray[np.uint8], image: NDArray[np.uint8]) -> bool:
         max(columns[0] - _MARGIN, 0) : columns[-1] + _MARGIN + 1,
     ]
     return bool((near == near[0, 0]).all())
+
+
+def _is_grey(image: NDArray[np.uint8]) -> bool:
+    return bool((image == image[..., :1]).all())
+
+
+def _is_label_map(image: NDArray[np.uint8], masks: Sequence[NDArray[np.bool_]]) -> bool:
+    """Whether an image that is not constant is constant in each of its masks, and outside them."""
+    if image.size < 3 * MIN_JUDGED_PIXELS:
+        return False
+    values: set[tuple[int, ...]] = set()
+    # One after another: the first mask decides about nearly every image.
+    for mask in (*masks, None):
+        pixels = image[~np.any(masks, axis=0) if mask is None else mask]
+        if len(pixels) and (pixels != pixels[0]).any():
+            return False
+        values.update(tuple(pixel) for pixel in pixels[:1].tolist())
+    return len(values) > 1
 
 
 def training_area(mask: NDArray[np.uint8], area: int, size: int) -> int:
@@ -294,7 +344,7 @@ def scan_folders(
         FolderScan(
             issues={},
             exact=np.zeros((len(records), 2), np.uint64),
-            perceptual=np.zeros((len(records), 4), np.uint64),
+            perceptual=np.zeros((len(records), NUM_HASHES, 4), np.uint64),
             comparable=np.zeros(len(records), np.bool_),
             native_areas=Counter(),
             training_areas=Counter(),

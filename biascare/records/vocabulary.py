@@ -89,6 +89,7 @@ MODALITIES = {
         "flair", "dwi", "adc", "lge", "cine",
     ),
     "pet": ("pet", "pt", "positron emission tomography"),
+    "nuclear": ("nuclear", "nm", "nuclear medicine", "scintigraphy", "spect"),
     "xray": ("xray", "x ray", "x-ray", "cr", "dx", "cxr", "radiograph", "radiography"),
     "mammography": ("mammography", "mammogram", "mg"),
     "ultrasound": ("ultrasound", "us", "sonography", "ultrasonography", "echocardiography"),

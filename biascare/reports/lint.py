@@ -19,7 +19,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from biascare.checks.lint import Report
-from biascare.checks.rows import name_of
 from biascare.checks.statistics import column_table
 from biascare.data.transforms import decode_image
 from biascare.records import Records, decode_mask
@@ -31,38 +30,38 @@ IMAGES_PER_SHEET = 48
 SMALL = 16  # pixels; the table counts masks below it
 
 
-def overlay_of(records: Records, index: int, note: str = "") -> Overlay:
-    """One stored image with all its masks at native size."""
+def overlay_of(records: Records, index: int, where: str, note: str = "") -> Overlay:
+    """One stored image with all its masks at native size. `where`: the name of its folder."""
     row = records[index]
     size = row["height"], row["width"]
     masks = [(target["name"], decode_mask(target["rle"], *size)) for target in row["targets"]]
     identity = row["id"] if len(row["id"]) <= 34 else "… " + row["id"][-32:]
-    title = f"{name_of(records)}  {row['modality']}\n{identity}" + (f"\n{note}" if note else "")
+    title = f"{where}  {row['modality']}\n{identity}" + (f"\n{note}" if note else "")
     return Overlay(title=title, image=decode_image(row["image"]), masks=masks)
 
 
-def readable(records: Records, index: int, note: str = "") -> list[Overlay]:
+def readable(records: Records, index: int, where: str, note: str = "") -> list[Overlay]:
     """The overlay, or nothing where the row is damaged: the findings say so."""
     # A sheet must come out of damaged data most of all.
     try:
-        return [overlay_of(records, index, note)]
+        return [overlay_of(records, index, where, note)]
     except ValueError:
         return []
 
 
 def orientation_overlays(report: Report) -> list[Overlay]:
     """Of each source, the images with the most targets: sides and organs in one look."""
-    first: dict[str, Records] = {}
-    for records in report.records:
-        first.setdefault(records.manifest["source"], records)
+    first: dict[str, tuple[Records, str]] = {}
+    for records, summary in zip(report.records, report.folders, strict=True):
+        first.setdefault(records.manifest["source"], (records, summary.where))
     overlays = []
-    for records in first.values():
+    for records, where in first.values():
         targets = column_table(records, ("targets",))["targets"]
         counts = np.asarray(pc.list_value_length(targets).to_numpy())
         # Evenly spaced stretches of the folder, and in each the richest image.
         parts = np.array_split(np.arange(len(counts)), min(IMAGES_PER_SOURCE, len(counts)))
         for part in parts:
-            overlays += readable(records, int(part[counts[part].argmax()]))
+            overlays += readable(records, int(part[counts[part].argmax()]), where)
     return overlays
 
 
@@ -70,7 +69,8 @@ def write_sheets(report: Report, folder: Path) -> list[Path]:
     near = []
     for number, pair in enumerate(report.near, start=1):
         for index, row in pair:
-            near += readable(report.records[index], row, f"pair {number}")
+            where = report.folders[index].where
+            near += readable(report.records[index], row, where, f"pair {number}")
     written = []
     for name, overlays, title in (
         ("orientation", orientation_overlays(report), "Is every image upright, every side right?"),

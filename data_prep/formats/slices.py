@@ -22,6 +22,15 @@ PLANES = {"axial": "SPL", "coronal": "PIL", "sagittal": "LIP"}
 """Plane -> where the slice number, the row and the column grow to. Axial: front up, patient's right
 at image left. Coronal: head up, patient's right at left. Sagittal: head up, front at left."""
 
+NATIVE = "native"
+"""The plane of PLANES in which the slices of a volume were acquired."""
+
+STORED = "stored"
+"""The plane of slices without geometry: shown as they lie in the file."""
+
+SQUASHED = 1.5
+"""Pixels of which one side is more than this times the other change what a picture looks like."""
+
 CT_WINDOW = (40.0, 400.0)
 """Level and width in HU: soft tissue."""
 
@@ -47,6 +56,20 @@ class Volume(NamedTuple):
     shown: Range | None  # range that the file asks for
     inverted: bool  # small values are white
     even: bool = True  # slices along I have equal distances
+    through: int = 0  # stored axis across the slices as they were acquired
+
+
+def plane_of(volume: Volume, wanted: str) -> str:
+    """Plane that a volume is cut in: `wanted`, of PLANES or NATIVE, or STORED without geometry."""
+    if volume.affine is None:
+        return STORED
+    # A single slice, cut across, is strips of one pixel.
+    if wanted != NATIVE and volume.voxels.shape[volume.through] > 1:
+        return wanted
+    orientations = import_medical("nibabel.orientations")
+    # The nearest plane: few slices are acquired without a tilt.
+    across = int(orientations.io_orientation(volume.affine)[volume.through, 0])
+    return ("sagittal", "coronal", "axial")[across]
 
 
 def oriented(array: np.ndarray, affine: np.ndarray | None, plane: str) -> np.ndarray:
@@ -68,7 +91,8 @@ def spacing_of(affine: np.ndarray, plane: str) -> tuple[float, float, float]:
 
 
 def check_even(volume: Volume, plane: str) -> None:
-    """Raises UnusableItemError for a reformation of slices that are not evenly spaced."""
+    """Raises UnusableItemError for a reformation of slices that are not evenly spaced. `plane`: as
+    `plane_of` gives it."""
     if (
         volume.affine is not None
         and not volume.even
@@ -113,6 +137,30 @@ def to_grey(values: np.ndarray, shown: Range, inverted: bool = False) -> np.ndar
     scaled = np.nan_to_num((values - low) / (high - low), nan=0.0, posinf=1.0, neginf=0.0)
     grey = np.rint(np.clip(scaled, 0.0, 1.0) * 255).astype(np.uint8)
     return 255 - grey if inverted else grey
+
+
+def square_shape(shape: tuple[int, int], mm: tuple[float, float]) -> tuple[int, int]:
+    """(H, W) at which a slice of `shape` with pixels of `mm` (rows, columns) has square pixels."""
+    # The finer side stays as it is: a mask loses nothing where pixels only become more.
+    side = min(mm)
+    return (max(1, round(shape[0] * mm[0] / side)), max(1, round(shape[1] * mm[1] / side)))
+
+
+def resized_grey(grey: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """uint8 [H, W] at a larger shape, linear between pixel centres."""
+    if grey.shape == shape:
+        return grey
+    size = (shape[1], shape[0])
+    return np.asarray(Image.fromarray(grey).resize(size, Image.Resampling.BILINEAR))
+
+
+def resized_labels(labels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Labels [H, W] at a larger shape, where each pixel takes the label that it lies on."""
+    rows, columns = (
+        ((np.arange(new) + 0.5) * old / new).astype(int)
+        for new, old in zip(shape, labels.shape, strict=True)
+    )
+    return labels[rows[:, None], columns]
 
 
 def png_of(grey: np.ndarray) -> bytes:

@@ -14,7 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from biascare.records import MAX_AGE, SEXES
+from biascare.records import MAX_AGE
+from data_prep.pipeline.attributes import person_of
 from data_prep.pipeline.release_files import find_file, note, number_of, read_table
 
 RACES = {
@@ -65,14 +66,19 @@ def read_patients(folder: Path) -> dict[str, Patient]:
     path = find_file(folder, "patients.csv", "patients.csv.gz")
     columns = ("subject_id", "gender", "anchor_age", "anchor_year")
     patients = {}
+    unreadable: Counter[str] = Counter()
     for row in read_table(path, columns):
-        age = int(number_of(row["anchor_age"] or "0", f"{path}, anchor_age"))
+        person = person_of(row["gender"], row["anchor_age"])
+        unreadable.update(person.noted)
         patients[row["subject_id"]] = Patient(
-            sex=row["gender"] if row["gender"] in SEXES else None,
-            anchor_age=age or None,  # the release holds adults: 0 means that there is none
+            sex=person.sex,
+            # The release holds adults: 0 means that there is none.
+            anchor_age=int(person.age) if person.age else None,
             anchor_year=int(number_of(row["anchor_year"], f"{path}, anchor_year")),
             race=races.get(row["subject_id"]),
         )
+    for reason, count in unreadable.items():
+        note(f"{path.name}: of {count:,} patients, {reason}")
     return patients
 
 

@@ -26,8 +26,16 @@ from typing import Any
 from biascare.durable import put_in_place, write_text
 
 SKIPPED = "skipped.jsonl"
-NUM_REASONS = 3
+NUM_REASONS = 20
 """How many are quoted; the file holds them all."""
+
+KINDS = {
+    (False, True): "skipped",
+    (True, True): "without their masks",
+    (False, False): "set aside",
+    (True, False): "noted",
+}
+"""(has a record, counts against the limit) -> what is said of such a line."""
 
 
 class Ledger:
@@ -37,6 +45,7 @@ class Ledger:
         """A file of an earlier run is removed; a new one exists only when something is skipped."""
         self.path = Path(path)
         self.num_items = self.num_skipped = self.num_incomplete = self.num_noted = 0
+        self.num_set_aside = 0
         self.path.unlink(missing_ok=True)
 
     def count(self, num_items: int = 1) -> None:
@@ -47,6 +56,11 @@ class Ledger:
         """Note an item that is left out. The line is in the file when this returns."""
         self.num_skipped += 1
         self._write(item, reason, record=False, counts=True)
+
+    def set_aside(self, item: str, reason: str) -> None:
+        """Note an item that was not meant to become a record."""
+        self.num_set_aside += 1
+        self._write(item, reason, record=False, counts=False)
 
     def keep(self, item: str, reason: str, *, counts: bool) -> None:
         """Note what an item's record has to do without. `counts`: against the limit."""
@@ -80,7 +94,8 @@ def check_skipped(path: Path, *, num_items: int, limit: float) -> None:
     [0, 1]) of `num_items`, with the commonest reasons."""
     if not 0 <= limit <= 1:
         raise ValueError(f"--max-skipped is a share between 0 and 1, got {limit}")
-    lines = [line for line in _lines(path) if line["counts"]]
+    found = _lines(path)
+    lines = [line for line in found if line["counts"]]
     # A share and no number: one bad file in ten is a misunderstanding, one in a million is a bad
     # file.
     if len(lines) <= limit * num_items:
@@ -89,17 +104,24 @@ def check_skipped(path: Path, *, num_items: int, limit: float) -> None:
     kept = f", {num_kept} of them with a record that lacks its masks" if num_kept else ""
     raise ValueError(
         f"{len(lines)} of {num_items} items skipped{kept}, more than the limit of {limit:.2%} "
-        f"({_common(lines)}); see {path}. Raise --max-skipped to accept that, or repair the source "
-        "and convert again with --overwrite"
+        f"({_common(lines)}){_told([line for line in found if not line['counts']])}; see {path}. "
+        "Raise --max-skipped to accept that, or repair the source and convert again with "
+        "--overwrite"
     )
 
 
-def reasons_in(path: Path) -> str:
-    """The commonest reasons of a ledger with their counts, for a person; those that do not count
-    against the limit come last."""
-    lines = _lines(path)
-    parts = [[line for line in lines if line["counts"] is counts] for counts in (True, False)]
-    return "; noted: ".join(_common(part) for part in parts if part)
+def told_of(path: Path) -> str:
+    """What a ledger holds, with the commonest reasons and their counts, for a person: ", 3 skipped
+    (3 x file missing), 2 set aside (...)"."""
+    return _told(_lines(path))
+
+
+def _told(lines: list[dict[str, Any]]) -> str:
+    kinds = {word: [line for line in lines if (line["record"], line["counts"]) == facts]
+             for facts, word in KINDS.items()}  # fmt: skip
+    return "".join(
+        f", {len(kind)} {word} ({_common(kind)})" for word, kind in kinds.items() if kind
+    )
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

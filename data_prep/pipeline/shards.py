@@ -51,7 +51,7 @@ from data_prep.pipeline.ledger import (
     Ledger,
     check_skipped,
     merge_ledgers,
-    reasons_in,
+    told_of,
 )
 from data_prep.pipeline.progress import ShardBar
 from data_prep.pipeline.workers import Crew, ShardTask
@@ -62,6 +62,11 @@ ITEMS_PER_SHARD = 2000
 
 class UnusableItemError(Exception):
     """Why one item cannot become a record."""
+
+
+class SetAsideError(UnusableItemError):
+    """Why an item is not meant to become a record: ordinary in such a source (a scout among the
+    series of an export), told with its count, and not held against --max-skipped."""
 
 
 @dataclass(frozen=True)
@@ -255,6 +260,7 @@ def convert_shard(task: ShardTask, advance: Callable[[int], None]) -> None:
             num_skipped=ledger.num_skipped,
             num_incomplete=ledger.num_incomplete,
             num_noted=ledger.num_noted,
+            num_set_aside=ledger.num_set_aside,
         )
         # A twin of another process may have been faster: the same fingerprint, the same bytes.
         with contextlib.suppress(FileExistsError):
@@ -274,6 +280,8 @@ def join(plan: Plan, max_skipped: float) -> str:
         parts = [read_part(folder) for folder in plan.shard_folders]
         # Before joining: a folder that exists counts as accepted.
         facts = _check_ledger(plan, parts, len(plan.release.items), max_skipped)
+        if not any(part.num_rows for part in parts):
+            raise ValueError(f"no record was written{_told(plan)}")
         assemble(
             parts,
             plan.folder,
@@ -362,24 +370,13 @@ def _convert_shards(args: argparse.Namespace, plan: Plan, crew: Crew, console: C
         # Asked when the task is taken: another job may have finished this shard, or joined all.
         if not plan.shard_folders[k].exists() and not plan.folder.exists()
     )
-    num_skipped, allowed = 0, args.max_skipped * len(plan.release.items)
     total = sum(plan.num_items(k) for k in mine)
     ahead = sum(plan.num_items(k) for k in mine if not plan.shard_folders[k].exists())
     with ShardBar(plan.name, total, total - ahead, console) as bar:
+        # To the end, whatever is skipped: after the first bad shard nobody would know whether the
+        # rest is bad too, and the message at the end says how much of what there is.
         for task in crew.completed(tasks, bar.in_flight):
             bar.complete(len(task.release.items))
-            # During the work: a wrong --source is known after minutes, not after all of a release.
-            notes = read_part(task.folder).notes
-            num_skipped += notes["num_skipped"] + notes["num_incomplete"]
-            if num_skipped > allowed:
-                break  # whatever the rest holds, the limit is passed
-    if num_skipped > allowed:
-        # The ledger is written for what was seen, because the error points to it.
-        parts = [read_part(folder) for folder in plan.shard_folders if folder.exists()]
-        try:
-            _check_ledger(plan, parts, len(plan.release.items), args.max_skipped)
-        except ValueError as error:
-            raise ReleaseError(f"{error} (shards are kept in {_shelf(plan.folder)})") from error
 
 
 def _convert_item(release: Release, item: Any, part: PartWriter, ledger: Ledger) -> bool:
@@ -404,7 +401,8 @@ def _convert_item(release: Release, item: Any, part: PartWriter, ledger: Ledger)
     except UnusableItemError as reason:
         # Half a volume in the records and its name in the ledger would contradict each other.
         assert len(part) == before, f"{release.name_of(item)}: unusable after its first record"
-        ledger.skip(release.name_of(item), str(reason))
+        tell = ledger.set_aside if isinstance(reason, SetAsideError) else ledger.skip
+        tell(release.name_of(item), str(reason))
     except (ValueError, OSError) as error:  # a full disk, a file that may not be read
         kind = ValueError if isinstance(error, ValueError) else OSError
         raise kind(f"{release.source}, item {release.name_of(item)}: {error}") from error
@@ -419,15 +417,16 @@ def _check_ledger(
     plan: Plan, parts: Sequence[Part], num_items: int, max_skipped: float
 ) -> dict[str, int]:
     """Write the ledger of the whole release and hold it against the limit; returns the counts."""
-    names = ("num_items", "num_skipped", "num_incomplete", "num_noted", "num_left_out")
+    written = ("num_skipped", "num_incomplete", "num_noted", "num_set_aside")
+    names = ("num_items", "num_left_out", *written)
     facts = {name: sum(part.notes[name] for part in parts) for name in names}
     path = ledger_path(plan.folder)
-    written = ("num_skipped", "num_incomplete", "num_noted")
     merge_ledgers(
         [part.folder / SKIPPED for part in parts if any(part.notes[name] for name in written)], path
     )
-    # What the user left out is no item, or --suspects exclude would widen the limit.
-    num_items -= facts["num_left_out"]
+    # What the user left out is no item, or --suspects exclude would widen the limit; so would a
+    # hundred reports among ten series.
+    num_items -= facts["num_left_out"] + facts["num_set_aside"]
     check_skipped(path, num_items=num_items, limit=max_skipped)
     return facts
 
@@ -445,10 +444,12 @@ def _summary(plan: Plan, parts: Sequence[Part], facts: Mapping[str, int]) -> str
         text += f" that hold neither masks nor questions: training cannot use them{hint}"
     if facts["num_left_out"]:
         text += f", {facts['num_left_out']} items left out by the options"
-    told = {"num_skipped": "skipped", "num_incomplete": "without their masks", "num_noted": "noted"}
-    text += "".join(f", {facts[name]} {word}" for name, word in told.items() if facts[name])
+    return text + _told(plan)
+
+
+def _told(plan: Plan) -> str:
     path = ledger_path(plan.folder)
-    return f"{text} ({reasons_in(path)}), see {path}" if path.exists() else text
+    return f"{told_of(path)}, see {path}" if path.exists() else ""
 
 
 def _is_prepared(plan: Plan, console: Console | None = None) -> bool:

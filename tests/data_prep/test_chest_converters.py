@@ -128,6 +128,7 @@ def put_mimic_iv(folder: Path, column: str = "race") -> Path:
         {"subject_id": 10000032, "gender": "F", "anchor_age": 52, "anchor_year": 2180, "dod": ""},
         {"subject_id": 10000764, "gender": "M", "anchor_age": 86, "anchor_year": 2132, "dod": ""},
         {"subject_id": 10000898, "gender": "", "anchor_age": 0, "anchor_year": 2188, "dod": ""},
+        {"subject_id": 9, "gender": "X", "anchor_age": "old", "anchor_year": 2188, "dod": ""},
     ]
     stays = [(10000032, "WHITE"), (10000032, "UNKNOWN"), (10000032, "WHITE - RUSSIAN"),
              (10000764, "BLACK/AFRICAN"), (10000764, "OTHER"), (10000898, "MARTIAN")]  # fmt: skip
@@ -142,11 +143,14 @@ def test_a_race_on_which_admissions_disagree_stays_unknown(
 ) -> None:
     patients = read_patients(put_mimic_iv(tmp_path / "iv", "ethnicity"))
     assert {subject: patient.race for subject, patient in patients.items()} == {
-        "10000032": "white", "10000764": None, "10000898": None,
+        "10000032": "white", "10000764": None, "10000898": None, "9": None,
     }  # fmt: skip
     assert patients["10000898"].sex is None
     assert patients["10000898"].anchor_age is None
-    assert "MARTIAN" in capsys.readouterr().out
+    assert (patients["9"].sex, patients["9"].anchor_age) == (None, None)
+    notes = capsys.readouterr().out
+    assert "MARTIAN" in notes
+    assert "patients.csv.gz: of 1 patients, sex unreadable" in notes
 
 
 IMAGES = (  # dicom, subject, study, split, view, date

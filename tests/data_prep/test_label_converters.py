@@ -226,13 +226,14 @@ def test_papila_has_masks_grades_and_patients(tmp_path: Path) -> None:
     none = ("--test-share", "0", "--val-share", "0", "--max-skipped", "0.5")
     run(papila, source, tmp_path / "out", *none)
     train = rows_of(tmp_path / "out" / "papila" / "train")
-    assert list(train) == [f"papila/RET{eye}" for eye in ("002OD", "004OD", "004OS", "005OD")]
-    suspect, right, left, healthy = train.values()
+    eyes = ("002OD", "004OD", "004OS", "005OD", "010OD")
+    assert list(train) == [f"papila/RET{eye}" for eye in eyes]
+    suspect, right, left, healthy, incomplete = train.values()
     assert [row["labels"][0] for row in train.values()] == [
-        "glaucoma suspect", "glaucoma", "glaucoma", "healthy",
+        "glaucoma suspect", "glaucoma", "glaucoma", "healthy", "healthy",
     ]  # fmt: skip
     assert [(row["sex"], row["age"]) for row in train.values()] == [
-        ("M", 47.0), ("F", 58.0), ("F", 58.0), ("F", 89.0),
+        ("M", 47.0), ("F", 58.0), ("F", 58.0), ("F", 89.0), ("F", None),
     ]  # fmt: skip
     assert right["patient_id"] == left["patient_id"] == "papila/4"
     assert (right["extra"]["eye"], left["extra"]["eye"]) == ("right", "left")
@@ -244,7 +245,13 @@ def test_papila_has_masks_grades_and_patients(tmp_path: Path) -> None:
         "optic disc": 36, "optic cup": 2,
     }  # fmt: skip
     assert masks["optic disc"][1:7, 2:8].all()
-    assert skipped(tmp_path / "out" / "papila" / "train") == [("RET010OD", "contour: file missing")]
+    # A contour that is gone costs its target, not the eye's grade, and counts all the same.
+    assert (list(masks_of(incomplete)), len(said(incomplete))) == (["optic disc"], 2)
+    assert skipped(tmp_path / "out" / "papila" / "train") == [
+        ("RET010OD", "optic cup: contour: file missing")
+    ]
+    with pytest.raises(ValueError, match="1 of 5 items skipped, 1 of them with a record that"):
+        run(papila, source, tmp_path / "strict", "--test-share", "0", "--val-share", "0")
 
 
 def test_suspects_can_be_left_out_and_patients_stay_together(tmp_path: Path) -> None:

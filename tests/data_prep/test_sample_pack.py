@@ -112,18 +112,22 @@ def test_masks_are_cut_from_the_label_map_and_unknown_stays_unknown(tmp_path: Pa
 
 def test_trouble_goes_to_the_ledger_and_too_much_is_an_error(tmp_path: Path) -> None:
     wrong = {"liver": {"file": "i/m.png", "value": 1, "pixels": 9}}
+    right = {"spleen": {"file": "i/m.png", "value": 1, "pixels": 8}}
     lines = [
-        line(),
+        line(masks=wrong | right),
         line(id="x2", image="i/gone.png"),
         line(id="x3", image="../x.png"),
         line(id="x4", masks=wrong),
     ]
     pack = make_pack(tmp_path / "pack", lines)
-    with pytest.raises(ValueError, match="3 of 4 items skipped"):
+    with pytest.raises(ValueError, match="4 of 4 items skipped, 1 of them with a record that"):
         run(pack, tmp_path / "out")
-    run(pack, tmp_path / "out", "--max-skipped", "0.75")
+    run(pack, tmp_path / "out", "--max-skipped", "1")
+    (row,) = Records(tmp_path / "out" / "other" / "train")
+    assert [target["name"] for target in row["targets"]] == ["spleen"]
     ledger = (tmp_path / "out" / "other" / "train.skipped.jsonl").read_text().splitlines()
     assert [json.loads(entry)["reason"] for entry in ledger] == [
+        "mask of liver does not have the stated number of pixels",
         "file missing",
         "path leaves the source",
         "mask of liver does not have the stated number of pixels",
@@ -143,8 +147,11 @@ def test_trouble_goes_to_the_ledger_and_too_much_is_an_error(tmp_path: Path) -> 
         ({"sex": "x"}, "manifest.jsonl:2: sex: sex unreadable"),
         ({"split": "valid"}, "manifest.jsonl:2: split: got 'valid', .*; did you mean 'val'"),
         ({"modality": "MRT"}, "manifest.jsonl:2: modality: unknown modality 'MRT'"),
-        ({"masks": {"liver": "m.png"}}, "manifest.jsonl:2: masks, 'liver': expected .file, value"),
-        ({"qa": [{"q": "a?"}]}, "manifest.jsonl:2: qa: expected .q, a, answer_type"),
+        ({"masks": {"liver": "m.png"}}, "jsonl:2: masks, 'liver': expected .* file, value, pixels"),
+        ({"qa": [{"q": "a?"}]}, "jsonl:2: qa: expected an object with q, a, answer_type"),
+        ({"qa": [question("yes") | {"a": None}]}, "jsonl:2: qa: expected an object with q, a"),
+        ({"labels": {"findings": ["Mass", 3]}}, "jsonl:2: labels, findings: expected a list of te"),
+        ({"source": "busi", "labels": {"class": ["cyst"]}}, "jsonl:2: labels, class: got"),
         (
             {"source": "busi", "labels": {"class": "cyst"}},
             "labels, class: got 'cyst', expected",

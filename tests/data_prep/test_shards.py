@@ -29,6 +29,7 @@ from data_prep.pipeline.ledger import Ledger, check_skipped
 from data_prep.pipeline.shards import (
     Incomplete,
     Release,
+    SetAsideError,
     UnusableItemError,
     convert_shard,
     plan_release,
@@ -60,6 +61,8 @@ def convert(item: str) -> Record | list[Record] | None:
     kind = item.partition("-")[0]
     if kind == "bad":
         raise UnusableItemError("file missing")
+    if kind == "aside":
+        raise SetAsideError("a report, no image")
     if kind == "left":
         return None
     if kind == "many":
@@ -357,7 +360,7 @@ def test_lost_masks_count_once_per_item_and_what_is_noted_does_not_count(
     folder = run(tmp_path, items, "--max-skipped", "0.1", convert=convert_without_masks)
     assert skipped(folder) == ["lost-1", "lost-1", "lost-2", "lost-2"]
     assert len(Records(folder)) == 22
-    told = "22 records, 2 without their masks, 2 noted (2 x mask unreadable; noted: 2 x old age)"
+    told = "22 records, 2 without their masks (2 x mask unreadable), 2 noted (2 x old age)"
     assert told in capsys.readouterr().out
 
 
@@ -383,15 +386,31 @@ def convert_val(item: str) -> Record:
 
 def test_the_reasons_of_skipped_items_add_up(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "skipped.jsonl")
-    for item, reason in enumerate("aaabbcdef"):
+    for item, reason in enumerate("aaabb" + "cdefghijklmnopqrstuvw"):
         ledger.skip(str(item), reason)
-    with pytest.raises(ValueError, match=r"3 x a; 2 x b; 1 x c; and 3 others\)"):
-        check_skipped(ledger.path, num_items=9, limit=0.1)
+    with pytest.raises(ValueError, match=r"3 x a; 2 x b; 1 x c; .*1 x t; and 3 others\)"):
+        check_skipped(ledger.path, num_items=30, limit=0.1)
     ledger = Ledger(tmp_path / "skipped.jsonl")
-    for item, reason in enumerate("abcd"):
+    for item, reason in enumerate("abcdefghijklmnopqrstu"):
         ledger.skip(str(item), reason)
-    with pytest.raises(ValueError, match=r"1 x c; and 1 other\)"):
-        check_skipped(ledger.path, num_items=9, limit=0.1)
+    with pytest.raises(ValueError, match=r"1 x t; and 1 other\)"):
+        check_skipped(ledger.path, num_items=30, limit=0.1)
+
+
+def test_what_is_set_aside_is_told_and_does_not_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    items = [*names(9, "aside"), "bad-0", *names(9)]
+    # One of ten, not one of nineteen: reports beside the images would widen the limit.
+    told = r"1 of 10 items skipped, .* \(1 x file missing\), 9 set aside \(9 x a report, no image\)"
+    with pytest.raises(ValueError, match=told):
+        run(tmp_path, items, "--max-skipped", "0.09")
+    folder = run(tmp_path, items, "--max-skipped", "0.1")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "9 records, 1 skipped (1 x file missing), 9 set aside (9 x a report, no image)" in said
+    assert len(Records(folder)) == 9
+    with pytest.raises(ValueError, match=r"no record was written, 4 set aside"):
+        run(tmp_path / "none", names(4, "aside"))
 
 
 def test_a_file_that_may_not_be_read_is_no_fault_of_the_program(tmp_path: Path) -> None:
@@ -420,14 +439,15 @@ def test_overwriting_keeps_the_older_folder_until_the_new_one_is_complete(tmp_pa
     assert beside(folder) == ["train"]
 
 
-def test_too_many_skipped_items_stop_the_release_and_keep_everything(tmp_path: Path) -> None:
-    items = [*names(3, "bad"), *names(17)]
+def test_too_many_skipped_items_are_an_error_that_keeps_everything(tmp_path: Path) -> None:
+    items = [*names(2, "bad"), *names(17), "bad-2"]
     with pytest.raises(ValueError, match=r"3 of 20 items skipped, more .* 10\.00% \(3 x file mis"):
         run(tmp_path, items, "--max-skipped", "0.1")
     folder = tmp_path / "toy" / "train"
     assert beside(folder) == [".train.shards", "train.skipped.jsonl"]
     assert skipped(folder) == names(3, "bad")
-    assert len(list((tmp_path / "toy" / ".train.shards").iterdir())) == 1  # no use to go on
+    # Also what lies after the first bad shard: the message counts all of the release.
+    assert len(list((tmp_path / "toy" / ".train.shards").iterdir())) == 5
     run(tmp_path, items, "--max-skipped", "0.15")
     assert len(Records(folder)) == 17
 

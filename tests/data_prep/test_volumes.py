@@ -33,7 +33,7 @@ from data_prep.formats.slices import (  # noqa: E402
     spacing_of,
     to_grey,
 )
-from data_prep.pipeline.shards import UnusableItemError  # noqa: E402
+from data_prep.pipeline.shards import SetAsideError, UnusableItemError  # noqa: E402
 
 SHAPE = (4, 5, 3)  # right to left, back to front, feet to head, in RAS order
 ZOOMS = (0.7, 0.8, 5.0)
@@ -126,7 +126,8 @@ def test_slices_of_a_volume_become_records_with_their_masks(tmp_path: Path) -> N
     records = Records(folder / "train")
     assert [records[k]["id"] for k in range(3)] == [f"mine/p1/axial-{k:04d}" for k in range(3)]
     row = records[1]
-    assert (row["height"], row["width"], row["patient_id"]) == (5, 4, "p1")
+    # Nothing says whose volume it is, and a file name is no patient.
+    assert (row["height"], row["width"], row["patient_id"]) == (5, 4, None)
     masks = {t["name"]: np.argwhere(decode_mask(t["rle"], 5, 4)) for t in row["targets"]}
     assert {name: where.tolist() for name, where in masks.items()} == {
         "liver": [[2, 0]], "vertebra": [[4, 2]],
@@ -241,13 +242,19 @@ def test_an_unknown_orientation_is_not_guessed(tmp_path: Path) -> None:
 
 def test_labels_must_lie_where_the_image_lies(tmp_path: Path) -> None:
     image = read_nifti(save(tmp_path / "img.nii", body()))
-    same = read_label_volume(save(tmp_path / "same.nii", labels_of_body()), image)
-    assert same.voxels.dtype == np.int32
+    same, resampled = read_label_volume(save(tmp_path / "same.nii", labels_of_body()), image)
+    assert (same.voxels.dtype, resampled) == (np.int32, False)
     as_float = save(tmp_path / "float.nii", labels_of_body().astype(np.float32))
-    np.testing.assert_array_equal(read_label_volume(as_float, image).voxels, same.voxels)
+    np.testing.assert_array_equal(read_label_volume(as_float, image)[0].voxels, same.voxels)
     for name, array, codes, message in (
-        ("turned.nii", labels_of_body(), "LAS", "differ in orientation or place"),
-        ("small.nii", labels_of_body()[:3], "RAS", "differ in shape"),
+        (
+            "turned.nii",
+            labels_of_body(),
+            "LAS",
+            "differ in orientation or place, by up to 3 voxels",
+        ),
+        ("small.nii", labels_of_body()[:3], "RAS", r"differ in shape: \[4, 5, 3\] and \[3, 5, 3\]"),
+        ("nan.nii", labels_of_body() * np.float32(np.nan), "RAS", "no numbers"),
         ("soft.nii", labels_of_body() * np.float32(0.5), "RAS", "holds fractions"),
     ):
         with pytest.raises(UnusableItemError, match=message):
@@ -302,10 +309,9 @@ def make_slice(folder: Path, index: int, **changes: Any) -> Path:
     plane = body()[::-1, ::-1, index].T  # [rows: front to back, columns: right to left]
     data.PixelData = ((plane.astype(np.int32) + 1000) // 2).astype("<u2").tobytes()
     for name, value in changes.items():
-        if value is None:
-            delattr(data, name)
-        else:
-            setattr(data, name, value)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a file may hold what pydicom would not write
+            delattr(data, name) if value is None else setattr(data, name, value)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"image{index}.dcm"
     data.save_as(path, enforce_file_format=True)
@@ -347,7 +353,7 @@ def test_nothing_of_the_patient_enters_the_output(
 ) -> None:
     make_series(tmp_path / "in" / "JANE DOE")
     make_series(tmp_path / "in" / "DOE 2", BurnedInAnnotation="YES", SeriesInstanceUID="1.2.3.5")
-    folder = run_dicom(tmp_path, "--max-skipped", "0.5")
+    folder = run_dicom(tmp_path)
     told = capsys.readouterr()
     written = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
     written += (told.out + told.err).encode()
@@ -371,7 +377,7 @@ def test_quarantined_series_pass_only_when_a_person_has_cleared_them(tmp_path: P
     )  # fmt: skip
     make_series(tmp_path / "in" / "sono", SeriesInstanceUID="1.3", Modality="US")
     private = tmp_path / "map.jsonl"
-    folder = run_dicom(tmp_path, "--max-skipped", "0.75", "--path-map", str(private))
+    folder = run_dicom(tmp_path, "--path-map", str(private))
     text, screen, sono = (pseudonym(KEY, "series", uid) for uid in ("1.1", "1.2", "1.3"))
     review = "; look at it, then list it in --cleared"
     assert ledger(folder) == {
@@ -382,7 +388,7 @@ def test_quarantined_series_pass_only_when_a_person_has_cleared_them(tmp_path: P
     lines = map(json.loads, private.read_text().splitlines())
     assert {line["series"]: line["files"][0] for line in lines}[text] == "text/image0.dcm"
     (tmp_path / "cleared").write_text(f"{sono}\n{text}\n")
-    more = ("--max-skipped", "0.25", "--overwrite", "--cleared", str(tmp_path / "cleared"))
+    more = ("--overwrite", "--cleared", str(tmp_path / "cleared"))
     records = Records(run_dicom(tmp_path, *more) / "train")
     assert records.manifest["modality"] == {"ct": 6, "ultrasound": 3}
     (tmp_path / "cleared").write_text("nobody\n")
@@ -420,7 +426,7 @@ def test_slices_that_differ_or_are_cut_off_are_unusable(tmp_path: Path) -> None:
         read_series(tmp_path, [f"image{k}.dcm" for k in range(3)])
     path = make_slice(tmp_path, 1)
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(UnusableItemError, match=r"unreadable|cut off|without pixels"):
+    with pytest.raises(UnusableItemError, match="a slice without pixels among others"):
         read_series(tmp_path, [f"image{k}.dcm" for k in range(3)])
 
 
@@ -521,8 +527,10 @@ def test_series_are_listed_by_their_uid_not_by_their_folder(tmp_path: Path) -> N
     for path in sorted((tmp_path / "a").glob("*.dcm"))[1:]:
         (tmp_path / "b").mkdir(exist_ok=True)
         path.rename(tmp_path / "b" / path.name)
-    (series,) = list_series(tmp_path, KEY)
+    listed = list_series(tmp_path, KEY)
+    (series,) = listed.series
     assert series.files == ("a/image0.dcm", "b/image1.dcm", "b/image2.dcm")
+    assert listed.passed_over == {"no DICOM file": 1}
 
 
 def test_every_plane_has_one_letter_of_each_pair() -> None:
@@ -569,3 +577,343 @@ def test_a_listed_volume_that_is_nowhere_is_an_error(tmp_path: Path) -> None:
             tmp_path / "out", "--nifti", str(tmp_path / "img"), "--modality", "ct",
             "--image-suffix", "_0000", f"--split-list=train={tmp_path / 'train.txt'}",
         )  # fmt: skip
+
+
+def real_files(name: str) -> Path:
+    """Files that scanners wrote, as pydicom ships them for its own tests."""
+    return Path(pydicom.__file__).parent / "data" / "test_files" / name
+
+
+def said_by(capsys: pytest.CaptureFixture[str]) -> str:
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_an_ordinary_dicom_folder_is_converted_and_the_rest_is_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").symlink_to(real_files("dicomdirtests"))
+    records = Records(run_dicom(tmp_path) / "train")
+    said = said_by(capsys)
+    assert "files passed over: 8 x DICOMDIR, 2 x no DICOM file" in said
+    assert (
+        "16 records that hold neither masks nor questions: training cannot use them (convert the "
+        "series to NIfTI, then --nifti with --masks and --labels adds masks), 5 set aside (3 x "
+        "slices of one series lie in different directions; 1 x scout image; 1 x DICOM file without "
+        "pixels), see"
+    ) in said
+    planes = [records[k]["extra"]["plane"] for k in range(len(records))]
+    assert {plane: planes.count(plane) for plane in sorted(set(planes))} == {
+        "axial": 9, "sagittal": 4, "stored": 3,
+    }  # fmt: skip
+    assert records.manifest["modality"] == {"ct": 9, "mri": 4, "xray": 3}
+    anatomies = {records[k]["anatomy"] for k in range(len(records))}
+    assert anatomies == {"", "head", "cervical spine"}
+    assert all((records[k]["height"], records[k]["width"]) == (16, 16) for k in range(16))
+
+
+@pytest.mark.parametrize("plane", [(), ("--plane", "axial"), ("--plane", "native")])
+def test_one_sagittal_image_is_one_record_in_every_plane(
+    tmp_path: Path, plane: tuple[str, ...]
+) -> None:
+    source = real_files("dicomdirtests/98892003/MR1/4919")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "4919").symlink_to(source)
+    (row,) = Records(run_dicom(tmp_path, *plane) / "train")
+    assert (row["height"], row["width"], row["extra"]["plane"]) == (16, 16, "sagittal")
+    assert row["extra"]["mm_per_pixel"] == pytest.approx([1.367188, 1.367188])
+    # As the scanner shows it: its rows grow to the back and its columns to the feet.
+    data = pydicom.dcmread(source)
+    expected = to_grey(data.pixel_array.astype(float), tuple(row["extra"]["range_shown"]))
+    np.testing.assert_array_equal(pixels(row), expected)
+
+
+def test_a_scout_in_a_series_is_left_out_of_its_volume_and_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_series(tmp_path / "in")
+    make_slice(
+        tmp_path / "in" / "scout", 0, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"],
+        ImageOrientationPatient=[0, 1, 0, 0, 0, -1],
+    )  # fmt: skip
+    assert len(Records(run_dicom(tmp_path) / "train")) == 3
+    assert "1 noted (1 x files of the series set aside: scout image)" in said_by(capsys)
+
+
+def test_a_reformation_of_few_slices_says_that_it_is_squashed_or_adds_pixels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Five slices, 2.5 mm thick, of pixels of half a millimetre.
+    (tmp_path / "in").symlink_to(real_files("dicomdirtests/98892001/CT5N"))
+    records = Records(run_dicom(tmp_path, "--plane", "coronal") / "train")
+    assert (len(records), records[0]["height"], records[0]["width"]) == (16, 5, 16)
+    squashed = "1 x pixels of coronal slices are far from square, so they look squashed: --plane"
+    said = said_by(capsys)
+    assert f"{squashed} axial cuts along the slices as acquired, --square-pixels adds" in said
+    between, column = records[0]["extra"]["mm_per_pixel"]
+    more = ("--plane", "coronal", "--square-pixels", "--overwrite")
+    (row, *_) = Records(run_dicom(tmp_path, *more) / "train")
+    assert "squashed" not in said_by(capsys)
+    assert row["height"] == round(5 * between / column) > 5
+    assert row["extra"]["stored_shape"] == [5, 16]
+    assert row["extra"]["mm_per_pixel"] == pytest.approx([column, column], rel=0.05)
+
+
+def test_added_pixels_keep_every_label_where_it_was(tmp_path: Path) -> None:
+    save(tmp_path / "img" / "a.nii.gz", body())
+    save(tmp_path / "seg" / "a.nii.gz", labels_of_body())
+    folder = run(
+        tmp_path / "out", "--nifti", str(tmp_path / "img"), "--masks", str(tmp_path / "seg"),
+        "--labels", "1=liver,2=vertebra", "--modality", "ct", "--plane", "coronal",
+        "--square-pixels", "--window", "500,1000", "--skip-empty",
+    )  # fmt: skip
+    liver, vertebra = Records(folder / "train")
+    # 3 slices of 5 mm above one another, of pixels of 0.7 mm: 21 rows, of which the middle third
+    # is the slice that holds the organ.
+    assert [(row["height"], row["width"]) for row in (liver, vertebra)] == [(21, 4)] * 2
+    for row, column in ((liver, 0), (vertebra, 2)):
+        (target,) = row["targets"]
+        rows = np.argwhere(decode_mask(target["rle"], 21, 4))
+        assert rows.tolist() == [[r, column] for r in range(7, 14)]
+        assert pixels(row)[10, column] == pixels(row).max()
+
+
+def test_a_name_in_the_wrong_field_stays_in_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "DOE^JANE"
+    fields = ("PatientSex", "PatientAge", "BodyPartExamined")
+    make_series(tmp_path / "in" / "a", **dict.fromkeys(fields, name), SeriesInstanceUID="1.1")
+    make_series(tmp_path / "in" / "b", Modality=name, SeriesInstanceUID="1.2")
+    make_series(
+        tmp_path / "in" / "c", PhotometricInterpretation=name, SeriesInstanceUID="1.3"
+    )  # fmt: skip
+    make_series(tmp_path / "in" / "d", ImageType=name, SeriesInstanceUID="1.4", PatientAge="066Y")
+    number = make_slice(tmp_path / "in" / "e", 0, WindowCenter=12345678, WindowWidth=1,
+                        SeriesInstanceUID="1.5")  # fmt: skip
+    number.write_bytes(number.read_bytes().replace(b"12345678", name.encode()))
+    folder = run_dicom(tmp_path, "--max-skipped", "0.7")
+    told = capsys.readouterr()
+    written = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    assert b"JANE" not in written + (told.out + told.err).encode()
+    series = {letter: pseudonym(KEY, "series", uid) for letter, uid in (
+        ("a", "1.1"), ("b", "1.2"), ("c", "1.3"), ("d", "1.4"), ("e", "1.5"))}  # fmt: skip
+    reasons = ledger(folder)
+    assert reasons[series["a"]] == "BodyPartExamined holds no known value and is left out"
+    assert reasons[series["b"]] == "Modality is no modality that is known here"
+    assert reasons[series["c"]] == "photometric interpretation is not monochrome"
+    assert reasons[series["e"]] == "DICOM header unreadable"
+    records = Records(folder / "train")
+    rows = {row["id"].split("/")[1]: row for row in records}
+    first = rows[series["a"]]
+    assert (first["sex"], first["age"], first["anatomy"]) == (None, None, "")
+    assert (rows[series["d"]]["age"], rows[series["d"]]["anatomy"]) == (66.0, "abdomen")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"RecognizableVisualFeatures": "YES"}, "recognizable visual features, a face for example"),
+        ({"ImageType": ["DERIVED", "SECONDARY", "SCREEN SAVE"]}, "screen capture"),
+        ({"ImageType": ["DERIVED", "SECONDARY", "CSA REPORT"]}, "screen capture"),
+    ],
+)
+def test_faces_and_screens_wait_for_a_person(
+    tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    make_series(tmp_path, **changes)
+    files = [f"image{k}.dcm" for k in range(3)]
+    with pytest.raises(SetAsideError, match=f"quarantined: {reason}; look at it, then list it"):
+        read_series(tmp_path, files)
+    assert read_series(tmp_path, files, cleared=True)[1].modality == "ct"
+
+
+def test_nuclear_medicine_is_a_modality(tmp_path: Path) -> None:
+    make_series(tmp_path, Modality="NM")
+    _, facts = read_series(tmp_path, [f"image{k}.dcm" for k in range(3)])
+    assert facts.modality == "nuclear"
+
+
+# Layouts of releases, under their own names
+
+
+def save_case(root: Path, files: dict[str, np.ndarray]) -> None:
+    for name, array in files.items():
+        save(root / name, array)
+
+
+MASKS = ("--labels", "1=kidney,2=tumor", "--modality", "ct", "--skip-empty", "--window", "500,1000")
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "keys"),
+    [
+        (
+            {
+                f"case_0000{n}/{name}.nii.gz": kind
+                for n in (0, 1)
+                for name, kind in (("imaging", "image"), ("segmentation", "labels"))
+            },
+            ("--nifti", ".", "--image-name", "imaging", "--mask-name", "segmentation.nii.gz"),
+            ["case_00000", "case_00001"],
+        ),
+        (
+            {
+                f"BraTS2021_0000{n}/BraTS2021_0000{n}_{name}.nii.gz": kind
+                for n in (0, 2)
+                for name, kind in (
+                    ("flair", "image"), ("t1", "image"), ("t1ce", "image"), ("t2", "image"),
+                    ("seg", "labels"),
+                )
+            },
+            ("--nifti", ".", "--image-suffix", "_flair", "--mask-suffix", "_seg"),
+            ["BraTS2021_00000/BraTS2021_00000", "BraTS2021_00002/BraTS2021_00002"],
+        ),
+        (
+            {f"{folder}/la_00{n}.nii.gz": kind for n in (3, 4) for folder, kind in (
+                ("imagesTr", "image"), ("labelsTr", "labels"), ("imagesTs", "image"))},
+            ("--nifti", "imagesTr", "--masks", "labelsTr"),
+            ["la_003", "la_004"],
+        ),
+        (
+            {"imagesTr/la_003_0000.nii.gz": "image", "imagesTr/la_003_0001.nii.gz": "image",
+             "labelsTr/la_003.nii.gz": "labels"},
+            ("--nifti", "imagesTr", "--masks", "labelsTr", "--image-suffix", "_0000"),
+            ["la_003"],
+        ),
+        (
+            {"p1.nii.gz": "image", "p1_seg.nii.gz": "labels"},
+            ("--nifti", ".", "--mask-suffix", "_seg"),
+            ["p1"],
+        ),
+    ],
+    ids=["KiTS", "BraTS", "MSD", "nnU-Net", "one folder"],
+)  # fmt: skip
+def test_known_layouts_convert_without_renaming(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str],
+    options: tuple[str, ...], keys: list[str],
+) -> None:  # fmt: skip
+    arrays = {"image": body(), "labels": labels_of_body()}
+    save_case(tmp_path / "raw", {name: arrays[kind] for name, kind in files.items()})
+    # macOS packed the tar files of MSD, and left such a twin beside every volume.
+    (tmp_path / "raw" / next(iter(files))).with_name("._twin.nii.gz").write_bytes(b"\0\5\x16\7")
+    monkeypatch.chdir(tmp_path / "raw")
+    records = Records(run(tmp_path / "out", *options, *MASKS) / "train")
+    assert [row["id"] for row in records] == [f"mine/{key}/axial-0001" for key in keys]
+    for row in records:
+        assert [target["name"] for target in row["targets"]] == ["kidney", "tumor"]
+        assert pixels(row)[2, 0] == 255  # the image, and not its label map
+
+
+def test_a_volume_is_never_its_own_label_map(tmp_path: Path) -> None:
+    save_case(
+        tmp_path / "kits",
+        {"case_00000/imaging.nii.gz": body(), "case_00000/segmentation.nii.gz": labels_of_body()},
+    )
+    kits = ("--nifti", str(tmp_path / "kits"), *MASKS)
+    with pytest.raises(
+        ValueError, match=r"share a folder.*imaging\.nii\.gz.*segmentation\.nii\.gz.*--image-name"
+    ):
+        run(tmp_path / "out", *kits, "--masks", str(tmp_path / "kits"))
+    save(tmp_path / "img" / "a.nii.gz", body())
+    (tmp_path / "seg").mkdir()
+    (tmp_path / "seg" / "a.nii.gz").symlink_to(tmp_path / "img" / "a.nii.gz")
+    with pytest.raises(ValueError, match=r"a\.nii\.gz is its own label volume"):
+        run(
+            tmp_path / "out",
+            "--nifti",
+            str(tmp_path / "img"),
+            "--masks",
+            str(tmp_path / "seg"),
+            *MASKS,
+        )
+
+
+def test_folders_in_which_nothing_pairs_are_an_error_before_any_work(tmp_path: Path) -> None:
+    save(tmp_path / "imagesTr" / "la_003_0000.nii.gz", body())
+    save(tmp_path / "labelsTr" / "la_003.nii.gz", labels_of_body())
+    images, masks = str(tmp_path / "imagesTr"), str(tmp_path / "labelsTr")
+    folders = ("--nifti", images, "--masks", masks, *MASKS)
+    told = r"la_003_0000.nii.gz would be la_003_0000.nii.gz in .*which holds la_003.nii.gz; see --"
+    with pytest.raises(ValueError, match=told):
+        run(tmp_path / "out", *folders)
+    with pytest.raises(ValueError, match="--image-name and --image-suffix: choose one"):
+        run(tmp_path / "out", *folders, "--image-suffix", "_0000", "--image-name", "x")
+
+
+def test_one_channel_of_several_is_chosen_by_number(tmp_path: Path) -> None:
+    # MSD's brain tumours and prostates: several sequences in one 4-D file.
+    save(tmp_path / "img" / "a.nii.gz", np.stack([body() * 0, body()], axis=-1))
+    save(tmp_path / "seg" / "a.nii.gz", labels_of_body())
+    base = ("--nifti", str(tmp_path / "img"), "--masks", str(tmp_path / "seg"), *MASKS)
+    with pytest.raises(ValueError, match=r"4-D file of shape .*: --channel 0 to 1 takes one"):
+        run(tmp_path / "out", *base)
+    (row,) = Records(run(tmp_path / "out", *base, "--channel", "1", "--overwrite") / "train")
+    assert pixels(row)[2, 0] == 255
+    with pytest.raises(ValueError, match="--channel 2: the file holds 2 volumes"):
+        run(tmp_path / "out", *base, "--channel", "2", "--overwrite")
+
+
+def test_labels_on_another_grid_are_told_with_the_distance_and_resampled_on_demand(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "img" / "a.nii.gz", body())
+    shifted = np.diag([*ZOOMS, 1.0])
+    shifted[0, 3] = 0.4 * ZOOMS[0]
+    (tmp_path / "seg").mkdir()
+    nibabel.save(nibabel.Nifti1Image(labels_of_body(), shifted), tmp_path / "seg" / "a.nii.gz")
+    base = ("--nifti", str(tmp_path / "img"), "--masks", str(tmp_path / "seg"), *MASKS)
+    with pytest.raises(ValueError, match=r"by up to 0\.4 voxels; look at both, then --resample-la"):
+        run(tmp_path / "out", *base)
+    more = ("--resample-labels", "nearest", "--overwrite")
+    (row,) = Records(run(tmp_path / "out", *base, *more) / "train")
+    assert "1 x labels lay on another grid and were resampled" in said_by(capsys)
+    masks = {t["name"]: np.argwhere(decode_mask(t["rle"], 5, 4)) for t in row["targets"]}
+    assert {k: v.tolist() for k, v in masks.items()} == {"kidney": [[2, 0]], "tumor": [[4, 2]]}
+
+
+def test_a_finer_label_grid_is_resampled_and_may_lose_no_label(tmp_path: Path) -> None:
+    image = read_nifti(save(tmp_path / "img.nii", body()))
+    fine = np.kron(labels_of_body(), np.ones((2, 2, 2), dtype=np.int16))
+    affine = np.diag([*(np.array(ZOOMS) / 2), 1.0])
+    affine[:3, 3] = -np.array(ZOOMS) / 4
+    nibabel.save(nibabel.Nifti1Image(fine, affine), tmp_path / "fine.nii")
+    labels, resampled = read_label_volume(tmp_path / "fine.nii", image, resample=True)
+    assert resampled
+    np.testing.assert_array_equal(labels.voxels, labels_of_body())
+    fine[0, 0, 0] = 9  # half a voxel of the image
+    affine[:3, 3] = -np.array(ZOOMS) / 3
+    nibabel.save(nibabel.Nifti1Image(fine, affine), tmp_path / "fine.nii")
+    with pytest.raises(UnusableItemError, match=r"labels \[9\] are lost"):
+        read_label_volume(tmp_path / "fine.nii", image, resample=True)
+
+
+def test_voxels_that_are_no_numbers_are_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = body().astype(np.float32)
+    values[:2] = np.nan  # as statistical maps are outside the brain
+    save(tmp_path / "img" / "a.nii.gz", values)
+    records = Records(
+        run(tmp_path / "out", "--nifti", str(tmp_path / "img"), "--modality", "mri") / "train"
+    )
+    assert "1 noted (1 x voxels that are no numbers (NaN) are shown as black" in said_by(capsys)
+    assert (pixels(records[1])[:, 2:] == 0).all() and pixels(records[1])[2, 0] == 255
+
+
+def test_volumes_behind_a_link_are_found(tmp_path: Path) -> None:
+    save(tmp_path / "disk" / "a.nii.gz", body())
+    (tmp_path / "img").mkdir()
+    (tmp_path / "img" / "p1").symlink_to(tmp_path / "disk")
+    (row, *_) = Records(
+        run(tmp_path / "out", "--nifti", str(tmp_path / "img"), "--modality", "ct") / "train"
+    )
+    assert row["id"] == "mine/p1/a/axial-0000"
+
+
+def test_the_patient_is_what_the_pattern_finds_and_else_unknown(tmp_path: Path) -> None:
+    for name in ("p1_t0", "p1_t1"):
+        save(tmp_path / "img" / f"{name}.nii.gz", body())
+    nifti = ("--nifti", str(tmp_path / "img"), "--modality", "ct")
+    assert {row["patient_id"] for row in Records(run(tmp_path / "a", *nifti) / "train")} == {None}
+    known = run(tmp_path / "b", *nifti, "--patient-regex", r"(p\d)_t")
+    assert {row["patient_id"] for row in Records(known / "train")} == {"p1"}

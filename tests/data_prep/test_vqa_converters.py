@@ -15,9 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from biascare.checks.lint import lint
 from biascare.records import Records
 from data_prep import pathvqa, pmc_vqa, pubmedvision, slake, vqa_rad
 from tests.data_prep.raw_releases import (
+    SETTINGS,
     facts_of,
     masks_of,
     options_of,
@@ -417,9 +419,13 @@ def test_a_slake_mask_that_should_be_usable_counts_as_lost_and_keeps_its_questio
     with pytest.raises(ValueError, match="1 of 2 items skipped, 1 of them with a record that lack"):
         run(slake, slake_source, tmp_path / "out")
     run(slake, slake_source, tmp_path / "out", "--max-skipped", "1")
-    row = rows_of(tmp_path / "out" / "slake" / "train")["slake/xmlab1"]
+    records = Records(tmp_path / "out" / "slake" / "train")
+    row = records[0]
     assert (row["targets"], said(row)) == ([], [("Is the lung healthy?", "no", "closed")])
-    assert skipped(tmp_path / "out" / "slake" / "train")[0] == ("xmlab1/source.jpg", reason)
+    assert skipped(records.folder)[0] == ("xmlab1/source.jpg", reason)
+    # And whoever accepts the loss hears of it again before training.
+    found = {finding.code for finding in lint([records.folder], SETTINGS).findings}
+    assert "masks-missing" in found
 
 
 def test_a_broken_detection_file_costs_the_boxes_alone(slake_source: Path, tmp_path: Path) -> None:
@@ -434,6 +440,8 @@ def test_a_broken_detection_file_costs_the_boxes_alone(slake_source: Path, tmp_p
 def test_slake_without_a_table_of_mask_values_is_refused_unless_masks_are_not_wanted(
     slake_source: Path, tmp_path: Path
 ) -> None:
+    with pytest.raises(ValueError, match="is not a folder; --source is the folder of the raw"):
+        run(slake, tmp_path / "elsewhere", tmp_path / "out")
     (slake_source / "mask.txt").unlink()
     with pytest.raises(
         ValueError, match=r"mask\.txt is not a readable.*--mask-names, or --no-masks"
