@@ -34,15 +34,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--image-size", type=int, default=size, help="of foreign weights; pixels (%(default)s)")
     add("--segmentation", nargs="*", default=[], help="record folders with masks")
     add("--language", nargs="*", default=[], help="record folders with questions")
-    add("--output", required=True, type=Path, help="folder to write to")
+    add("--output", type=Path, help="folder to write to")
     add("--overwrite", action="store_true", help="replace what --output holds")
-    add(
-        "--train",
-        nargs="*",
-        default=[],
-        help="training folders of foreign weights: prevalence groups and disc baseline follow from "
-        "them; an export knows its own",
-    )
+    train = "training folders of foreign weights, for groups and discs; an export knows its own"
+    add("--train", nargs="*", default=[], help=train)
     add("--prevalence", help="prevalence.json of another run or of data_bias.py")
     add("--allow-trained", action="store_true", help="score records that were trained on too")
     add("--mllm", help="where the base image-text model lies, if it has moved")
@@ -52,11 +47,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--num-workers", type=int, default=0, help="processes that read (0)")
     add("--max-new-tokens", type=int, default=32, help="of an answer (32)")
     add("--limit", type=int, default=0, help="images and questions; 0: all")
+    check = "compute N images and questions in other batches, backwards and interrupted; compare"
+    add("--check-invariance", type=int, metavar="N", default=0, help=check)
     add("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     options = parser.parse_args(arguments)
     del options.local_rank
     if not (options.segmentation or options.language):
         parser.error("nothing to evaluate: name folders after --segmentation or --language")
+    if (options.output is None) != bool(options.check_invariance):
+        parser.error("name either a folder after --output or a number after --check-invariance")
     return options
 
 
@@ -67,21 +66,19 @@ def main() -> None:
     prepare_process()
     from rich.console import Console
 
-    from biascare.reports.tables import evaluation_table
-    from biascare.runs.evaluate import EvaluationRequest, evaluate_model
+    from biascare.runs.evaluate import EvaluationRequest, carry_out
 
     try:
-        summary = evaluate_model(EvaluationRequest(**vars(options)))
+        table, said, passed = carry_out(EvaluationRequest(**vars(options)))
     except ValueError as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it was", file=sys.stderr)
         sys.exit(130)
-    if os.environ.get("RANK", "0") != "0":
-        return
-    Console().print(evaluation_table(summary, options.model))
-    sheet = " and a contact sheet" if "segmentation" in summary else ""
-    print(f"cases, metrics{sheet} are in {options.output}")
+    if os.environ.get("RANK", "0") == "0":
+        Console().print(table)
+        print(said)
+    sys.exit(0 if passed else 1)
 
 
 if __name__ == "__main__":

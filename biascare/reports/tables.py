@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
+
+from biascare.evaluation.invariance import Difference
 
 
 def evaluation_table(summary: Mapping[str, Any], title: str) -> Table:
@@ -44,6 +46,19 @@ def evaluation_table(summary: Mapping[str, Any], title: str) -> Table:
             chance = f"{_f(found['null_mean'])} by chance, p {_f(found['p_holm'])}"
             groups = f"{found['worst']} to {found['best']}"
             table.add_row(f"{metric}, gap by {name}", groups, "", _f(found["gap"]), chance)
+    return table
+
+
+def invariance_table(differences: Sequence[Difference]) -> Table:
+    """How far cases differ from those in batches of one."""
+    table = Table(title="The same cases, computed in other ways")
+    table.add_column("computed")
+    for column in ("cases", "absent", "other text", "log-probability", "mask Dice", "same"):
+        table.add_column(column, justify="right")
+    for found in differences:
+        counts = [str(n) for n in (found.num, found.num_absent, found.num_texts)]
+        same = "yes" if found.passed else "NO"
+        table.add_row(found.how, *counts, f"{found.log_prob:.0e}", f"{found.dice:.4f}", same)
     return table
 
 

@@ -1,19 +1,22 @@
 """What is evaluated, and how it is called: a run that trains, an export, foreign weights.
 
 summary = evaluate_model(EvaluationRequest(model="outputs/demo/stage2/export", ...))
-evaluator = Evaluator(config, engine, chat, groups, commit, log)     # inside training
+evaluator = Evaluator(config, engine, chat, groups, log)     # inside training
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from rich.table import Table
 
 from biascare.config import Config
 from biascare.data.chat import ChatBuilder
@@ -27,8 +30,9 @@ from biascare.data.heldout import (
 from biascare.data.prevalence import groups_of, total_counts
 from biascare.data.prompts import first_point
 from biascare.durable import write_json
-from biascare.evaluation.cases import Header
+from biascare.evaluation.cases import Cases, Header
 from biascare.evaluation.evaluate import EvaluationSettings, evaluate, summarise
+from biascare.evaluation.invariance import Difference, check_invariance
 from biascare.evaluation.metrics.segmentation import DiscBaseline, fit_disc
 from biascare.inference.answerer import Answerer
 from biascare.inference.model import BiasCareVL
@@ -36,11 +40,17 @@ from biascare.inference.segmenter import Segmenter
 from biascare.models.export_folder import build_network
 from biascare.records import Records, decode_mask
 from biascare.reports.sheets import contact_sheet, mask_panels, representative_cases
-from biascare.reports.tables import evaluation_table
+from biascare.reports.tables import evaluation_table, invariance_table
 from biascare.runs.origin import git_commit
 from biascare.settings.keys import EvalConfig
 from biascare.training.progress import RunLog
-from biascare.training.ranks import init_process_group, leave_process_group, local_device, rank
+from biascare.training.ranks import (
+    from_rank_zero,
+    init_process_group,
+    leave_process_group,
+    local_device,
+    rank,
+)
 
 CASES = "cases.jsonl"
 
@@ -51,7 +61,7 @@ class EvaluationRequest(NamedTuple):
     model: str
     segmentation: list[str]
     language: list[str]
-    output: Path
+    output: Path | None  # None where nothing is written
     train: list[str]
     prevalence: str | None
     vision: str | None
@@ -65,16 +75,36 @@ class EvaluationRequest(NamedTuple):
     limit: int
     overwrite: bool
     allow_trained: bool
+    check_invariance: int  # images and questions to compute in several ways instead
 
 
-def evaluate_model(request: EvaluationRequest) -> dict[str, Any]:
-    """Cases, metrics.json and a contact sheet in the output folder; returns the metrics.
+def carry_out(request: EvaluationRequest) -> tuple[Table, str, bool]:
+    """What was asked for: (table for the terminal, what else there is to say, whether all is well).
 
-    Under a launcher every rank takes a share.
-
-    Raises ValueError for folders without anything to score, for records that were trained on, and
-    where the output folder holds another evaluation.
+    Raises ValueError as `evaluate_model` and `check_model` do.
     """
+    if request.check_invariance:
+        differences = check_model(request._replace(limit=request.check_invariance))
+        return invariance_table(differences), "", all(found.passed for found in differences)
+    summary = evaluate_model(request)
+    sheet = " and a contact sheet" if "segmentation" in summary else ""
+    said = f"cases, metrics{sheet} are in {request.output}"
+    return evaluation_table(summary, request.model), said, True
+
+
+class Prepared(NamedTuple):
+    """Everything that `evaluate` needs but the file."""
+
+    model: BiasCareVL
+    segmentation: list[Records]
+    images: HeldOutImages
+    questions: HeldOutQuestions | None
+    header: Header
+    settings: EvaluationSettings
+
+
+def prepare(request: EvaluationRequest) -> Prepared:
+    """Data and model, in the order of what could refuse the evaluation."""
     train, segmentation, language = (
         [Records(path) for path in paths]
         for paths in (request.train, request.segmentation, request.language)
@@ -93,7 +123,6 @@ def evaluate_model(request: EvaluationRequest) -> dict[str, Any]:
         print(f"{request.model} answers no questions: --language is left out", file=sys.stderr)
     groups, discs = _trained_targets(request, train, model)
     common: dict[str, Any] = {"image_size": model.segmenter.image_size, "limit": request.limit}
-    images = HeldOutImages(segmentation, model.chat, groups, prompt=request.prompt, **common)
     asked = language if model.answerer else []
     settings = EvaluationSettings(
         batch_size=request.batch_size,
@@ -114,11 +143,31 @@ def evaluate_model(request: EvaluationRequest) -> dict[str, Any]:
         disc_share=None if discs is None else discs.share,
         disc_share_by_target={} if discs is None else discs.by_target,
     )
+    return Prepared(
+        model,
+        segmentation,
+        HeldOutImages(segmentation, model.chat, groups, prompt=request.prompt, **common),
+        HeldOutQuestions(asked, model.chat, groups, **common) if asked else None,
+        header,
+        settings,
+    )
+
+
+def evaluate_model(request: EvaluationRequest) -> dict[str, Any]:
+    """Cases, metrics.json and a contact sheet in the output folder; returns the metrics.
+
+    Under a launcher every rank takes a share.
+
+    Raises ValueError for folders without anything to score, for records that were trained on, and
+    where the output folder holds another evaluation.
+    """
+    assert request.output is not None
+    model, segmentation, images, questions, header, settings = prepare(request)
     cases = evaluate(
         model.segmenter,
         model.answerer,
         images,
-        HeldOutQuestions(asked, model.chat, groups, **common) if asked else None,
+        questions,
         request.output / CASES,
         header,
         settings,
@@ -133,6 +182,32 @@ def evaluate_model(request: EvaluationRequest) -> dict[str, Any]:
             contact_sheet(panels, request.output / "contact_sheet.png", title)
     leave_process_group()
     return summary
+
+
+def check_model(request: EvaluationRequest) -> list[Difference]:
+    """Compute the cases of `request` several times in different ways and compare them; nothing is
+    kept. Raises ValueError as `evaluate_model` does."""
+    model, _, images, questions, header, settings = prepare(request)
+
+    def compute(path: Path, batch_size: int, backwards: bool) -> Cases:
+        held_out = [held for held in (images, questions) if held is not None]
+        for held in held_out if backwards else ():
+            held.units.reverse()
+        changed = settings._replace(batch_size=batch_size)
+        cases = evaluate(model.segmenter, model.answerer, images, questions, path, header, changed)
+        for held in held_out if backwards else ():
+            held.units.reverse()
+        return cases
+
+    # One folder for all ranks: each writes its share there.
+    folder = Path(from_rank_zero(lambda: tempfile.mkdtemp(prefix="biascare-")))
+    try:
+        differences = check_invariance(compute, folder)
+    finally:
+        if rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+    leave_process_group()
+    return differences
 
 
 def open_model(request: EvaluationRequest) -> BiasCareVL:

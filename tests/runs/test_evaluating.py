@@ -15,9 +15,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from biascare.evaluation.cases import read_cases
+from biascare.inference.segmenter import Segmenter
 from biascare.models.export_folder import TrainingFacts, save_network
 from biascare.records import Records
-from biascare.runs.evaluate import EvaluationRequest, evaluate_model, weights_hash
+from biascare.runs.evaluate import EvaluationRequest, check_model, evaluate_model, weights_hash
 from scripts import evaluate as program
 from tests.tiny import tiny_chat, tiny_model, tiny_record, tiny_record_folder, write_records
 from tests.training.training_runs import environment, free_port
@@ -47,7 +48,7 @@ def export(tiny_mllm: Path, tiny_records: Path, tmp_path_factory: pytest.TempPat
     return folder
 
 
-def request(model: Path, output: Path, **changes: Any) -> EvaluationRequest:
+def request(model: Path, output: Path | None, **changes: Any) -> EvaluationRequest:
     stated: dict[str, Any] = {
         "model": str(model),
         "segmentation": [],
@@ -66,6 +67,7 @@ def request(model: Path, output: Path, **changes: Any) -> EvaluationRequest:
         "limit": 0,
         "overwrite": False,
         "allow_trained": False,
+        "check_invariance": 0,
     }
     return EvaluationRequest(**stated | changes)
 
@@ -188,3 +190,40 @@ def test_two_ranks_write_the_cases_of_one(export: Path, test_split: Path, tmp_pa
     for mine, theirs in zip(one.masks + one.answers, two.masks + two.answers, strict=True):
         assert dataclasses.replace(mine, seconds=0) == dataclasses.replace(theirs, seconds=0)
     assert not list((tmp_path / "two").glob("*.rank*"))
+
+
+def test_cases_are_shown_not_to_depend_on_how_they_are_computed(
+    export: Path, test_split: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    both = ["--segmentation", str(test_split), "--language", str(test_split)]
+    command = ["evaluate.py", str(export), *both, "--check-invariance", "4"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as ended:
+        program.main()
+    shown = capsys.readouterr().out
+    print(shown)
+    assert ended.value.code == 0
+    assert shown.count("yes") == 4 and "backwards" in shown and "interrupted after" in shown
+
+
+def test_a_case_that_depends_on_its_batch_is_found(
+    export: Path, test_split: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that pads without a mask: an image's masks depend on those beside it."""
+    honest = Segmenter.encode_batch
+
+    def leaking(self: Segmenter, batch: Any) -> Any:
+        return honest(self, batch._replace(images=batch.images + batch.images.max(0).values // 8))
+
+    monkeypatch.setattr(Segmenter, "encode_batch", leaking)
+    found = check_model(request(export, None, segmentation=[str(test_split)], limit=4))
+    assert not found[1].passed and found[1].num_absent == 0 and found[1].dice < 0.99
+
+
+def test_a_folder_to_write_and_a_check_that_writes_nothing_exclude_each_other(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for arguments in ([], ["--output", "x", "--check-invariance", "4"]):
+        with pytest.raises(SystemExit):
+            program.parse(["model", "--segmentation", "data", *arguments])
+        assert "either a folder after --output or a number" in capsys.readouterr().err
