@@ -78,7 +78,8 @@ def main() -> None:
     if os.environ.get("RANK", "0") == "0":
         Console().print(table)
         print(said)
-    sys.exit(0 if passed else 1)
+    if not passed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

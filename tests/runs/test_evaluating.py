@@ -198,12 +198,10 @@ def test_cases_are_shown_not_to_depend_on_how_they_are_computed(
     both = ["--segmentation", str(test_split), "--language", str(test_split)]
     command = ["evaluate.py", str(export), *both, "--check-invariance", "4"]
     monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(SystemExit) as ended:
-        program.main()
+    program.main()  # exits with 1 where something differs
     shown = capsys.readouterr().out
     print(shown)
-    assert ended.value.code == 0
-    assert shown.count("yes") == 4 and "backwards" in shown and "interrupted after" in shown
+    assert shown.count("yes") == 4 and "backwards" in shown and "interrupted" in shown
 
 
 def test_a_case_that_depends_on_its_batch_is_found(
