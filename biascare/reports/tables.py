@@ -53,7 +53,7 @@ def invariance_table(differences: Sequence[Difference]) -> Table:
     """How far cases differ from those in batches of one."""
     table = Table(title="The same cases, computed in other ways")
     table.add_column("computed")
-    for column in ("cases", "absent", "other text", "log-probability", "mask Dice", "same"):
+    for column in ("cases", "absent", "other text", "log-prob.", "mask Dice", "same"):
         table.add_column(column, justify="right")
     for found in differences:
         counts = [str(n) for n in (found.num, found.num_absent, found.num_texts)]
