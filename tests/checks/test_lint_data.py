@@ -670,6 +670,7 @@ CHANGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "gamma": lambda image: (255 * (image / 255.0) ** 1.7).astype(np.uint8),
     "cropped": lambda image: cropped(image, 0.025, 0.025, 0.025, 0.025),
     "cropped at a corner": lambda image: cropped(image, 0.05, 0.0, 0.0, 0.05),
+    "cropped at a side": lambda image: cropped(image, 0.0, 0.04, 0.0, 0.0),
     "turned": lambda image: turned(image, 3),
     "turned back": lambda image: turned(image, -2),
     "mirrored and cropped": lambda image: cropped(image[:, ::-1], 0.025, 0.025, 0.025, 0.025),
