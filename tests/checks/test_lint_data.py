@@ -163,6 +163,7 @@ def test_promised_masks_that_no_record_has_are_an_error_unless_each_lack_is_note
         ({"num_incomplete": 0, "num_noted": 0}, "masks-missing"),
         ({"num_incomplete": 3, "num_noted": 0}, "masks-missing"),
         ({"num_incomplete": 0, "num_noted": 3}, None),
+        ({"num_incomplete": 3, "num_noted": 6}, "masks-missing"),
     ):
         preparation = {"promises_masks": True, "num_items": 3} | stated
         path.write_text(json.dumps(manifest | {"preparation": preparation}))
