@@ -2,7 +2,7 @@
 
     findings, near = cross_findings(records, names, scans, settings)
 
-About 350 bytes per image and 30 per question are kept. Ids are compared within a source, and
+About 500 bytes per image and 30 per question are kept. Ids are compared within a source, and
 between sources only where they are known to share them (`ID_FAMILIES`).
 """
 

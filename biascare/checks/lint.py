@@ -177,7 +177,9 @@ def _column_issues(records: Records) -> Iterator[tuple[str, str, int]]:
     preparation = records.manifest.get("preparation", {})
     # What the converter knew of its release; a folder that no converter wrote promises nothing.
     # Where each record's lack is noted, the release is known to have none for these images.
-    is_known = preparation.get("num_noted", 0) >= len(records)
+    is_known = not preparation.get("num_incomplete") and (
+        preparation.get("num_noted", 0) >= len(records)
+    )
     promised = preparation.get("promises_masks") and not is_known
     if promised and not len(records.segmentation_units):
         yield "masks-missing", f"{len(records):,} records", len(records)

@@ -3,7 +3,7 @@
     scans = scan_folders([Records("prepared/btcv/train")], settings, advance=progress)
     scans[0].issues["mask-empty"]      # (3, ["btcv/17: liver", ...]): count, examples
 
-What is kept of an image are its hashes, 270 bytes, so that millions of rows fit; `lint.py` looks
+What is kept of an image are its hashes, 400 bytes, so that millions of rows fit; `lint.py` looks
 at columns and across folders. A finding has a code of `CODES`, and the level belongs to the code.
 """
 

@@ -77,10 +77,10 @@ TARGET_SYNONYMS = {
     "tympaniccavity": "tympanic cavity",
     "vestibulsemi": "vestibular semicircular canal",
 }
-"""Spelling without its side -> spelling in records, the side put in front again. Reviewed by hand,
-with the names of AMOS, TotalSegmentator, SegRap 2023, HaN-Seg, PDDCA and StructSeg, of which
-IMed-361M is made. Names whose organ depends on the dataset ("left ventricle" of heart or brain,
-"tumor") are not unified."""
+"""Spelling without its side -> spelling in records, the side put in front again. Reviewed by hand;
+the names of SegRap 2023 as published, those of AMOS, TotalSegmentator, HaN-Seg, PDDCA and StructSeg
+from memory. Names whose organ depends on the dataset ("left ventricle" of heart or brain, "tumor")
+are not unified."""
 
 MODALITIES = {
     "ct": ("ct", "computed tomography", "cbct", "cta"),

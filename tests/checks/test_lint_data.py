@@ -163,6 +163,7 @@ def test_promised_masks_that_no_record_has_are_an_error_unless_each_lack_is_note
         ({"num_incomplete": 0, "num_noted": 0}, "masks-missing"),
         ({"num_incomplete": 3, "num_noted": 0}, "masks-missing"),
         ({"num_incomplete": 0, "num_noted": 3}, None),
+        ({"num_incomplete": 3, "num_noted": 6}, "masks-missing"),
     ):
         preparation = {"promises_masks": True, "num_items": 3} | stated
         path.write_text(json.dumps(manifest | {"preparation": preparation}))
@@ -670,6 +671,7 @@ CHANGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "gamma": lambda image: (255 * (image / 255.0) ** 1.7).astype(np.uint8),
     "cropped": lambda image: cropped(image, 0.025, 0.025, 0.025, 0.025),
     "cropped at a corner": lambda image: cropped(image, 0.05, 0.0, 0.0, 0.05),
+    "cropped at a side": lambda image: cropped(image, 0.0, 0.04, 0.0, 0.0),
     "turned": lambda image: turned(image, 3),
     "turned back": lambda image: turned(image, -2),
     "mirrored and cropped": lambda image: cropped(image[:, ::-1], 0.025, 0.025, 0.025, 0.025),
