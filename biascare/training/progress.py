@@ -163,8 +163,8 @@ class RunLog:
     def _copy_aside(self, events: Path) -> None:
         """Keep log, ledgers of replaced samples and event files of another run."""
         number = len(list(self.folder.glob("metrics.before-*.jsonl"))) + 1
-        for path in (*self.folder.glob("replaced_samples.rank?.jsonl"), events, self.path):
-            if path.exists():
+        for path in (*self.folder.glob("replaced_samples.rank*.jsonl"), events, self.path):
+            if path.exists() and ".before-" not in path.name:
                 aside = path.with_name(f"{path.stem}.before-{number}{path.suffix}")
                 (shutil.copytree if path.is_dir() else shutil.copyfile)(path, aside)
 

@@ -98,6 +98,29 @@ def test_where_a_file_system_keeps_no_locks_the_file_decides(tmp_path: Path) -> 
                     pass
 
 
+def test_a_port_in_use_is_told_in_plain_words(tmp_path: Path) -> None:
+    """Two runs of one machine, started by the same command."""
+    program = (
+        "import sys; from pathlib import Path; from biascare.runs.faults import explained; "
+        "from biascare.training.ranks import init_process_group\n"
+        "with explained(Path(sys.argv[1])): init_process_group()"
+    )
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path)],
+            cwd=ROOT,
+            env=environment(**world, MASTER_PORT=port),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert f"MachineError: port {port} of this machine is in use" in done.stderr
+
+
 def test_both_ranks_of_a_second_run_are_refused_and_touch_nothing(
     tmp_path: Path, holder: subprocess.Popen[str], tiny_mllm: Path, tiny_records: Path
 ) -> None:

@@ -259,6 +259,8 @@ def test_a_rank_that_dies_ends_the_others(world: World) -> None:
         world.run(2, [Job("dies", 2, ("train.max_steps=2",), {"die": 1})], timeout=150)
     assert caught.type is AssertionError, "a rank waited for a dead one"
     assert "this rank died" in str(caught.value)
+    left = Run(world.folder / "world2" / "dies", "dies").errors[0]
+    assert left is not None and left.startswith("MachineError: another rank has ended")
     assert time.perf_counter() - began < 150
 
 
