@@ -40,7 +40,13 @@ from biascare.reports.tables import evaluation_table
 from biascare.runs.origin import git_commit
 from biascare.settings.keys import EvalConfig
 from biascare.training.progress import RunLog
-from biascare.training.ranks import init_process_group, leave_process_group, local_device, rank
+from biascare.training.ranks import (
+    from_rank_zero,
+    init_process_group,
+    leave_process_group,
+    local_device,
+    rank,
+)
 
 CASES = "cases.jsonl"
 
@@ -272,9 +278,8 @@ class Evaluator:
             overwrite=True,
         )
         summary = summarise(cases)
-        if rank() == 0:
-            self.log.record("eval", step, summary)
-            self.log.say(evaluation_table(summary, f"Held-out records at step {step}"))
+        from_rank_zero(lambda: self.log.record("eval", step, summary))
+        self.log.say(evaluation_table(summary, f"Held-out records at step {step}"))
         return summary
 
     def header(self, step: int) -> Header:
