@@ -35,7 +35,7 @@ REQUIRES = [
     "pydantic>=2.10",
     "PyYAML>=6.0",
     "rich>=13.7",
-    "tensorboard>=2.16",  # torch.utils.tensorboard loads it
+    "tensorboard>=2.16",
     "matplotlib>=3.8",
     # scores
     "scikit-learn>=1.5",

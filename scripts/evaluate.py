@@ -61,16 +61,19 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main() -> None:
     options = parse(sys.argv[1:])
-    from biascare.runs.process import prepare_process
+    from biascare.runs.process import end_with_launcher, prepare_process
 
+    end_with_launcher()
     prepare_process()
     from rich.console import Console
 
     from biascare.runs.evaluate import EvaluationRequest, carry_out
+    from biascare.runs.faults import MachineError, explained
 
     try:
-        table, said, passed = carry_out(EvaluationRequest(**vars(options)))
-    except ValueError as error:
+        with explained(options.output or Path.cwd()):
+            table, said, passed = carry_out(EvaluationRequest(**vars(options)))
+    except (ValueError, OSError, MachineError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it was", file=sys.stderr)

@@ -14,7 +14,14 @@ import argparse
 import sys
 
 from biascare.config import describe_config, load_config
-from biascare.runs.process import fail, forget_failures, prepare_process, raise_interrupts, stop
+from biascare.runs.process import (
+    end_with_launcher,
+    fail,
+    forget_failures,
+    prepare_process,
+    raise_interrupts,
+    stop,
+)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -47,8 +54,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main() -> None:
     options = parse(sys.argv[1:])
-    interrupts = raise_interrupts()
+    interrupts, launcher_ended = raise_interrupts(), end_with_launcher()
     folder: str | None = None
+    resume = "auto"
     explained: tuple[type[Exception], ...] = (ValueError,)
     try:
         if not options.plan:  # a mistake in the configuration is told before torch is imported
@@ -63,10 +71,12 @@ def main() -> None:
         from biascare.runs.train import RUN_ERRORS, run
 
         folder, explained = config.train.output_dir, RUN_ERRORS
+        resume = config.train.resume
         run(config)
     except BaseException as error:
-        if interrupts:  # whatever else failed since: processes end in any order
-            stop(interrupts[0], folder)
+        # Whatever else failed since: processes end in any order.
+        if interrupts or launcher_ended():
+            stop(interrupts, folder, resume, launcher_ended())
         if not isinstance(error, explained):
             raise
         fail(error, folder)

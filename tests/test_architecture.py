@@ -317,7 +317,7 @@ DISTRIBUTIONS = {
 }
 """Imported name -> package, where they differ by more than a dash."""
 
-LOADED_BY_OTHERS = ("torchvision", "accelerate", "ninja", "tensorboard")
+LOADED_BY_OTHERS = ("torchvision", "accelerate", "ninja")
 """Declared without an import here; setup.py says beside each who loads it."""
 
 

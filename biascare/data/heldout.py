@@ -131,8 +131,18 @@ class HeldOut(Dataset, ABC):
         """One batch; an index of -1 - i is a repeat of unit i."""
         samples, items, repeated = [], [], []
         for index in indices:
-            source, unit = self.units[index if index >= 0 else -1 - index]
-            sample, mine = self._sample(self.records[source], unit)
+            number, unit = self.units[index if index >= 0 else -1 - index]
+            source = self.records[number]
+            try:
+                sample, mine = self._sample(source, unit)
+            except (ValueError, OSError) as error:
+                if str(source.folder) in str(error):
+                    raise
+                row = unit[0] if isinstance(unit, tuple) else unit
+                # Never replaced, as in training: the score would be of other records than it says.
+                raise ValueError(
+                    f"{source.folder}, record {source.id_of(row)!r} cannot be evaluated ({error})"
+                ) from error
             samples.append(sample)
             items += mine
             repeated += [index < 0] * len(mine)
@@ -150,7 +160,7 @@ class HeldOut(Dataset, ABC):
         return [
             [
                 case_key(source.manifest["source"], source.manifest["split"], name)
-                for name in source.table["id"].to_pylist()
+                for name in source.ids()
             ]
             for source in self.records
         ]
@@ -169,10 +179,8 @@ class HeldOutImages(HeldOut):
 
     def case_keys(self) -> list[list[str]]:
         ids = self._key_starts()
-        # From the table's columns: image bytes of a whole benchmark need not be read for names.
-        names = [source.table["targets"] for source in self.records]
         return [
-            [f"{ids[r][row]}/{target['name']}" for target in names[r][row].as_py()]
+            [f"{ids[r][row]}/{name}" for name in self.records[r].target_names(row)]
             for r, row in self.units
         ]
 

@@ -88,7 +88,7 @@ class TrainingStream(Dataset):
                 reasons.append(f"{source.id_of(number)}: {_ADDRESS.sub('', str(error))}")
                 continue
             return sample._replace(position=position, replaced=tuple(reasons))
-        raise RuntimeError(
+        raise ValueError(
             f"{MAX_REPLACEMENTS} samples in a row of {source.folder} cannot be used; the last: "
             f"{reasons[-1]}. Check the folder, then prepare it again"
         )

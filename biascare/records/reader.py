@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ class Records:
         self.manifest = read_manifest(self.folder)
         _check_version(self.folder, self.manifest["format_version"])
         self._batches = _open(self.folder, self.manifest)
+        self._sound: set[int] = set()  # numbers of batches that `_checked` has seen
         # Where each batch begins: a row is then found by bisection, without joining the batches.
         self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
         # [U] int32: numbers of the rows that have at least one target, ascending; and [U, 2] int32:
@@ -56,20 +58,37 @@ class Records:
 
         Raises ValueError when its texts are no texts any more.
         """
-        try:
-            return unpacked(self._stored_row(index))
-        except ValueError as error:
-            raise ValueError(
-                f"{self.folder}, record {self.id_of(index)!r} is damaged ({error}); copy the "
-                "folder again from where it is whole, or prepare it again"
-            ) from error
+        with self._naming(index):
+            row = unpacked(self._stored_row(index))
+            # A flipped bit of Arrow's makes nothing of a value, and what reads it fails elsewhere.
+            lacking = [name for name, value in row.items() if value is None and name not in UNKNOWN]
+            if lacking:
+                raise ValueError(f"it has no {', '.join(lacking)}")
+            return row
 
     def id_of(self, index: int) -> str:
         """Id of row `index`, whatever has become of the rest of it."""
-        batch, place = self._locate(index)
-        stored = batch.column("id")[place].as_buffer()
+        try:
+            batch, place = self._locate(index)
+            stored = batch.column("id")[place].as_buffer()
+        except (ValueError, AttributeError):  # no id to be found
+            return f"row {index}"
         # Arrow would refuse damaged UTF-8, and then the damaged row could not even be named.
         return str(stored.to_pybytes().decode("utf-8", errors="replace"))
+
+    @contextmanager
+    def _naming(self, what: int | str) -> Iterator[None]:
+        """Errors of Arrow and JSON, which know neither folder nor record (`what`: its index)."""
+        try:
+            yield
+        except (ValueError, TypeError, AttributeError, pa.ArrowException) as error:
+            if str(self.folder) in str(error):
+                raise
+            named = what if isinstance(what, str) else f"record {self.id_of(what)!r}"
+            raise ValueError(
+                f"{self.folder}, {named} is damaged ({error}); copy the folder again from where it "
+                "is whole, or prepare it again"
+            ) from error
 
     def _stored_row(self, index: int) -> dict[str, Any]:
         """Row `index` as it was digested."""
@@ -82,12 +101,30 @@ class Records:
         # `range` knows negative numbers and raises IndexError, which ends a `for` over the records.
         number = range(len(self))[index]
         batch = int(np.searchsorted(self._starts, number, side="right")) - 1
-        return self._batches[batch], number - int(self._starts[batch])
+        return self._checked(batch), number - int(self._starts[batch])
+
+    def _checked(self, number: int) -> pa.RecordBatch:
+        """A batch whose lengths lead nowhere outside it. Raises ValueError otherwise."""
+        batch = self._batches[number]
+        # At the first touch: at opening, pages of all files would have to be read.
+        if number not in self._sound:
+            try:
+                for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                    check_lengths(column, name)
+            except ValueError as error:
+                rows = f"rows {self._starts[number]} to {self._starts[number + 1] - 1}"
+                raise ValueError(
+                    f"{self.folder}, {rows}: {error}; copy the folder again from where it is "
+                    "whole, or prepare it again"
+                ) from error
+            self._sound.add(number)
+        return batch
 
     @property
     def table(self) -> pa.Table:
         """All rows as columns, memory-mapped: only pages of the columns that are used are read."""
-        return pa.Table.from_batches(self._batches, schema=_SCHEMA)
+        batches = [self._checked(number) for number in range(len(self._batches))]
+        return pa.Table.from_batches(batches, schema=_SCHEMA)
 
     def __reduce__(self) -> tuple[type[Records], tuple[str]]:
         # A worker maps the files again; pickling the batches would copy all images to it.
@@ -96,14 +133,25 @@ class Records:
     def __repr__(self) -> str:
         return f"Records({str(self.folder)!r}, num_rows={len(self)})"
 
+    def ids(self) -> list[str]:
+        """[N] id of each row; image pages stay untouched, as by what follows."""
+        with self._naming("an id"):
+            return [str(name) for name in self.table["id"].to_pylist()]
+
+    def target_names(self, index: int) -> list[str]:
+        """Names of the masks of row `index`."""
+        batch, place = self._locate(index)
+        with self._naming(index):
+            return [target["name"] for target in batch.column("targets")[place].as_py()]
+
     def question_kinds(self) -> list[str]:
-        """[U] kind of each language unit, in their order; image pages stay untouched."""
-        chunks = self.table["conversations"].chunks
-        return [
-            str(kind)
-            for chunk in chunks  # one at a time: joining them would copy the texts
-            for kind in chunk.flatten().field("kind")[::2].to_pylist()
-        ]
+        """[U] kind of each language unit, in their order."""
+        with self._naming("the kind of a question"):
+            return [
+                str(kind)
+                for chunk in self.table["conversations"].chunks  # joined, texts would be copied
+                for kind in chunk.flatten().field("kind")[::2].to_pylist()
+            ]
 
     @property
     def target_counts(self) -> dict[str, int]:
@@ -115,7 +163,8 @@ class Records:
         digest = hashlib.sha256()
         for index in range(len(self)):
             # Of the stored row: the unpacked one is parsed JSON, which has more than one spelling.
-            digest.update(row_digest(self._stored_row(index)))
+            with self._naming(index):
+                digest.update(row_digest(self._stored_row(index)))
         if digest.hexdigest() != self.manifest["content_hash"]:
             raise ValueError(
                 f"{self.folder}: content hash is {digest.hexdigest()}, the manifest says "
@@ -173,6 +222,32 @@ def _check_version(folder: Path, version: int) -> None:
 
 
 _SCHEMA = FEATURES.arrow_schema
+
+UNKNOWN = ("patient_id", "study_id", "sex", "age", "race")
+"""Columns that may hold nothing."""
+
+
+def check_lengths(array: pa.Array, name: str) -> None:
+    """Raise ValueError where the offsets of a column, or of one inside it, do not rise or lead out
+    of it. Arrow believes them, and with a flipped bit it reads, or ends, somewhere else.
+
+    Its own full validation reads all texts too, and cannot tell a bad letter from a bad offset.
+    """
+    kind = array.type
+    if pa.types.is_struct(kind):
+        for number in range(kind.num_fields):
+            check_lengths(array.field(number), f"{name}.{kind.field(number).name}")
+        return
+    is_list = pa.types.is_list(kind)
+    if not (is_list or pa.types.is_string(kind) or pa.types.is_binary(kind)) or not len(array):
+        return
+    offsets, data = array.buffers()[1:3]
+    held = np.frombuffer(offsets, np.int32)[array.offset :][: len(array) + 1]
+    limit = len(array.values) if is_list else 0 if data is None else data.size
+    if len(held) <= len(array) or held[0] < 0 or held[-1] > limit or (np.diff(held) < 0).any():
+        raise ValueError(f"the lengths of {name} are damaged")
+    if is_list:
+        check_lengths(array.values, name)
 
 
 def _open(folder: Path, manifest: Mapping[str, Any]) -> list[pa.RecordBatch]:

@@ -136,7 +136,14 @@ def _origin(run: RunFacts, merged: bool) -> Iterator[tuple[Any, ...]]:
     yield "trained parts", ", ".join(trained)
     yield "steps x global batch", f"{run.step} of {train['max_steps']} x {train['global_batch']}"
     yield "precision, seed", f"{train['precision']}, {train['seed']}"
-    yield "code", f"commit {run.about.get('git_commit', 'unknown')}"
+    # Each by the step it began with: a run that went on after an update is of both.
+    code = run.about.get("code", [])
+    commits = [f"commit {entry['git_commit']}" for entry in code]
+    later = [f"from step {e['from_step']} {c}" for e, c in zip(code, commits, strict=True)][1:]
+    yield "trained by", "; ".join([*commits[:1], *later])
+    if code:
+        versions = code[-1]["versions"].items()
+        yield "versions", ", ".join(f"{name} {number}" for name, number in versions)
 
 
 _DATA_COLUMNS = ("task", "source", "split", "version", "images", "weight", "licence", "content")

@@ -67,7 +67,7 @@ def mask_panels(cases: Sequence[MaskCase], records: Sequence[Records]) -> list[M
     places = {
         (source.manifest["source"], source.manifest["split"], name): (source, row)
         for source in records
-        for row, name in enumerate(source.table["id"].to_pylist())
+        for row, name in enumerate(source.ids())
     }
     panels = []
     for case in cases:

@@ -9,6 +9,7 @@ Below this module nothing knows a configuration: everything takes explicit argum
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -29,9 +30,11 @@ from biascare.settings.keys import Config, DataConfig, ModelConfig, SourceConfig
 from biascare.training import engine
 from biascare.training.optimizer import OptimizerSettings, parameter_groups
 from biascare.training.progress import trainable_table
-from biascare.training.ranks import rank, world_size
+from biascare.training.ranks import gather_objects, local_rank, rank, world_size
 from biascare.training.step import TrainStep
 from biascare.training.terms import HITLSettings, ObjectiveSettings
+
+LOGGER = logging.getLogger("biascare")
 
 # ---------------------------------------------------------------- data
 
@@ -48,11 +51,32 @@ def open_training(config: Config) -> tuple[list[Records], list[Records], Mixture
     segmentation = open_sources(config.data.segmentation)
     language = open_sources(config.data.language)
     held_out = open_sources(config.data.eval_segmentation + config.data.eval_language)
+    if config.data.verify:
+        verify(segmentation + language + held_out)
     # Before minutes go into a model: training on the test set cannot be undone afterwards.
     check_held_out(segmentation + language, held_out)
     mixture = build_mixture(config.data, segmentation, language, config.train.seed)
     mixture.check_micro_batch(config.train.micro_batch)
     return segmentation, language, mixture
+
+
+def verify(sources: list[Records]) -> None:
+    """Compare every byte of record folders with their content hash, once on each machine.
+
+    Raises ValueError, on every rank, with all that differ.
+    """
+    problems = []
+    if local_rank() == 0:  # each machine may have a copy of its own
+        for folder, source in {source.folder: source for source in sources}.items():
+            try:
+                source.verify()
+            except ValueError as error:
+                problems.append(str(error))
+            else:
+                LOGGER.info("data.verify: %s is what was prepared", folder)
+    found = dict.fromkeys(problem for mine in gather_objects(problems) for problem in mine)
+    if found:
+        raise ValueError("\n".join(found))
 
 
 def build_mixture(

@@ -347,9 +347,8 @@ class Evaluator:
             overwrite=True,
         )
         summary = summarise(cases)
-        if rank() == 0:
-            self.log.record("eval", step, summary)
-            self.log.say(evaluation_table(summary, f"Held-out records at step {step}"))
+        from_rank_zero(lambda: self.log.record("eval", step, summary))
+        self.log.say(evaluation_table(summary, f"Held-out records at step {step}"))
         return summary
 
     def header(self, step: int) -> Header:

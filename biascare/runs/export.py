@@ -33,7 +33,7 @@ from biascare.runs import build
 from biascare.runs.evaluate import training_masks
 from biascare.runs.origin import read_config, read_run
 from biascare.settings.keys import MOVABLE, Config
-from biascare.training.checkpoint import CheckpointStore, trained_weights
+from biascare.training.checkpoint import MANIFEST, CheckpointStore, trained_weights
 from biascare.training.engine import fp32_buffers, gathered_state
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -86,8 +86,8 @@ def export_checkpoint(
     config = read_config(folder, overrides)
     if merge and config.train.stage == "vision":
         raise ValueError("--merge: the vision stage has no language model; leave it out")
-    step = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["step"]
-    origin = read_run(folder, step, to_dict(config))
+    manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    origin = read_run(folder, manifest["step"], to_dict(config), manifest.get("code"))
     try:
         network, chat = build.build_network(config), build.build_chat(config)
     except ValueError as error:
@@ -109,7 +109,7 @@ def export_checkpoint(
 
 def locate(source: Path) -> tuple[Path, Path]:
     """(folder of the run, checkpoint) for either of the two."""
-    if (source / "manifest.json").is_file():
+    if (source / MANIFEST).is_file():
         return source.resolve().parents[1], source
     if not (source / "checkpoints").is_dir():
         raise ValueError(

@@ -7,9 +7,11 @@ run = read_run(folder, step, config)                      # for the card of an e
 from __future__ import annotations
 
 import json
+import platform
 import shutil
 import subprocess
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from biascare.reports.model_card import RunFacts
 from biascare.settings.keys import Config
 from biascare.settings.schema import build
 from biascare.settings.strict_yaml import ConfigError, read_tree
+from biascare.training.progress import complete_lines
+from biascare.version import __version__
 
 FREE_ON_RESUME = (
     "data.segmentation",  # their contents are compared instead
@@ -30,6 +34,7 @@ FREE_ON_RESUME = (
     "data.max_tokens",
     "data.num_workers",
     "data.max_bad_samples",
+    "data.verify",
     "model.mllm",
     "model.vision_weights",
     "model.activation_checkpointing",
@@ -83,14 +88,33 @@ def git_commit() -> str:
     return result.stdout.strip() or "unknown"
 
 
+def code_history(earlier: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
+    """What trained, and since which step: commit and library versions, an entry for each change.
+
+    `earlier`: that of the checkpoint which this code continues after `step`.
+    """
+    libraries = {name: version(name) for name in ("torch", "deepspeed", "transformers", "peft")}
+    versions = {"biascare": __version__, "python": platform.python_version()} | libraries
+    now = {"git_commit": git_commit(), "versions": versions}
+    if earlier and earlier[-1] | now == earlier[-1]:
+        return earlier
+    return [*earlier, {"from_step": step} | now]
+
+
 # ---------------------------------------------------------------- written
 
 
 def save_run_files(
-    config: Config, groups: dict[str, str], segmentation: list[Records], language: list[Records]
+    config: Config,
+    groups: dict[str, str],
+    segmentation: list[Records],
+    language: list[Records],
+    *,
+    code: list[dict[str, Any]],
 ) -> None:
-    """The configuration, the groups and the origin of the data. Only when the folder is known to be
-    this run's: an export takes what stands here for the truth about the weights beside it."""
+    """The configuration, the groups, the origin of the data and the code that trains. Only when the
+    folder is known to be this run's: an export takes what stands here for the truth about the
+    weights beside it."""
     folder = Path(config.train.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     dump_config(config, folder / "config.yaml")
@@ -99,7 +123,7 @@ def save_run_files(
     weights = [source.weight for source in config.data.segmentation + config.data.language]
     tasks = ["segmentation"] * len(segmentation) + ["language"] * len(language)
     about = {
-        "git_commit": git_commit(),
+        "code": code,
         "prevalence_groups": groups,
         # What the card of the model says: the records themselves may be gone when it is written.
         "data": [
@@ -144,10 +168,13 @@ def read_config(folder: Path, overrides: list[str]) -> Config:
     return result.value
 
 
-def read_run(folder: Path, step: int, config: dict[str, Any]) -> RunFacts:
+def read_run(
+    folder: Path, step: int, config: dict[str, Any], code: list[dict[str, Any]] | None = None
+) -> RunFacts:
     """Collect run.json and the newest evaluation up to `step` from metrics.jsonl.
 
-    Raises ValueError when run.json is missing or damaged.
+    `code`: of the checkpoint, where the run may have trained on with other code since. Raises
+    ValueError when run.json is missing or damaged.
     """
     try:
         about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
@@ -157,9 +184,7 @@ def read_run(folder: Path, step: int, config: dict[str, Any]) -> RunFacts:
             "checkpoints/, copy it with them"
         ) from error
     log = folder / "metrics.jsonl"
-    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-    # A line that a crash cut short is never of an evaluation that had finished.
-    entries = [json.loads(line) for line in lines if line.endswith("}")]
+    entries = complete_lines(log) if log.is_file() else ()
     # What was evaluated after this step is of other weights.
     done = [entry for entry in entries if entry["event"] == "eval" and entry["step"] <= step]
     return RunFacts(
@@ -167,6 +192,6 @@ def read_run(folder: Path, step: int, config: dict[str, Any]) -> RunFacts:
         step=step,
         config=config,
         config_file=folder / "config.yaml",
-        about=about,
+        about=about if code is None else about | {"code": code},
         evaluation=done[-1] if done else None,
     )

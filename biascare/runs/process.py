@@ -1,12 +1,12 @@
 """What a program does to its own process: before torch computes anything, and when it ends early.
 
-interrupts = raise_interrupts()
+interrupts, launcher_ended = raise_interrupts(), end_with_launcher()
 try:
     prepare_process()
     run(config)
 except BaseException as error:
-    if interrupts:
-        stop(interrupts[0], output_dir)
+    if interrupts or launcher_ended():
+        stop(interrupts, output_dir, resume, launcher_ended())
     fail(error, output_dir)
 """
 
@@ -19,8 +19,10 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -62,11 +64,16 @@ def keep_freed_memory() -> None:
 # ---------------------------------------------------------------- ends
 
 
-def fail(error: Exception, folder: str | None = None) -> NoReturn:
+class FolderInUseError(ValueError):
+    """Another run has the folder, so this one leaves nothing in it, not even a traceback."""
+
+
+def fail(error: BaseException, folder: str | None = None) -> NoReturn:
     """End with the message of an error that explains itself; its traceback goes to a file.
 
     Without a run's folder it is a mistake that every rank finds in the same file: rank 0 speaks.
     """
+    folder = None if isinstance(error, FolderInUseError) else folder
     number = os.environ.get("RANK", "0")
     message = str(error) if number == "0" else f"[rank {number}] {error}"
     if folder is not None and Path(folder).is_dir():
@@ -113,12 +120,79 @@ def raise_interrupts() -> list[int]:
     return received
 
 
-def stop(number: int, folder: str | None) -> NoReturn:
-    """End a run that signal `number` interrupted: rank 0 says in one line how it goes on."""
+def stop(
+    received: list[int], folder: str | None, resume: str = "auto", launcher_ended: bool = False
+) -> NoReturn:
+    """End a run that signals, or the end of its launcher, interrupted: rank 0 says in one line how
+    it goes on."""
+    number = received[0] if received else signal.SIGTERM
     if os.environ.get("RANK", "0") == "0":
         saved = sorted(Path(folder).glob("checkpoints/step_????????")) if folder else []
         found = f"continues from {saved[-1]}" if saved else "starts again, nothing was saved yet"
-        print(f"interrupted; the same command {found}", file=sys.stderr, flush=True)
+        # Any other choice would begin again where this run began.
+        command = "same command" if resume == "auto" else "same command with train.resume=auto"
+        with contextlib.suppress(OSError):  # the terminal may be gone with the launcher
+            reason = "the launcher has ended" if launcher_ended else "interrupted"
+            print(f"{reason}; the {command} {found}", file=sys.stderr, flush=True)
     # Without the farewells of libraries: they would wait for ranks that are gone, or complain.
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     os._exit(128 + number)
+
+
+# ---------------------------------------------------------------- the launcher
+
+LOOK_EVERY = 1.0
+"""Seconds between two looks for the launcher."""
+
+GRACE = 10.0
+"""Seconds that a rank has to end by itself once its launcher is gone."""
+
+
+def end_with_launcher() -> Callable[[], bool]:
+    """Let this rank end when the program that started it does; without one, nothing happens.
+    Returns whether it has: ranks notice one after the other, and the first one's end looks like a
+    fault to the others.
+
+    A launcher that is killed cannot end its ranks, and DeepSpeed's runner does not even when it is
+    only asked to: they would train on, unseen, and hold the folder of their run. What SIGTERM does
+    happens then, and after `GRACE` the process ends wherever it is, in a collective too.
+    """
+    if "RANK" not in os.environ:
+        return lambda: False
+    # Until one of these changes. DeepSpeed has two programs: the one a person starts, and the one
+    # that it starts on each machine, which goes on without it.
+    parent = os.getppid()
+    above = _parent_of(parent) if _is_deepspeed(parent) else None
+    watched = above if above is not None and _is_deepspeed(above) else None
+
+    def ended() -> bool:
+        if os.getppid() != parent:
+            return True
+        return watched is not None and _parent_of(parent) != watched
+
+    def look() -> None:
+        while not ended():
+            time.sleep(LOOK_EVERY)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE)
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=look, name="launcher watch", daemon=True).start()
+    return ended
+
+
+def _parent_of(pid: int) -> int | None:
+    """Parent of a process; None where the system does not say."""
+    try:
+        # The name of the program, in brackets, may hold anything; the parent comes second after it.
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _is_deepspeed(pid: int) -> bool:
+    try:
+        return b"deepspeed" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False

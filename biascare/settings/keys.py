@@ -83,6 +83,8 @@ class DataConfig(_Section):
     max_bad_samples: float = _key(
         "abort when more than this share of samples is unreadable", 0.001, ge=0, le=1
     )
+    # Off: it reads every byte of every folder. A changed letter in a text is found by this alone.
+    verify: bool = _key("compare all records with their content hashes before training", False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -161,6 +161,10 @@ def _extend(tree: Tree, path: Path, children: tuple[Path, ...]) -> Tree:
     base_path = Path(os.path.normpath(path.parent / parent)) if isinstance(parent, str) else None
     if base_path is None:
         problem = f"got {show(parent)}, expected one path relative to this file"
+    # Messages quote what they find wrong: a stranger's configuration could have them quote any
+    # file. Of the target too, a link may be named as it likes.
+    elif not {base_path.suffix, base_path.resolve().suffix} <= {".yaml", ".yml"}:
+        problem = f"got {show(parent)}, expected a file that ends in .yaml or .yml"
     elif base_path.resolve() in chain:  # resolved, so that a link cannot hide a circle
         names = [step.name for step in (*chain, base_path)]
         problem = f"a circle: {' extends '.join(names)}; remove one of them"

@@ -127,6 +127,16 @@ def build_engine(
     return engine
 
 
+def follow_schedule(engine: Any) -> None:
+    """Give the next step the rate of this run's schedule: a checkpoint brings that of its own, of
+    another number of steps."""
+    schedule = engine.lr_scheduler
+    factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+    groups = schedule.optimizer.param_groups
+    for group, base, factor in zip(groups, schedule.base_lrs, factors, strict=True):
+        group["lr"] = base * factor
+
+
 class GradientGuard:
     """Notices a non-finite gradient on this rank without waiting for the device."""
 

@@ -10,10 +10,23 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from biascare.durable import replace_text
 from biascare.interfaces import Batch
 from biascare.training.checkpoint import CheckpointStore
-from biascare.training.progress import GroupMeter, RunLog, peak_memory_gib, progress_line
-from biascare.training.ranks import gather_objects, local_device, rank, world_size
+from biascare.training.progress import (
+    GroupMeter,
+    RunLog,
+    complete_lines,
+    peak_memory_gib,
+    progress_line,
+)
+from biascare.training.ranks import (
+    from_rank_zero,
+    gather_objects,
+    local_device,
+    rank,
+    world_size,
+)
 
 
 class StepState(NamedTuple):
@@ -84,7 +97,8 @@ class LogHook:
         if state.step % self.every and state.step not in (1, self.max_steps):
             return
         values = self.summarise(state)
-        self.log.record("train", state.step, values)
+        # With an answer: where rank 0 meets a full disk, all ranks end with its message.
+        from_rank_zero(lambda: self.log.record("train", state.step, values))
         self.log.say(progress_line(state.step, self.max_steps, values, summed=self.summed))
         self.reset()
 
@@ -122,13 +136,22 @@ class LogHook:
 
 
 class LedgerHook:
-    """Samples that had to be replaced: written down, and too many of them end the run."""
+    """Samples that had to be replaced: written down, and too many of them end the run.
 
-    def __init__(self, folder: Path, max_share: float):
+    A run that goes on after `start_step` continues the ledger: its steps come again, so what stands
+    there of them goes, and what stands there of the steps before counts.
+    """
+
+    def __init__(self, folder: Path, max_share: float, start_step: int, samples_per_step: int):
+        """`samples_per_step`: of this rank."""
         # A file per rank: lines of several writers in one file would run into each other.
         self.path = folder / f"replaced_samples.rank{rank()}.jsonl"
         self.max_share = max_share
-        self.seen = self.replaced = 0
+        self.seen, self.replaced = start_step * samples_per_step, 0
+        if self.path.exists():
+            kept = [e for e in complete_lines(self.path) if e["step"] <= start_step]
+            self.replaced = len(kept)
+            replace_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def __call__(self, state: StepState) -> None:
         for batch in state.micro_batches:
@@ -161,18 +184,20 @@ class CheckpointHook:
         every: int,
         max_steps: int,
         fingerprint: dict[str, Any],
+        notes: dict[str, Any],
     ):
         self.store = store
         self.engine = engine
         self.every = every
         self.max_steps = max_steps
         self.fingerprint = fingerprint
+        self.notes = notes
 
     def __call__(self, state: StepState) -> None:
         # At the end whatever `every` says: a finished run can be exported and continued.
         due = self.every and state.step % self.every == 0
         if due or state.step == self.max_steps:
-            self.store.save(self.engine, state.step, {"step": state.step}, self.fingerprint)
+            self.store.save(self.engine, state.step, self.fingerprint, self.notes)
 
 
 class EvalHook:

@@ -7,10 +7,12 @@ and per prevalence group. Rank 0 speaks for all.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
+import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,38 @@ class GroupMeter:
         return merged
 
 
+def complete_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Entries of a file of JSON lines, without one that a crash cut short."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
+
+
+def keep_events(folder: Path, stays: Callable[[str, int], bool]) -> None:
+    """Drop from TensorBoard's files what `stays(event, step)` refuses."""
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    # Not by a writer's `purge_step`: it holds for what comes after it in the order of file names,
+    # and those are of seconds and process numbers.
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        partial = folder / "partial"  # TensorBoard reads every name that holds "tfevents"
+        with partial.open("wb") as file:
+            writer, num_kept = RecordWriter(file), 0
+            for record in RawEventFileLoader(str(path)).Load():  # as far as a crash left it whole
+                event = Event.FromString(record)
+                tags = [value.tag for value in event.summary.value]
+                if all(stays(tag.partition("/")[0], event.step) for tag in tags):
+                    writer.write(record)
+                    num_kept += bool(tags)
+        if num_kept:
+            partial.replace(path)
+        else:
+            path.unlink()
+            partial.unlink()
+
+
 class RunLog:
     """metrics.jsonl, TensorBoard and the terminal of one run; silent on all ranks but 0."""
 
@@ -81,39 +115,58 @@ class RunLog:
         self.path = folder / "metrics.jsonl"
         self.writer: Any = None
 
-    def open(self, start_step: int, *, tensorboard: bool, evaluates_again: bool = False) -> None:
+    def open(
+        self,
+        start_step: int,
+        *,
+        tensorboard: bool,
+        evaluates_again: bool = False,
+        branches: bool = False,
+    ) -> None:
         """Start writing after `start_step`. A resumed run repeats the steps after its checkpoint;
-        what was logged of them is dropped. A run that starts afresh keeps an older file aside.
+        what was logged of them is dropped. Where they were another run's, because this one starts
+        afresh or `branches` off, a copy of the whole log is kept aside.
 
         `evaluates_again`: the evaluation of `start_step` itself is repeated too.
         """
         if not self.speaks:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.path.exists() and start_step:
-            kept = []
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                try:
-                    entry = json.loads(line)
-                except ValueError:  # cut short by a crash
-                    continue
-                again = evaluates_again and entry["event"] == "eval" and entry["step"] == start_step
-                # Steps after the checkpoint come again; kept, they would stand there twice.
-                if entry["step"] <= start_step and not again:
-                    kept.append(f"{line}\n")
+
+        def stays(event: str, step: int) -> bool:
+            # Steps after the checkpoint come again; kept, they would stand there twice.
+            again = evaluates_again and event == "eval" and step == start_step
+            return bool(start_step) and step <= start_step and not again
+
+        events = self.folder / "tensorboard"
+        if self.path.exists():
+            if branches or not start_step:
+                self._copy_aside(events)
+            lines = [e for e in complete_lines(self.path) if stays(e["event"], e["step"])]
             # As a whole: a crash in the middle must not cost the history before the checkpoint.
-            replace_text(self.path, "".join(kept))
-        elif self.path.exists():
-            number = len(list(self.folder.glob("metrics.before-*.jsonl"))) + 1
-            self.path.rename(self.folder / f"metrics.before-{number}.jsonl")
+            if lines:
+                replace_text(self.path, "".join(json.dumps(entry) + "\n" for entry in lines))
+            else:
+                self.path.unlink()
         if tensorboard:
             # Here, because it takes seconds to import and can be switched off.
             from torch.utils.tensorboard import SummaryWriter
 
-            # Purged like the file above: what an event file held beyond the checkpoint comes again.
-            self.writer = SummaryWriter(
-                str(self.folder / "tensorboard"), purge_step=start_step + 1 if start_step else None
-            )
+            keep_events(events, stays)
+            self.writer = SummaryWriter(str(events))
+
+    def holds(self, event: str, step: int) -> bool:
+        """Whether the file has a line of this event."""
+        entries = complete_lines(self.path) if self.path.exists() else ()
+        return any((entry["event"], entry["step"]) == (event, step) for entry in entries)
+
+    def _copy_aside(self, events: Path) -> None:
+        """Keep log, ledgers of replaced samples and event files of another run."""
+        number = len(list(self.folder.glob("metrics.before-*.jsonl"))) + 1
+        for path in (*self.folder.glob("replaced_samples.rank*.jsonl"), events, self.path):
+            if path.exists() and ".before-" not in path.name:
+                aside = path.with_name(f"{path.stem}.before-{number}{path.suffix}")
+                (shutil.copytree if path.is_dir() else shutil.copyfile)(path, aside)
 
     def record(self, event: str, step: int, values: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl and every number in it to TensorBoard."""

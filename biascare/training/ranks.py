@@ -61,10 +61,13 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def local_rank() -> int:
+    """Among the ranks of this machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def local_device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:

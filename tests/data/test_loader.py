@@ -356,7 +356,7 @@ def test_a_source_of_unreadable_samples_stops_the_run_with_the_last_reason(
 ) -> None:
     stream = tiny_stream(tiny_records, None)
     spoil(stream, {f"tiny/train/{index}" for index in range(8)}, monkeypatch)
-    with pytest.raises(RuntimeError, match=rf"{MAX_REPLACEMENTS} samples in a row of .*decode"):
+    with pytest.raises(ValueError, match=rf"{MAX_REPLACEMENTS} samples in a row of .*decode"):
         stream[0]
 
 

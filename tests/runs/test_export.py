@@ -27,7 +27,7 @@ from biascare.reports.model_card import RunFacts
 from biascare.runs.build import prevalence
 from biascare.runs.evaluate import training_masks
 from biascare.runs.export import training_facts
-from biascare.runs.origin import read_run, save_run_files
+from biascare.runs.origin import code_history, read_run, save_run_files
 from biascare.settings.keys import Config
 from biascare.training.checkpoint import TAG, trained_weights
 from scripts import export
@@ -262,7 +262,8 @@ def test_the_card_says_where_the_model_comes_from_and_what_it_cannot_do(
     about = json.loads((run.folder / "run.json").read_text())
     data = f"| tiny | train | 1 | 8 | - | test | {manifest['content_hash']} |"
     assert f"| segmentation {data}" in card and f"| language {data}" in card
-    assert f"commit {about['git_commit']}" in card
+    (code,) = about["code"]
+    assert f"commit {code['git_commit']}" in card and f"torch {code['versions']['torch']}" in card
     (evaluation,) = run.records("eval")
     dice = evaluation["segmentation"]["dice"]["mean"]
     assert "At step 2" in card
@@ -373,7 +374,8 @@ def vision_run(folder: Path, records: Path) -> tuple[Config, RunFacts]:
         f"train: {{stage: vision, max_steps: 1, output_dir: {folder}}}\n"
     )
     config, sources = load_config(path), [Records(records)]
-    save_run_files(config, prevalence(config, sources), sources, [])
+    groups, code = prevalence(config, sources), code_history([], 0)
+    save_run_files(config, groups, sources, [], code=code)
     return config, read_run(folder, 1, to_dict(config))
 
 

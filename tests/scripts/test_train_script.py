@@ -259,6 +259,8 @@ def test_a_rank_that_dies_ends_the_others(world: World) -> None:
         world.run(2, [Job("dies", 2, ("train.max_steps=2",), {"die": 1})], timeout=150)
     assert caught.type is AssertionError, "a rank waited for a dead one"
     assert "this rank died" in str(caught.value)
+    left = Run(world.folder / "world2" / "dies", "dies").errors[0]
+    assert left is not None and left.startswith("MachineError: another rank has ended")
     assert time.perf_counter() - began < 150
 
 
@@ -321,7 +323,7 @@ def batch_of(*replaced: list[str]) -> Batch:
 def test_replaced_samples_are_written_down(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    hook = LedgerHook(tmp_path, max_share=0.002)
+    hook = LedgerHook(tmp_path, 0.002, 0, 2)
     hook(state(1, [batch_of([], ["cannot decode"])]))
     line = json.loads((tmp_path / "replaced_samples.rank0.jsonl").read_text())
     assert line == {"step": 1, "position": 1, "reasons": ["cannot decode"]}
@@ -329,16 +331,33 @@ def test_replaced_samples_are_written_down(
 
 
 def test_too_many_replaced_samples_end_the_run(tmp_path: Path) -> None:
-    hook = LedgerHook(tmp_path, max_share=0.002)  # 2 of the first 1000
+    hook = LedgerHook(tmp_path, 0.002, 0, 2)  # 2 of the first 1000
     for step in (1, 2):
         hook(state(step, [batch_of([], ["bad"])]))
     with pytest.raises(BadDataError, match=r"3 of 6 samples .* data\.max_bad_samples 0\.20%"):
         hook(state(3, [batch_of([], ["bad"])]))
 
 
+def test_a_ledger_goes_on_where_its_run_goes_on(tmp_path: Path) -> None:
+    """Steps after the checkpoint come again: neither twice in the file nor twice in the share."""
+    hook = LedgerHook(tmp_path, 0.002, 0, 2)
+    for step in (1, 2):
+        hook(state(step, [batch_of([], [f"bad {step}"])]))
+    with (tmp_path / "replaced_samples.rank0.jsonl").open("a") as file:
+        file.write('{"step": 3, "posi')  # cut by a crash
+
+    again = LedgerHook(tmp_path, 0.002, 1, 2)
+    assert (again.seen, again.replaced) == (2, 1)
+    again(state(2, [batch_of([], ["bad 2"])]))
+    lines = (tmp_path / "replaced_samples.rank0.jsonl").read_text().splitlines()
+    assert [json.loads(line)["reasons"] for line in lines] == [["bad 1"], ["bad 2"]]
+    with pytest.raises(BadDataError, match=r"3 of 6 samples"):
+        LedgerHook(tmp_path, 0.002, 2, 2)(state(3, [batch_of([], ["bad 3"])]))
+
+
 def test_no_bad_sample_is_tolerated_where_none_is_allowed(tmp_path: Path) -> None:
     with pytest.raises(BadDataError):
-        LedgerHook(tmp_path, max_share=0.0)(state(1, [batch_of(["bad"])]))
+        LedgerHook(tmp_path, 0.0, 0, 1)(state(1, [batch_of(["bad"])]))
 
 
 def outcome(*dice: float, valid: tuple[bool, ...]) -> RowOutcome:

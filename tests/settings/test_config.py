@@ -296,6 +296,16 @@ def test_an_extended_file_that_is_missing_is_answered_with_its_neighbour(folder:
     assert "expected one path" in only(path)
 
 
+def test_only_yaml_is_extended_so_that_no_message_quotes_another_file(folder: Path) -> None:
+    secret = write(folder, "root:x:0:0:the secret\n", "passwd")
+    (folder / "link.yaml").symlink_to(secret)
+    for name in ("/etc/passwd", str(secret), "link.yaml"):
+        path = write(folder, f"_extends: {name}\n" + dump(MINIMAL), "child.yaml")
+        message = only(path)
+        assert "expected a file that ends in .yaml or .yml" in message
+        assert "root" not in message and "secret" not in message
+
+
 # ---------------------------------------------------------------- overrides
 
 

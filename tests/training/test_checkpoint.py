@@ -18,10 +18,18 @@ import torch
 
 from biascare.durable import REPLACED
 from biascare.training import checkpoint
-from biascare.training.checkpoint import TAG, CheckpointStore, SafeCheckpointEngine, verify
+from biascare.training.checkpoint import (
+    SEAL,
+    TAG,
+    CheckpointStore,
+    SafeCheckpointEngine,
+    sealed,
+    verify,
+)
 from tests.training.training_runs import Job, World, equal
 
 FINGERPRINT = {"train.seed": 0, "data": ["abc"]}
+NOTES = {"max_steps": 20, "code": [{"from_step": 0, "git_commit": "abc"}]}
 
 
 class Engine:
@@ -31,17 +39,18 @@ class Engine:
 
     def __init__(self, value: float = 0.0):
         self.value = value
+        self.module = torch.nn.Linear(2, 2)
         self.checkpoint_engine: Any = None
 
-    def save_checkpoint(self, folder: str, tag: str, client_state: Any, **_: Any) -> None:
+    def save_checkpoint(self, folder: str, tag: str, **_: Any) -> None:
         for name in self.files:
-            state = {"value": torch.full((64,), self.value), "client": client_state}
+            state = {"value": torch.full((64,), self.value)}
             self.checkpoint_engine.save(state, f"{folder}/{tag}/{name}")
 
     def load_checkpoint(self, folder: str, tag: str, **_: Any) -> tuple[str, Any]:
         state = [self.checkpoint_engine.load(f"{folder}/{tag}/{name}") for name in self.files]
         self.value = state[0]["value"][0].item()
-        return folder, state[0]["client"]
+        return folder, {}
 
 
 @pytest.fixture
@@ -51,7 +60,7 @@ def store(tmp_path: Path) -> CheckpointStore:
 
 def save(store: CheckpointStore, step: int, value: float | None = None) -> Path:
     engine = Engine(float(step) if value is None else value)
-    return store.save(engine, step, {"step": step}, FINGERPRINT)
+    return store.save(engine, step, FINGERPRINT, NOTES)
 
 
 def loaded(store: CheckpointStore) -> tuple[int, float] | None:
@@ -60,9 +69,9 @@ def loaded(store: CheckpointStore) -> tuple[int, float] | None:
     if path is None:
         return None
     engine = Engine()
-    step, client_state = store.load(engine, path, FINGERPRINT)
-    assert client_state == {"step": step}
-    return step, engine.value
+    manifest = store.load(engine, path, FINGERPRINT)
+    assert manifest["code"] == NOTES["code"]
+    return manifest["step"], engine.value
 
 
 def test_what_is_saved_comes_back_and_the_newest_are_kept(store: CheckpointStore) -> None:
@@ -180,12 +189,43 @@ def empty_manifest(folder: Path) -> None:
     (folder / "manifest.json").write_text("[]")
 
 
+def edit_step(folder: Path) -> None:
+    rewrite(folder, lambda manifest: manifest | {"step": 7})
+
+
+def forget_files(folder: Path) -> None:
+    rewrite(folder, lambda manifest: manifest | {"files": {}})
+
+
+def forget_files_and_seal(folder: Path) -> None:
+    rewrite(folder, lambda manifest: sealed(manifest | {"files": {}}))
+
+
+def remove_seal(folder: Path) -> None:
+    rewrite(folder, lambda manifest: {k: v for k, v in manifest.items() if k != SEAL})
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+def plant_partition(folder: Path) -> None:
+    """DeepSpeed would take it for the states of another rank."""
+    shutil.copy(folder / TAG / Engine.files[1], folder / TAG / "bf16_zero_optim_states.pt")
+
+
 DAMAGES: dict[Callable[[Path], None], str] = {
     flip_byte: "has changed since it was written",
     truncate: "bytes instead of",
     remove_file: "is missing",
     remove_manifest: "manifest.json cannot be read",
     empty_manifest: "manifest.json cannot be read",
+    edit_step: "manifest.json does not fit its own hash",
+    forget_files: "manifest.json does not fit its own hash",
+    forget_files_and_seal: "manifest.json does not name engine/",
+    remove_seal: "manifest.json has no hash of its own",
+    plant_partition: "manifest.json does not name engine/bf16_zero_optim_states.pt",
 }
 
 
@@ -222,10 +262,10 @@ def test_a_run_never_starts_afresh_over_damaged_checkpoints(
 
 
 def test_starting_afresh_keeps_the_earlier_checkpoints(store: CheckpointStore) -> None:
-    store.set_aside()  # nothing there yet
+    assert not store.set_aside(None)  # nothing there yet
     for number in (1, 2):
         save(store, 5)
-        store.set_aside()
+        assert store.set_aside(None)
         assert loaded(store) is None
         kept = store.folder.with_name(f"checkpoints.before-{number}")
         assert verify(kept / "step_00000005") is None
@@ -282,7 +322,7 @@ def test_a_planted_pickle_is_refused_and_not_run(store: CheckpointStore, tmp_pat
         "size": file.stat().st_size,
         "sha256": checkpoint._sha256(file),
     }
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / "manifest.json").write_text(json.dumps(sealed(manifest)))
     assert verify(path) is None  # whoever can plant a file can also write its hash
     with pytest.raises((pickle.UnpicklingError, ValueError), match=r"(?i)weights.only|trusted"):
         store.load(Engine(), path, FINGERPRINT)

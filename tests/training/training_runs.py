@@ -38,10 +38,11 @@ class Run(NamedTuple):
     """What a run left behind."""
 
     folder: Path
+    name: str = "*"  # of the job, where several have run in its folder
 
     def outcomes(self) -> list[dict[str, Any]]:
         """Of every rank: `error`, how it ended, and what its fault observed."""
-        files = sorted(self.folder.glob("outcome.rank*.json"))
+        files = sorted(self.folder.glob(f"{self.name}.outcome.rank*.json"))
         return [json.loads(path.read_text()) for path in files]
 
     @property
@@ -205,7 +206,7 @@ class World:
                     process.wait()
         assert not any(codes), log.read_text()[-5000:]
         base = self.folder / f"world{num_ranks}"
-        return {job.name: Run(base / (job.folder or job.name)) for job in jobs}
+        return {job.name: Run(base / (job.folder or job.name), job.name) for job in jobs}
 
 
 def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

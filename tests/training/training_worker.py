@@ -3,8 +3,8 @@
     RANK=0 WORLD_SIZE=2 ... python tests/training/training_worker.py jobs.json
 
 Each job is a whole run of `biascare.runs.train` on a configuration file, with an optional fault.
-The tests look at what it leaves behind: metrics, checkpoints, export, and `outcome.rankN.json`,
-which says how it ended. Started by `tests/training/training_runs.py`.
+The tests look at what it leaves behind: metrics, checkpoints, export, and
+`JOB.outcome.rankN.json`, which says how it ended. Started by `tests/training/training_runs.py`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,16 @@ import contextlib
 import gc
 import json
 import os
+import resource
+import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -127,6 +131,46 @@ def killing_fsync(number: int) -> Any:
     return fsync
 
 
+def full_disk(step: int, place: str) -> None:
+    """Leave no byte on the disk of `place`."""
+    with contextlib.suppress(OSError), Path(place, "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+def read_only_disk(step: int, place: str) -> None:
+    # Over itself: what a run has open already would keep the file system itself from it.
+    for options in (["--bind", place, place], ["-o", "remount,bind,ro", place]):
+        subprocess.run(["mount", *options], check=True)
+
+
+def dead_reader(step: int, place: str) -> None:
+    """Kill, as the system does when memory runs out, a process that reads records."""
+    me = psutil.Process()
+    [child for child in me.children() if child.cmdline() == me.cmdline()][-1].kill()
+
+
+def no_more_files(step: int, place: str) -> None:
+    """As many files open as there may be."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")), most))
+
+
+ACCIDENTS = {act.__name__: act for act in (full_disk, read_only_disk, dead_reader, no_more_files)}
+
+
+def accident(name: str, step: int, place: str = "") -> Any:
+    """`CheckpointHook.__call__` after which, on rank 0, something happens to the machine."""
+    original = hooks.CheckpointHook.__call__
+
+    def call(self: hooks.CheckpointHook, state: Any) -> None:
+        original(self, state)
+        if state.step == step and ranks.rank() == 0:
+            ACCIDENTS[name](step, place)
+
+    return call
+
+
 def predicting_export(found: dict[str, Any]) -> Any:
     """`export_run` that also notes what the engine's own model predicts, and its buffers."""
     original = train.export_run
@@ -171,6 +215,12 @@ def faults(job: dict[str, Any], found: dict[str, Any]) -> list[Any]:
     if "die" in job:
         call = raising_hook(job["die"], distributed_world() - 1, RuntimeError("this rank died"))
         patches.append(mock.patch.object(hooks.CheckpointHook, "__call__", call))
+    if "accident" in job:
+        call = accident(**job["accident"])
+        patches.append(mock.patch.object(hooks.CheckpointHook, "__call__", call))
+    if "unseen_disk" in job:  # full when it is written to, not when it is looked at
+        usage = mock.Mock(free=2**60)
+        patches.append(mock.patch.object(shutil, "disk_usage", return_value=usage))
     if "kill" in job:
         patches.append(mock.patch.object(os, "fsync", killing_fsync(job["kill"])))
     return patches
@@ -183,15 +233,17 @@ def distributed_world() -> int:
 def run_job(job: dict[str, Any]) -> None:
     config = load_config(job["config"], job.get("overrides", []))
     found: dict[str, Any] = {"error": None}
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
         for patch in faults(job, found):
             stack.enter_context(patch)
         try:
             train.run(config)
-        except (ValueError, OSError, trainer.NonFiniteError, RunInterruptedError) as error:
+        except (*train.RUN_ERRORS, RunInterruptedError) as error:
             found["error"] = f"{type(error).__name__}: {error}"
     gc.collect()
-    path = Path(config.train.output_dir) / f"outcome.rank{ranks.rank()}.json"
+    path = Path(job["config"]).with_suffix(f".outcome.rank{ranks.rank()}.json")
     path.write_text(json.dumps(found))
 
 
