@@ -72,15 +72,14 @@ def main() -> None:
 
     try:
         with explained(options.output or Path.cwd()):
-            table, said, passed = carry_out(EvaluationRequest(**vars(options)))
+            shown, passed = carry_out(EvaluationRequest(**vars(options)))
     except (ValueError, OSError, MachineError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it was", file=sys.stderr)
         sys.exit(130)
     if os.environ.get("RANK", "0") == "0":
-        Console().print(table)
-        print(said)
+        Console().print(*shown, sep="\n", soft_wrap=True)
     if not passed:
         sys.exit(1)
 

@@ -11,8 +11,7 @@ from biascare.evaluation.invariance import Difference
 
 
 def evaluation_table(summary: Mapping[str, Any], title: str) -> Table:
-    """Dice by prevalence group and modality, accuracy by kind beside constant answers, and gaps
-    between groups of patients beside what chance would show."""
+    """Dice by prevalence group and modality, accuracy by kind beside constant answers."""
     table = Table(title=title)
     for column in ("what", "group", "n", "score", "reference"):
         table.add_column(column, justify="left" if column in ("what", "group") else "right")
@@ -39,13 +38,28 @@ def evaluation_table(summary: Mapping[str, Any], title: str) -> Table:
         if "accuracy_by_option" in cell:
             scored, accuracy = str(cell["num_scored"]), _f(cell["accuracy_by_option"])
             table.add_row("", "likeliest option", scored, accuracy, "")
-    for metric, by_name in summary.get("groups", {}).items():
+    return table
+
+
+def groups_table(groups: Mapping[str, Mapping[str, Any]]) -> Table:
+    """The gap between the worst and the best group of patients, by metric and attribute."""
+    table = Table(
+        title="Groups of patients",
+        caption="by chance: the mean gap of groups dealt anew; detectable: found 8 times of 10;\n"
+        "p: of all rows together (Holm), below 0.05 in 5 of 100 evaluations without any difference",
+    )
+    for column in ("metric by attribute", "worst to best"):
+        table.add_column(column)
+    for column in ("gap", "by chance", "detectable", "p"):
+        table.add_column(column, justify="right")
+    for metric, by_name in groups.items():
         for name, found in by_name.items():
-            if found["gap"] is None:  # fewer than two groups that are large enough
+            if found["gap"] is None:
+                table.add_row(f"{metric} by {name}", "fewer than two groups of 20", *"----")
                 continue
-            chance = f"{_f(found['null_mean'])} by chance, p {_f(found['p_holm'])}"
-            groups = f"{found['worst']} to {found['best']}"
-            table.add_row(f"{metric}, gap by {name}", groups, "", _f(found["gap"]), chance)
+            numbers = (found[key] for key in ("gap", "null_mean", "detectable", "p_holm"))
+            groups_named = f"{found['worst']} to {found['best']}"
+            table.add_row(f"{metric} by {name}", groups_named, *map(_f, numbers))
     return table
 
 

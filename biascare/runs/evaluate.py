@@ -40,7 +40,7 @@ from biascare.inference.segmenter import Segmenter
 from biascare.models.export_folder import build_network
 from biascare.records import Records, decode_mask
 from biascare.reports.sheets import contact_sheet, mask_panels, representative_cases
-from biascare.reports.tables import evaluation_table, invariance_table
+from biascare.reports.tables import evaluation_table, groups_table, invariance_table
 from biascare.runs.origin import git_commit
 from biascare.settings.keys import EvalConfig
 from biascare.training.progress import RunLog
@@ -78,18 +78,20 @@ class EvaluationRequest(NamedTuple):
     check_invariance: int  # images and questions to compute in several ways instead
 
 
-def carry_out(request: EvaluationRequest) -> tuple[Table, str, bool]:
-    """What was asked for: (table for the terminal, what else there is to say, whether all is well).
+def carry_out(request: EvaluationRequest) -> tuple[list[Table | str], bool]:
+    """What was asked for: (what there is to show in the terminal, whether all is well).
 
     Raises ValueError as `evaluate_model` and `check_model` do.
     """
     if request.check_invariance:
         differences = check_model(request._replace(limit=request.check_invariance))
-        return invariance_table(differences), "", all(found.passed for found in differences)
+        return [invariance_table(differences)], all(found.passed for found in differences)
     summary = evaluate_model(request)
     sheet = " and a contact sheet" if "segmentation" in summary else ""
-    said = f"cases, metrics{sheet} are in {request.output}"
-    return evaluation_table(summary, request.model), said, True
+    shown: list[Table | str] = [evaluation_table(summary, request.model)]
+    if "groups" in summary:
+        shown.append(groups_table(summary["groups"]))
+    return [*shown, f"cases, metrics{sheet} are in {request.output}"], True
 
 
 class Prepared(NamedTuple):
