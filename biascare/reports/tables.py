@@ -46,20 +46,21 @@ def groups_table(groups: Mapping[str, Mapping[str, Any]]) -> Table:
     table = Table(
         title="Groups of patients",
         caption="by chance: the mean gap of groups dealt anew; detectable: found 8 times of 10;\n"
-        "p: of all rows together (Holm), below 0.05 in 5 of 100 evaluations without any difference",
+        "p: of all rows together (Holm), below 0.05 in 5 of 100 evaluations without a difference;\n"
+        "same mix: p of scores less the mean of their kind of case",
     )
     for column in ("metric by attribute", "worst to best"):
         table.add_column(column)
-    for column in ("gap", "by chance", "detectable", "p"):
+    for column in ("gap", "by chance", "detectable", "p", "same mix"):
         table.add_column(column, justify="right")
     for metric, by_name in groups.items():
         for name, found in by_name.items():
             if found["gap"] is None:
-                table.add_row(f"{metric} by {name}", "fewer than two groups of 20", *"----")
+                table.add_row(f"{metric} by {name}", "fewer than two groups of 20", *"-----")
                 continue
-            numbers = (found[key] for key in ("gap", "null_mean", "detectable", "p_holm"))
+            keys = ("gap", "null_mean", "detectable", "p_holm", "p_case_mix_holm")
             groups_named = f"{found['worst']} to {found['best']}"
-            table.add_row(f"{metric} by {name}", groups_named, *map(_f, numbers))
+            table.add_row(f"{metric} by {name}", groups_named, *(_f(found[key]) for key in keys))
     return table
 
 

@@ -17,6 +17,7 @@ from biascare.evaluation.metrics.bootstrap import (
 )
 from biascare.evaluation.metrics.fairness import (
     MISSING,
+    adjusted,
     cceg,
     deferral,
     disparity,
@@ -136,7 +137,7 @@ def test_one_patients_many_images_do_not_make_a_difference() -> None:
     assert (by_row.p or 0) < 0.01 < 0.5 < (by_patient.p or 0)
 
 
-def test_what_the_case_mix_explains_is_in_the_null_of_its_strata() -> None:
+def test_what_the_case_mix_explains_is_no_difference_within_it() -> None:
     """Women have the hard cases: within hard and within easy cases nothing differs."""
     rng = np.random.default_rng(8)
     hard = np.repeat([True, False], 400)
@@ -144,10 +145,15 @@ def test_what_the_case_mix_explains_is_in_the_null_of_its_strata() -> None:
     values = np.where(hard, 0.3, 0.9) + rng.normal(0, 0.05, 800)
     plain = disparity(values, sex, np.arange(800), num_draws=200)
     strata = ["hard" if h else "easy" for h in hard]
-    within = disparity(values, sex, np.arange(800), strata=strata, num_draws=200)
+    within = disparity(adjusted(values, strata), sex, np.arange(800), num_draws=200)
     assert (plain.p or 1) < 0.01 and plain.worst == "F" and (within.p or 0) > 0.05
     means = standardised(values, sex, strata)
     assert abs(means["F"][0] - means["M"][0]) < 0.02 and means["F"][1] == 1.0
+
+
+def test_adjusted_values_have_the_mean_of_all_in_every_stratum() -> None:
+    values = [1.0, 3.0, float("nan"), 8.0]
+    assert adjusted(values, ["x", "x", "x", "y"])[[0, 1, 3]].tolist() == [3.0, 5.0, 4.0]
 
 
 def test_a_standardised_mean_says_how_much_of_the_mix_it_stands_on() -> None:
@@ -241,3 +247,40 @@ def test_nothing_known_of_patients_makes_no_comparison() -> None:
     assert summarise_groups([measured([None] * 30, [None] * 30, [0.5] * 30)]) == {}
     small = summarise_groups([measured(["F"] * 3, [None] * 3, [0.5] * 3)])["dice"]["sex"]
     assert small["gap"] is None and small["p_holm"] is None and small["p_case_mix_holm"] is None
+
+
+def simulated(seed: int, effect: float) -> list[Measured]:
+    """60 patients with eight masks each of six kinds, easy and hard; women lose `effect`."""
+    rng = np.random.default_rng(seed)
+    kinds = rng.choice(6, (60, 8), p=[0.3, 0.3, 0.2, 0.1, 0.05, 0.05])
+    patient = rng.normal(0, 0.05, (60, 1))
+    scores = 0.9 - 0.12 * kinds + patient + rng.normal(0, 0.1, kinds.shape)
+    facts = []
+    for number in range(60):
+        known = {
+            "sex": rng.choice(["F", "M"]),
+            "age": float(rng.integers(20, 90)),
+            "race": rng.choice(["A", "B", "C"], p=[0.6, 0.25, 0.15]),
+        }
+        facts += [tiny_facts(f"{number}/{k}", patient_id=f"p{number}", **known) for k in range(8)]
+    values = scores.ravel() - effect * np.array([f.sex == "F" for f in facts])
+    mix = [str(kind) for kind in kinds.ravel()]
+    right = (rng.random(len(facts)) < 0.7).astype(float)
+    return [Measured("dice", facts, values, mix), Measured("accuracy", facts, right, mix)]
+
+
+@pytest.mark.slow
+def test_a_whole_evaluation_without_bias_gives_a_false_alarm_in_five_of_a_hundred() -> None:
+    """And one with a planted gap is found, by the groups it was planted in."""
+    alarms, found = {"p_holm": 0, "p_case_mix_holm": 0}, 0
+    for seed in range(100):
+        groups = summarise_groups(simulated(seed, 0), num_draws=499, seed=seed)
+        every = [cell for by_name in groups.values() for cell in by_name.values()]
+        for key in alarms:
+            alarms[key] += any(cell[key] <= 0.05 for cell in every)
+        biased = summarise_groups(simulated(seed, 0.08), num_draws=499, seed=seed)
+        planted = biased["dice"]["sex"]
+        found += planted["p_case_mix_holm"] <= 0.05 and planted["worst"] == "F"
+    print(f"false alarms {alarms}, planted gaps found {found} of 100")
+    assert max(alarms.values()) <= 12  # the 99.9th percentile of a binomial of 100 at 0.05
+    assert found >= 90

@@ -75,7 +75,6 @@ def disparity(
     attribute: Sequence[Hashable],
     clusters: NDArray[np.int64],
     *,
-    strata: Sequence[Hashable] | None = None,
     higher_is_better: bool = True,
     min_group: int = MIN_GROUP,
     num_draws: int = NUM_DRAWS,
@@ -84,9 +83,8 @@ def disparity(
     """Means of `values` [N] by `attribute` [N], and their gap beside its null.
 
     `clusters` [N]: patient of each row (see `bootstrap.cluster_numbers`). NaN values leave their
-    rows out. With `strata` [N] (modality, target, ...) groups are dealt anew only among patients of
-    one case mix, so that what the mix explains is in the null too. Rows without the attribute are
-    a group that is shown and not compared.
+    rows out. Rows without the attribute are a group that is shown and not compared. Of values that
+    are `adjusted` for the case mix, the comparison is that within the mix.
     """
     found = np.asarray(values, np.float64)
     group, names = named_groups(attribute)
@@ -115,8 +113,7 @@ def disparity(
         return Disparity(groups, *[None] * 10)
     means = drawn.estimate[chosen]
     keep = valid & np.isin(group, chosen)
-    dealt = None if strata is None else [strata[i] for i in np.flatnonzero(keep).tolist()]
-    null = permuted_gaps(found[keep], group[keep], clusters[keep], dealt, num_draws, seed)
+    null = permuted_gaps(found[keep], group[keep], clusters[keep], num_draws, seed)
     gap = float(np.ptp(means))
     order = means.argsort() if higher_is_better else (-means).argsort()
     null_95 = float(np.quantile(null, 0.95))
@@ -148,7 +145,6 @@ def permuted_gaps(
     values: NDArray[np.float64],
     group: NDArray[np.int64],
     clusters: NDArray[np.int64],
-    strata: Sequence[Hashable] | None = None,
     num_draws: int = NUM_DRAWS,
     seed: int = 0,
 ) -> NDArray[np.float64]:
@@ -164,20 +160,10 @@ def permuted_gaps(
     sums, counts = np.bincount(unit, values), np.bincount(unit).astype(np.float64)
     label = np.zeros(num_units, np.int64)
     label[unit] = group
-    stratum = np.zeros(num_units, np.int64)
-    if strata is not None:
-        # Of a patient with several kinds of images, all of them together are the case mix.
-        mix: dict[int, set[str]] = {}
-        for one, kind in zip(unit.tolist(), strata, strict=True):
-            mix.setdefault(one, set()).add(str(kind))
-        stratum = named_groups([" ".join(sorted(mix[u])) for u in range(num_units)])[0]
-    by_stratum = np.argsort(stratum, kind="stable")
     present, label = np.unique(label, return_inverse=True)
     rng, gaps = np.random.default_rng(seed), np.empty(num_draws)
     for draw in range(num_draws):
-        # In order of stratum, and at random inside each: one sort instead of a loop over strata.
-        dealt = np.empty_like(label)
-        dealt[by_stratum] = label[np.argsort(stratum + rng.random(num_units))]
+        dealt = rng.permutation(label)
         means = np.bincount(dealt, sums, len(present)) / np.bincount(dealt, counts, len(present))
         gaps[draw] = np.ptp(means)
     return gaps
@@ -218,6 +204,20 @@ def equity_scaled(overall: float, by_group: Mapping[str, float], kind: str = "st
     if kind == "deviation":
         return float(overall / (1 + np.abs(overall - means).sum()))
     raise ValueError(f"kind: got {kind!r}, expected 'std' or 'deviation'")
+
+
+def adjusted(values: ArrayLike, case_mix: Sequence[Hashable]) -> NDArray[np.float64]:
+    """`values` [N] less the mean of their stratum of `case_mix`, plus the mean of all.
+
+    What the mix explains is gone, and with it the part of its spread that hides a difference. A
+    stratum that one group has alone says nothing of the group.
+    """
+    found = np.asarray(values, np.float64)
+    mix, strata = named_groups(case_mix)
+    valid = ~np.isnan(found)
+    num = np.maximum(np.bincount(mix[valid], minlength=len(strata)), 1)
+    means = np.bincount(mix[valid], found[valid], minlength=len(strata)) / num
+    return found - means[mix] + (found[valid].mean() if valid.any() else 0.0)
 
 
 def standardised(

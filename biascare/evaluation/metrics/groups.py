@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from biascare.evaluation.metrics.bootstrap import NUM_DRAWS, cluster_numbers
-from biascare.evaluation.metrics.fairness import disparity, holm, standardised
+from biascare.evaluation.metrics.fairness import adjusted, disparity, holm, standardised
 from biascare.interfaces import Facts
 
 AGE_BANDS = ((40, "under 40"), (60, "40 to 59"), (80, "60 to 79"))
@@ -57,8 +57,9 @@ def summarise_groups(
 ) -> dict[str, dict[str, Any]]:
     """{metric: {attribute: comparison}} for attributes that at least one case states.
 
-    A comparison holds the fields of `Disparity`, the same p within case mixes (`p_case_mix`), both
-    adjusted over the family, and each group's mean over a common case mix.
+    A comparison holds the fields of `Disparity`; the same p of values adjusted for their case mix
+    (`p_case_mix`); both adjusted over the family (`_holm`); and each group's mean over a common
+    case mix.
     """
     result: dict[str, dict[str, Any]] = {}
     for metric in metrics:
@@ -72,7 +73,9 @@ def summarise_groups(
                 continue
             mix = metric.case_mix
             plain = disparity(values, groups, patients, num_draws=num_draws, seed=seed)
-            within = disparity(values, groups, patients, strata=mix, num_draws=num_draws, seed=seed)
+            within = disparity(
+                adjusted(values, mix), groups, patients, num_draws=num_draws, seed=seed
+            )
             common = standardised(values, groups, mix)
             shown = [group._asdict() for group in plain.groups]
             for group in shown:
@@ -86,6 +89,6 @@ def summarise_groups(
         stated = [found for found in family if found[key] is not None]
         for found in family:
             found[f"{key}_holm"] = None
-        for found, adjusted in zip(stated, holm([f[key] for f in stated]), strict=True):
-            found[f"{key}_holm"] = adjusted
+        for found, p in zip(stated, holm([f[key] for f in stated]), strict=True):
+            found[f"{key}_holm"] = p
     return result
