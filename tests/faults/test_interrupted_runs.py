@@ -227,7 +227,7 @@ def test_a_reading_process_that_dies_is_told_in_plain_words(runs: dict[str, Run]
 
 def test_a_limit_of_open_files_is_told_in_plain_words(runs: dict[str, Run]) -> None:
     error = error_of(runs["no files"])
-    assert error.startswith("MachineError: ") and "ulimit -n" in error
+    assert error.startswith("MachineError: ") and "ulimit -Hn" in error
 
 
 @pytest.mark.parametrize(
