@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from biascare.data.chat import ChatBuilder, segmentation_instruction
-from biascare.data.loader import collate, facts_of, first, mask_facts
+from biascare.data.loader import READ_TIMEOUT, collate, facts_of, first, mask_facts
 from biascare.data.prompts import box_from_mask, first_point
 from biascare.data.transforms import Geometry, apply_mask, apply_points, read_image
 from biascare.interfaces import (
@@ -305,4 +305,5 @@ def heldout_loader(
         batch_sampler=shares,
         collate_fn=first,
         num_workers=num_workers,
+        timeout=READ_TIMEOUT if num_workers else 0,
     )

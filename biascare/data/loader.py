@@ -31,6 +31,9 @@ from biascare.records import Records, Turn, decode_mask
 MAX_REPLACEMENTS = 16
 """Unreadable units in a row of one source before the run stops."""
 
+READ_TIMEOUT = 600
+"""Seconds without a batch after which a reading process is not waited for any longer."""
+
 T = TypeVar("T")
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
@@ -334,6 +337,7 @@ def training_loader(
         pin_memory=torch.cuda.is_available(),
         persistent_workers=False,
         prefetch_factor=4 if num_workers else None,
+        timeout=READ_TIMEOUT if num_workers else 0,
     )
 
 

@@ -46,10 +46,11 @@ def _explanation(error: Exception, folder: Path) -> Exception | None:
     # By their text too: torch reports some failed calls of the system as its own RuntimeError.
     too_many = "Too many open files" in text or "received 0 items of ancdata" in text
     if too_many or getattr(error, "errno", None) in _FILES:
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return MachineError(
-            f"a process of this run has as many files open as it may, {soft}; allow more in the "
-            f"shell that starts it (ulimit -n {hard}), or lower data.num_workers"
+            f"a process of this run has as many files open as the system lets it, {limit}; have "
+            "that raised (`ulimit -Hn` shows it, a service has LimitNOFILE), or lower "
+            "data.num_workers"
         )
     if isinstance(error, OSError) and error.errno in _DISK:
         named = None if error.filename is None else Path(str(error.filename)).absolute()
@@ -71,6 +72,11 @@ def _explanation(error: Exception, folder: Path) -> Exception | None:
     if "gloo" in text and re.search("Connection (closed|reset) by peer", text):
         return MachineError(
             f"another rank has ended; why, it says above or in {folder}/traceback.rank*.txt"
+        )
+    if text.startswith("DataLoader timed out"):
+        return MachineError(
+            f"no batch came from the reading processes: {text}. The disk of the records hangs, or "
+            "one of these processes has failed (see above)"
         )
     # Torch puts the whole traceback of a reading process into the message.
     caught = re.match(r"Caught (\w+) in DataLoader worker process \d+\.\n", text)

@@ -39,12 +39,13 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         if rank() == 0:
-            # Before the lock is given back: nobody can have taken it yet.
-            (folder / LOCK).unlink(missing_ok=True)
-            held[0].close()
-            if made:  # and nothing was written to it: the run was refused
-                with contextlib.suppress(OSError):
+            # What this disk refuses must not hide why the run ends.
+            with contextlib.suppress(OSError):
+                # Before the lock is given back: nobody can have taken it yet.
+                (folder / LOCK).unlink()
+                if made:  # and empty still: the run was refused
                     folder.rmdir()
+            held[0].close()
 
 
 def _take(path: Path) -> IO[str]:

@@ -16,6 +16,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
@@ -28,9 +29,15 @@ from typing import Any, NoReturn
 
 
 def prepare_process() -> None:
-    """Divide the cores among the ranks of this machine, unless the user has: oversubscribed threads
-    make CPU ranks dozens of times slower. Then silence what libraries say about themselves, and let
+    """Allow as many open files as the system lets this process have. Divide the cores among the
+    ranks of this machine, unless the user has: oversubscribed threads make CPU ranks dozens of
+    times slower. Then silence what libraries say about themselves, and let
     rank 0 print what this package logs (what was loaded from foreign weights)."""
+    # Tensors of reading processes come as open files, and where one cannot be opened over there,
+    # torch loses the batch without a word to this process.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -81,6 +88,8 @@ def fail(error: BaseException, folder: str | None = None) -> NoReturn:
         with contextlib.suppress(OSError):
             path.write_text(traceback.format_exc(), encoding="utf-8")
             message += f"\n(traceback in {path})"
+    # What libraries had half made complains when it is taken down, below the message.
+    sys.unraisablehook = lambda details: None
     if folder is not None or number == "0":
         print(message, file=sys.stderr, flush=True)
     raise SystemExit(1)

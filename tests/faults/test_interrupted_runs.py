@@ -6,13 +6,18 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import Dataset
 
+from biascare.data import loader
+from biascare.data.loader import training_loader
+from biascare.runs.faults import MachineError, explained
 from biascare.training.checkpoint import verify
 from tests.tiny import QUESTIONS, tiny_record, write_records
 from tests.training.training_runs import ROOT, Job, Run, World, environment
@@ -227,7 +232,7 @@ def test_a_reading_process_that_dies_is_told_in_plain_words(runs: dict[str, Run]
 
 def test_a_limit_of_open_files_is_told_in_plain_words(runs: dict[str, Run]) -> None:
     error = error_of(runs["no files"])
-    assert error.startswith("MachineError: ") and "ulimit -n" in error
+    assert error.startswith("MachineError: ") and "ulimit -Hn" in error
 
 
 @pytest.mark.parametrize(
@@ -254,3 +259,37 @@ def test_an_interrupted_run_says_which_command_continues_it(
     )
     assert done.returncode == 130
     assert done.stderr == f"interrupted; {command} {newest}\n"
+
+
+class Stuck(Dataset):
+    """Records on a disk that hangs."""
+
+    def __getitems__(self, positions: list[int]) -> list[int]:
+        time.sleep(600)
+        return positions
+
+
+def test_a_reading_process_that_hangs_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "READ_TIMEOUT", 1)
+    reading = training_loader(Stuck(), [[0]], num_workers=1)  # type: ignore[arg-type]
+    with pytest.raises(MachineError, match="no batch came from"), explained(tmp_path):
+        next(iter(reading))
+
+
+def test_a_run_may_open_as_many_files_as_the_system_allows() -> None:
+    program = (
+        "import resource; from biascare.runs.process import prepare_process; prepare_process(); "
+        "print(*resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+    done = subprocess.run(
+        ["bash", "-c", f"ulimit -Sn 100; {sys.executable} -c '{program}'"],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    soft, hard = done.stdout.split()[-2:]
+    assert soft == hard != "100"

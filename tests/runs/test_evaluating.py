@@ -163,6 +163,24 @@ def test_the_program_says_what_it_wrote_and_refuses_another_evaluation(
     assert (tmp_path / "cases.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_damaged_image_is_named_whichever_process_reads_it(
+    export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
+) -> None:
+    records = [tiny_record(index, "test") for index in range(3)]
+    records[1] = dataclasses.replace(records[1], image=records[1].image[:-60])
+    folder = write_records(tmp_path / "test", records)
+    monkeypatch.setattr("biascare.runs.process.prepare_process", lambda: None)
+    command = ["evaluate.py", str(export), "--output", str(tmp_path / "out")]
+    command += ["--segmentation", str(folder), "--num-workers", str(num_workers)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as caught:
+        program.main()
+    message = str(caught.value)
+    assert message.startswith(f"{folder}, record 'tiny/test/1' cannot be evaluated (image: got")
+    assert "Traceback" not in message
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_ranks_write_the_cases_of_one(export: Path, test_split: Path, tmp_path: Path) -> None:
