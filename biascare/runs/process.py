@@ -1,13 +1,13 @@
 """What a program does to its own process: before torch computes anything, and when it ends early.
 
-interrupts, launcher_ended = raise_interrupts(), end_with_launcher()
-try:
-    prepare_process()
-    run(config)
-except BaseException as error:
-    if interrupts or launcher_ended():
-        stop(interrupts, output_dir, resume, launcher_ended())
-    fail(error, output_dir)
+    interrupts, launcher_ended = raise_interrupts(), end_with_launcher()
+    try:
+        prepare_process()
+        run(config)
+    except BaseException as error:
+        if interrupts or launcher_ended():
+            stop(interrupts, output_dir, resume, launcher_ended())
+        fail(error, output_dir)
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from typing import Any, NoReturn
 def prepare_process() -> None:
     """Allow as many open files as the system lets this process have. Divide the cores among the
     ranks of this machine, unless the user has: oversubscribed threads make CPU ranks dozens of
-    times slower. Then silence what libraries say about themselves, and let
-    rank 0 print what this package logs (what was loaded from foreign weights)."""
+    times slower. Then silence what libraries say about themselves, and let rank 0 print what this
+    package logs (what was loaded from foreign weights)."""
     # Tensors of reading processes come as open files, and where one cannot be opened over there,
     # torch loses the batch without a word to this process.
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
