@@ -1,13 +1,13 @@
 """What a program does to its own process: before torch computes anything, and when it ends early.
 
-    interrupts, launcher_ended = raise_interrupts(), end_with_launcher()
-    try:
-        prepare_process()
-        run(config)
-    except BaseException as error:
-        if interrupts or launcher_ended():
-            stop(interrupts, output_dir, resume, launcher_ended())
-        fail(error, output_dir)
+interrupts, launcher_ended = raise_interrupts(), end_with_launcher()
+try:
+    prepare_process()
+    run(config)
+except BaseException as error:
+    if interrupts or launcher_ended():
+        stop(interrupts, output_dir, resume, launcher_ended())
+    fail(error, output_dir)
 """
 
 from __future__ import annotations
