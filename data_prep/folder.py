@@ -4,7 +4,9 @@
         --name my_ct --modality ct --test-share 0.2 --patient-regex '(p[0-9]+)_' --output prepared
 
 Image and mask are paired by their path without suffix: img/p1/a.jpg and seg/p1/a.png; where masks
-have an ending of their own, `--mask-suffix _mask` pairs a.jpg with a_mask.png. Masks are either
+have an ending of their own, `--mask-suffix _mask` pairs a.jpg with a_mask.png. Both may lie in one
+folder (--images and --masks the same) where endings or `--image-extension jpg --mask-extension png`
+tell them apart. Masks are either
 
   label maps: one file per image, whose values `--labels` names (numbers, '#ff0000' colours, or
       'nonzero=lesion'); a value without a name is an error of that image, `--ignore-values` allows
@@ -21,7 +23,7 @@ from __future__ import annotations
 import argparse
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -48,7 +50,7 @@ from data_prep.pipeline.program import run_program
 from data_prep.pipeline.release_files import file_inside, files_below, read_image
 from data_prep.pipeline.shards import Release, UnusableItemError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif")
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")
 JPEG_SUFFIXES = (".jpg", ".jpeg")
 EXIF_ORIENTATION = 0x0112
@@ -61,6 +63,15 @@ class Item(NamedTuple):
     masks: tuple[tuple[str, str], ...]  # target (empty for a label map), file
     stem: str
     patient: str | None
+
+
+class Names(NamedTuple):
+    """How the names of images and masks end, as the user says it; empty: anything."""
+
+    image_suffix: str
+    image_extension: str
+    mask_suffix: str
+    mask_extension: str
 
 
 class Source(NamedTuple):
@@ -91,7 +102,8 @@ def main(arguments: list[str] | None = None) -> None:
         keep_empty=args.keep_empty,
     )
     splits = Splits.from_arguments(args)
-    items = list_items(source, args.mask_suffix, splits)
+    names = Names(args.image_suffix, args.image_extension, args.mask_suffix, args.mask_extension)
+    items = list_items(source, names, splits)
     shards.run(args, releases(source, items, splits, args.version, args.licence))
 
 
@@ -118,16 +130,30 @@ def releases(
     )
 
 
-def list_items(source: Source, mask_suffix: str, splits: Splits) -> list[Item]:
-    """Pairs of images and masks, by path. Raises ValueError for folders that hold none, and for two
-    images of one name. A JPEG mask is listed where an image has no other one: `convert` says why it
-    is refused."""
-    images = _by_stem(source.images, IMAGE_SUFFIXES)
+def list_items(source: Source, names: Names, splits: Splits) -> list[Item]:
+    """Pairs of images and masks, by path. Raises ValueError for folders that hold none, for two
+    images of one name, and where nothing tells an image from a mask. A JPEG mask is listed where an
+    image has no other one: `convert` says why it is refused."""
+    mask_suffix = names.mask_suffix
+    share = source.images.resolve() == source.masks.resolve()
+    if share and not any(names):
+        raise ValueError(
+            f"images and masks share {source.images}, so their names must tell them apart: say how "
+            "they end (--mask-suffix _mask, --image-suffix _img) or of which kind they are "
+            "(--image-extension jpg, --mask-extension png)"
+        )
+    # The longer ending says more: a_mask.png ends with "" as well, and is no image.
+    no_image = mask_suffix if share and len(mask_suffix) > len(names.image_suffix) else ""
+    images = _by_stem(
+        source.images, _chosen(IMAGE_SUFFIXES, names.image_extension), names.image_suffix, no_image
+    )
+    taken = set(images.values()) if share else set()
+    mask_suffixes = _chosen(MASK_SUFFIXES, names.mask_extension)
     masks: dict[str, list[tuple[str, str]]] = {}
     num_exact = 0
     for target, folder in _mask_folders(source):
-        exact = _by_stem(folder, MASK_SUFFIXES, mask_suffix)
-        inexact = _by_stem(folder, JPEG_SUFFIXES, mask_suffix)
+        exact = _by_stem(folder, mask_suffixes, mask_suffix, taken=taken)
+        inexact = _by_stem(folder, JPEG_SUFFIXES, mask_suffix, taken=taken)
         num_exact += len(exact)
         # Listed where there is an image, so that the ledger says why its mask was refused.
         refused = {stem: inexact[stem] for stem in inexact if stem in images}
@@ -218,17 +244,37 @@ def _mask_folders(source: Source) -> list[tuple[str, Path]]:
     return [(canonical_target(folder.name), folder) for folder in folders]
 
 
-def _by_stem(folder: Path, suffixes: Sequence[str], ending: str = "") -> dict[str, str]:
-    """Path without suffix and ending -> path, both relative, of all files below a folder."""
+def _chosen(suffixes: Sequence[str], extension: str) -> Sequence[str]:
+    """The suffixes that are looked for, or the one the user names."""
+    suffix = f".{extension.lower().lstrip('.')}"
+    if extension and suffix not in suffixes:
+        raise ValueError(f"extension {extension!r} is none of {', '.join(suffixes)}")
+    return (suffix,) if extension else suffixes
+
+
+def _by_stem(
+    folder: Path,
+    suffixes: Sequence[str],
+    ending: str = "",
+    not_ending: str = "",
+    taken: Collection[str] = (),
+) -> dict[str, str]:
+    """Path without suffix and ending -> path, both relative, of all files below a folder. Left out
+    are files with `not_ending`, and those that are `taken` for something else."""
     found: dict[str, str] = {}
     for path in files_below(folder):
+        relative = path.relative_to(folder)
         if path.suffix.lower() not in suffixes or not path.stem.endswith(ending):
             continue
-        relative = path.relative_to(folder)
+        if (not_ending and path.stem.endswith(not_ending)) or relative.as_posix() in taken:
+            continue
         stem = relative.with_suffix("").as_posix().removesuffix(ending)
         # a.png and a.jpg pair with one mask, and only one of them can be the image it was drawn on.
         if stem in found:
-            raise ValueError(f"{folder} holds {found[stem]} and {relative}: which one is meant?")
+            raise ValueError(
+                f"{folder} holds {found[stem]} and {relative}: which one is meant? "
+                "--image-extension and --mask-extension say it"
+            )
         found[stem] = relative.as_posix()
     return found
 
@@ -241,9 +287,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--masks", required=True, type=Path, help="folder of the same structure")
     add_source_arguments(parser)
     parser.add_argument("--labels", help="VALUE=NAME,... ; without it: one folder per target")
-    parser.add_argument(
-        "--mask-suffix", default="", help="ending of mask names before .png; default: none"
-    )
+    for kind, suffix, extension in (("image", "_img", "jpg"), ("mask", "_mask", "png")):
+        parser.add_argument(
+            f"--{kind}-suffix",
+            default="",
+            help=f"ending of {kind} names before the extension, like {suffix}; default: none",
+        )
+        parser.add_argument(
+            f"--{kind}-extension",
+            default="",
+            help=f"of the files that are {kind}s, like {extension}; default: any",
+        )
     parser.add_argument(
         "--ignore-values", type=int, nargs="*", default=[], help="for example 255; default: none"
     )

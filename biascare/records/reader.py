@@ -258,6 +258,9 @@ def _open(folder: Path, manifest: Mapping[str, Any]) -> list[pa.RecordBatch]:
         # The name alone: a path in a stranger's file must not lead out of the folder.
         names = [Path(entry["filename"]).name for entry in state["_data_files"]]
         for name in names:
+            # Nor may a link: its bytes, of whatever file, would become part of this data set.
+            if (folder / name).resolve().parent != folder.resolve():
+                raise ValueError(f"{name} is a link that leads out of the folder")
             # By Arrow itself: `datasets` spends a millisecond and 40 kB on every file, which is too
             # much for the thousands of files of millions of images.
             messages = pa.ipc.MessageReader.open_stream(pa.memory_map(str(folder / name)))

@@ -193,8 +193,11 @@ def read_series(folder: Path, files: Sequence[str], cleared: bool = False) -> tu
             raise UnusableItemError("a slice without pixels among others: is its file cut off?")
         try:
             volume, facts = _volume(slices), _facts(slices[0])
-        # Values that a header should not hold: pydicom raises when they are used.
-        except (ValueError, TypeError, AttributeError, KeyError, ArithmeticError) as error:
+        except UnusableItemError:
+            raise
+        # Values that a header should not hold: pydicom raises when they are used, and whatever it
+        # likes (NotImplementedError for a type with one flipped bit).
+        except Exception as error:
             raise UnusableItemError("DICOM header unreadable") from error
     left_out = tuple(f"files of the series set aside: {reason}" for reason in sorted(aside))
     return volume, facts._replace(noted=(*left_out, *facts.noted))

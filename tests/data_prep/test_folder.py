@@ -390,3 +390,45 @@ def test_a_path_of_a_table_may_pass_a_link_of_the_source_and_never_leave_it(tmp_
     ):
         with pytest.raises(UnusableItemError, match=reason):
             file_inside(source, path)
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "options"),
+    [
+        ("a.png", "a_mask.png", ("--mask-suffix", "_mask")),
+        ("a.jpg", "a.png", ("--image-extension", "jpg", "--mask-extension", ".png")),
+        ("a_img.png", "a.png", ("--image-suffix", "_img")),
+        ("a_training.tif", "a_manual1.gif",  # DRIVE's names
+         ("--image-suffix", "_training", "--mask-suffix", "_manual1")),
+    ],
+)  # fmt: skip
+def test_images_and_masks_in_one_folder_are_told_apart_by_name(
+    tmp_path: Path, image: str, mask: str, options: tuple[str, ...]
+) -> None:
+    save_image(tmp_path / "both" / image)
+    save(tmp_path / "both" / mask, LABELS)
+    (tmp_path / "img").symlink_to(tmp_path / "both")
+    (tmp_path / "seg").symlink_to(tmp_path / "both")
+    (row,) = Records(run(tmp_path, "--labels", "1=liver,2=spleen", *options) / "train")
+    assert row["id"] == "mine/a"
+    assert masks_of(row)["spleen"] == (LABELS == 2).astype(int).tolist()
+    assert not (tmp_path / "out" / "mine" / "train.skipped.jsonl").exists()
+
+
+def test_one_folder_without_a_word_on_names_is_a_question_that_options_answer(
+    tmp_path: Path,
+) -> None:
+    save_image(tmp_path / "img" / "a.jpg")
+    save(tmp_path / "img" / "a.png", LABELS)
+    (tmp_path / "seg").symlink_to(tmp_path / "img")
+    with pytest.raises(ValueError, match=r"share .*--mask-suffix _mask.*--image-extension jpg"):
+        run(tmp_path, "--labels", "1=liver,2=spleen")
+
+
+def test_a_gif_of_one_frame_is_an_image(tmp_path: Path) -> None:
+    pixels = np.arange(HEIGHT * WIDTH, dtype=np.uint8).reshape(HEIGHT, WIDTH) * 10
+    save(tmp_path / "img" / "a.gif", pixels)
+    save(tmp_path / "seg" / "a.png", LABELS)
+    row = Records(run(tmp_path, "--labels", "1=liver,2=spleen") / "train")[0]
+    stored = np.asarray(Image.open(io.BytesIO(row["image"])).convert("L"))
+    np.testing.assert_array_equal(stored, pixels)

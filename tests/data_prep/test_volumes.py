@@ -917,3 +917,12 @@ def test_the_patient_is_what_the_pattern_finds_and_else_unknown(tmp_path: Path) 
     assert {row["patient_id"] for row in Records(run(tmp_path / "a", *nifti) / "train")} == {None}
     known = run(tmp_path / "b", *nifti, "--patient-regex", r"(p\d)_t")
     assert {row["patient_id"] for row in Records(known / "train")} == {"p1"}
+
+
+def test_one_flipped_bit_in_a_header_costs_its_series_and_not_the_run(tmp_path: Path) -> None:
+    path = make_slice(tmp_path, 0, WindowCenter=40, WindowWidth=400)
+    before, after = (b"\x28\x00\x50\x10" + kind for kind in (b"DS", b"LS"))
+    assert before in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(before, after))
+    with pytest.raises(UnusableItemError, match="DICOM header unreadable"):
+        read_series(tmp_path, [path.name])

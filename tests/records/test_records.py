@@ -398,3 +398,19 @@ def test_a_shard_closes_early_when_its_bytes_are_many(
     monkeypatch.setattr(record_writer, "SHARD_BYTES", 1)
     write(tmp_path / "train", [record(n) for n in range(3)])
     assert len(list((tmp_path / "train").glob("*.arrow"))) == 3
+
+
+def test_a_file_that_links_out_of_its_folder_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "toy"
+    with RecordWriter(folder, **WRITER) as writer:
+        writer.write(record())
+    (arrow,) = folder.glob("*.arrow")
+    shutil.move(arrow, tmp_path / "elsewhere.arrow")
+    arrow.symlink_to(tmp_path / "elsewhere.arrow")
+    with pytest.raises(ValueError, match="is a link that leads out of the folder"):
+        Records(folder)
+    # A folder may lie on another disk as a whole.
+    arrow.unlink()
+    shutil.move(tmp_path / "elsewhere.arrow", arrow)
+    (tmp_path / "linked").symlink_to(folder)
+    assert len(Records(tmp_path / "linked")) == 1
