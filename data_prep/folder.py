@@ -33,8 +33,10 @@ from PIL import Image
 
 from biascare.records import Record, image_size
 from biascare.records.vocabulary import canonical_target
+from data_prep.formats.deep_grey import add_window_argument, in_window, window_of
 from data_prep.formats.label_maps import read_label_map
 from data_prep.formats.orientation import TURNS, turn_image, turn_mask
+from data_prep.formats.slices import Range
 from data_prep.pipeline import shards
 from data_prep.pipeline.options import (
     Splits,
@@ -47,7 +49,7 @@ from data_prep.pipeline.options import (
     releases_of,
 )
 from data_prep.pipeline.program import run_program
-from data_prep.pipeline.release_files import file_inside, files_below, read_image
+from data_prep.pipeline.release_files import EncodedImage, file_inside, files_below, read_image
 from data_prep.pipeline.shards import Release, UnusableItemError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif")
@@ -86,6 +88,7 @@ class Source(NamedTuple):
     ignored: tuple[int, ...]
     turn: str
     keep_empty: bool
+    window: Range | None  # of grey images with more than 8 bits
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -100,10 +103,13 @@ def main(arguments: list[str] | None = None) -> None:
         ignored=tuple(args.ignore_values),
         turn=args.turn,
         keep_empty=args.keep_empty,
+        window=None,
     )
     splits = Splits.from_arguments(args)
     names = Names(args.image_suffix, args.image_extension, args.mask_suffix, args.mask_extension)
     items = list_items(source, names, splits)
+    readers = [partial(_read, source, item) for item in items if item.image]
+    source = source._replace(window=window_of(args.window, readers))
     shards.run(args, releases(source, items, splits, args.version, args.licence))
 
 
@@ -183,11 +189,12 @@ def convert(source: Source, split: str, item: Item) -> Record:
     """One image with its masks. Raises UnusableItemError with the reason."""
     if not (item.image and item.masks):
         raise UnusableItemError("no image for this mask" if item.masks else "no mask")
-    image = read_image(file_inside(source.images, item.image))
+    image = _read(source, item)
     with Image.open(io.BytesIO(image.data)) as header:
         orientation = header.getexif().get(EXIF_ORIENTATION, 1)
     if orientation not in (0, 1):
         raise UnusableItemError(f"EXIF orientation {orientation}: turn image and mask first")
+    image = in_window(image, source.window)
     size = (image.height, image.width)
     targets: list[tuple[str, np.ndarray]] = []
     for target, file in item.masks:
@@ -220,6 +227,10 @@ def convert(source: Source, split: str, item: Item) -> Record:
         age=None,
         race=None,
     )
+
+
+def _read(source: Source, item: Item) -> EncodedImage:
+    return read_image(file_inside(source.images, item.image))
 
 
 def name_of(item: Item) -> str:
@@ -307,6 +318,7 @@ def _parser() -> argparse.ArgumentParser:
         default="none",
         help="of images and masks alike; default: %(default)s",
     )
+    add_window_argument(parser)
     parser.add_argument("--keep-empty", action="store_true", help="also images without a target")
     add_split_arguments(parser)
     shards.add_arguments(parser)

@@ -32,6 +32,8 @@ from biascare.choices import did_you_mean, unknown
 from biascare.records import KINDS, Record
 from biascare.records.vocabulary import FACTS, canonical_modality
 from data_prep.formats.archives import open_member
+from data_prep.formats.deep_grey import add_window_argument, in_window, window_of
+from data_prep.formats.slices import Range
 from data_prep.pipeline import shards
 from data_prep.pipeline.attributes import UNKNOWN, person_of
 from data_prep.pipeline.options import (
@@ -46,7 +48,13 @@ from data_prep.pipeline.options import (
     stem_of,
 )
 from data_prep.pipeline.program import run_program
-from data_prep.pipeline.release_files import file_inside, note_repeated, read_image, read_numbered
+from data_prep.pipeline.release_files import (
+    EncodedImage,
+    file_inside,
+    note_repeated,
+    read_image,
+    read_numbered,
+)
 from data_prep.pipeline.shards import Incomplete, Release, UnusableItemError
 from data_prep.wording.conversations import (
     Question,
@@ -102,6 +110,7 @@ class Source(NamedTuple):
     images: Path
     modality: str
     anatomy: str
+    window: Range | None  # of grey images with more than 8 bits
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -114,21 +123,24 @@ def main(arguments: list[str] | None = None) -> None:
         "--column", action="append", default=[], metavar="NAME=YOURS", help="may be repeated"
     )
     add_source_arguments(parser)
+    add_window_argument(parser)
     add_split_arguments(parser)
     shards.add_arguments(parser)
     args = parser.parse_args(arguments)
-    source = Source(args.name, args.images, args.modality, args.anatomy)
     rows = read_rows(args.table, _columns(args.column))
-    splits = Splits.from_arguments(args)
-    shards.run(args, releases(source, rows, splits, args.version, args.licence))
+    items = gather_rows(args.name, rows, Splits.from_arguments(args))
+    named = [item for _, group in sorted(items.items()) for item in group if not item.problem]
+    shown = window_of(args.window, [partial(_read, args.images, item.image) for item in named])
+    source = Source(args.name, args.images, args.modality, args.anatomy, shown)
+    shards.run(args, releases(source, items, args.version, args.licence))
 
 
 def releases(
-    source: Source, rows: Iterable[Row], splits: Splits, version: str, licence: str
+    source: Source, items: dict[str, list[Item]], version: str, licence: str
 ) -> list[Release]:
     """One release per split, in order of name."""
     return releases_of(
-        sorted(gather_rows(source.name, rows, splits).items()),
+        sorted(items.items()),
         source=source.name,
         version=version,
         licence=licence,
@@ -201,10 +213,7 @@ def convert(source: Source, split: str, item: Item) -> Incomplete:
     if item.problem:
         raise UnusableItemError(item.problem)
     known = dict(item.attributes)
-    packed = source.images.is_file()
-    image = read_image(
-        open_member(source.images, item.image) if packed else file_inside(source.images, item.image)
-    )
+    image = in_window(_read(source.images, item.image), source.window)
     # An attribute that cannot be read costs itself, and not its image.
     person = person_of(known.get("sex", ""), known.get("age", ""))
     try:
@@ -229,6 +238,11 @@ def convert(source: Source, split: str, item: Item) -> Incomplete:
         race=one_line(known["race"]).lower() if "race" in known else None,
     )
     return Incomplete(record, noted=person.noted)
+
+
+def _read(images: Path, name: str) -> EncodedImage:
+    packed = images.is_file()
+    return read_image(open_member(images, name) if packed else file_inside(images, name))
 
 
 def name_of(item: Item) -> str:

@@ -448,10 +448,14 @@ def _parser() -> argparse.ArgumentParser:
     names = parser.add_argument_group("which NIfTI file is what")
     for kind, suffix, name in (("image", "_0000", "imaging"), ("mask", "_seg", "segmentation")):
         names.add_argument(
-            f"--{kind}-suffix", default="", help=f"ending of {kind} names, like {suffix}"
+            f"--{kind}-suffix",
+            default="",
+            help=f"ending of {kind} names, like {suffix}; default: none",
         )
         names.add_argument(
-            f"--{kind}-name", default="", help=f"of the {kind} in each case's folder, like {name}"
+            f"--{kind}-name",
+            default="",
+            help=f"of the {kind} in each case's folder, like {name}; default: any",
         )
     names.add_argument(
         "--channel", type=int, help="of images that hold several volumes (4-D), from 0"

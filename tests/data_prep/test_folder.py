@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from biascare.data.transforms import decode_image
 from biascare.records import Records, decode_mask
 from data_prep import folder
 from data_prep.formats.label_maps import read_label_map
@@ -432,3 +433,59 @@ def test_a_gif_of_one_frame_is_an_image(tmp_path: Path) -> None:
     row = Records(run(tmp_path, "--labels", "1=liver,2=spleen") / "train")[0]
     stored = np.asarray(Image.open(io.BytesIO(row["image"])).convert("L"))
     np.testing.assert_array_equal(stored, pixels)
+
+
+# ---------------------------------------------------------------- grey of more than 8 bits
+
+
+def deep_folder(tmp_path: Path, sixteen: list[np.ndarray]) -> tuple[Path, Path]:
+    """16-bit PNGs as Pillow writes them, each with a mask of one pixel."""
+    images, masks = tmp_path / "img", tmp_path / "seg"
+    images.mkdir()
+    masks.mkdir()
+    for number, values in enumerate(sixteen):
+        Image.fromarray(values.astype(np.uint16)).save(images / f"{number}.png")
+        mask = np.zeros(values.shape, np.uint8)
+        mask[0, 0] = 1
+        Image.fromarray(mask).save(masks / f"{number}.png")
+    return images, masks
+
+
+def deep_records(tmp_path: Path, images: Path, masks: Path, *options: str) -> list[np.ndarray]:
+    out = tmp_path / "out"
+    command = ["--images", str(images), "--masks", str(masks), "--labels", "1=lesion"]
+    command += ["--name", "deep", "--modality", "xray", "--output", str(out), *options]
+    folder.main([*command, "--num-workers", "0", "--overwrite"])
+    records = Records(out / "deep" / "train")
+    return [decode_image(records[i]["image"])[..., 0] for i in range(len(records))]
+
+
+def test_one_tissue_has_one_grey_in_an_image_and_in_its_crop(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stretched one by one, the mean of the same tissue was 173 against 136."""
+    whole = np.linspace(0, 4000, 64 * 64).reshape(64, 64)
+    images, masks = deep_folder(tmp_path, [whole, whole[16:48, 16:48]])
+    image, crop = deep_records(tmp_path, images, masks)
+    assert np.array_equal(image[16:48, 16:48], crop) and image.min() == 0 and image.max() == 255
+    said = capsys.readouterr().out
+    assert "grey images of more than 8 bits are shown from" in said and "--window LOW HIGH" in said
+
+
+def test_a_stated_window_is_used_and_stands_in_the_manifest(tmp_path: Path) -> None:
+    images, masks = deep_folder(tmp_path, [np.array([[0, 1000], [2000, 4000]])])
+    (image,) = deep_records(tmp_path, images, masks, "--window", "1000", "3000")
+    assert image.tolist() == [[0, 0], [128, 255]]
+    manifest = (tmp_path / "out" / "deep" / "train" / "manifest.json").read_text()
+    assert "1000.0" in manifest and "3000.0" in manifest
+    with pytest.raises(ValueError, match="got 5 5, expected LOW below HIGH"):
+        deep_records(tmp_path, images, masks, "--window", "5", "5")
+
+
+def test_eight_bits_are_kept_as_they_are_and_need_no_window(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, masks = deep_folder(tmp_path, [np.zeros((2, 2))])
+    Image.fromarray(np.array([[7, 9], [11, 200]], np.uint8)).save(images / "0.png")
+    (image,) = deep_records(tmp_path, images, masks)
+    assert image.tolist() == [[7, 9], [11, 200]] and "8 bits" not in capsys.readouterr().out

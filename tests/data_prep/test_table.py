@@ -11,9 +11,11 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from biascare.data.transforms import decode_image
 from biascare.records import Records
 from data_prep import table
 from data_prep.pipeline.attributes import UNREADABLE_AGE
@@ -317,3 +319,17 @@ def test_columns_that_are_facts_of_the_question_are_kept_with_it(tmp_path: Path)
     assert found[0]["options"] == ("heart", "lung") and found[1]["text"] == "lung"
     assert found[0]["facts"] == {"question_type": "organ", "phrase_type": "freeform"}
     assert found[2]["facts"] == {}
+
+
+def test_grey_of_more_than_eight_bits_is_shown_by_one_window_of_the_data_set(
+    tmp_path: Path,
+) -> None:
+    images = tmp_path / "img"
+    images.mkdir()
+    for name, values in (("a.png", [[0, 1000, 2000]]), ("b.tif", [[1000, 1000, 3000]])):
+        Image.fromarray(np.array(values, np.uint16)).save(images / name)
+    path = write_csv(tmp_path / "t.csv", [COLUMNS, ("a.png", "q", "yes"), ("b.tif", "q", "no")])
+    split = run(path, images, tmp_path / "out", "--window", "0", "2000") / "train"
+    found = Records(split)
+    pixels = [decode_image(found[i]["image"])[0, :, 0].tolist() for i in range(2)]
+    assert pixels == [[0, 128, 255], [128, 128, 255]]

