@@ -326,8 +326,8 @@ def test_grey_of_more_than_eight_bits_is_shown_by_one_window_of_the_data_set(
 ) -> None:
     images = tmp_path / "img"
     images.mkdir()
-    for name, values in (("a.png", [[0, 1000, 2000]]), ("b.tif", [[1000, 1000, 3000]])):
-        Image.fromarray(np.array(values, np.uint16)).save(images / name)
+    for name, values in (("a.png", [0, 1000, 2000]), ("b.tif", [1000, 1000, 3000])):
+        Image.fromarray(np.array([values] * 3, np.uint16)).save(images / name)
     path = write_csv(tmp_path / "t.csv", [COLUMNS, ("a.png", "q", "yes"), ("b.tif", "q", "no")])
     split = run(path, images, tmp_path / "out", "--window", "0", "2000") / "train"
     found = Records(split)
