@@ -153,6 +153,9 @@ def list_items(source: Source, names: Names, splits: Splits) -> list[Item]:
     images = _by_stem(
         source.images, _chosen(IMAGE_SUFFIXES, names.image_extension), names.image_suffix, no_image
     )
+    if not images:
+        endings = ",".join(_chosen(IMAGE_SUFFIXES, names.image_extension))
+        raise ValueError(f"{source.images} holds no image *{names.image_suffix}{{{endings}}}")
     taken = set(images.values()) if share else set()
     mask_suffixes = _chosen(MASK_SUFFIXES, names.mask_extension)
     masks: dict[str, list[tuple[str, str]]] = {}

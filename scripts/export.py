@@ -53,6 +53,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--vision", default=sizes.vision, help="architecture (%(default)s)")
     add("--image-size", type=int, default=sizes.image_size, help="pixels (%(default)s)")
     add("--query-heads", type=int, default=sizes.query_heads, help="of Eq. 1 (%(default)s)")
+    add("--lora-alpha", type=float, default=sizes.lora_alpha, help="of its adapter (%(default)s)")
     options = parser.parse_intermixed_args(arguments)
     if options.source.is_file() != (options.mllm is not None):
         parser.error(
@@ -70,7 +71,7 @@ def export(options: argparse.Namespace) -> None:
     if options.mllm is None:
         export_checkpoint(**shared, overrides=options.overrides, merge=options.merge)
     else:
-        names = ("mllm", "vision", "image_size", "query_heads")
+        names = ("mllm", "vision", "image_size", "query_heads", "lora_alpha")
         export_released(**shared, **{name: given[name] for name in names})
 
 

@@ -192,6 +192,7 @@ def export_released(
     vision: str,
     image_size: int,
     query_heads: int,
+    lora_alpha: float,
     max_shard_size: str,
     dtype: str | None,
 ) -> None:
@@ -204,7 +205,7 @@ def export_released(
         query_heads=query_heads,
         dtype=PRECISIONS[dtype or "bf16"],
     )
-    report = str(load_released(network, source))
+    report = str(load_released(network, source, lora_alpha=lora_alpha))
     print(report)
     processor = load_processor(mllm)
     assert network.mllm is not None

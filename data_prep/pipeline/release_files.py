@@ -131,7 +131,11 @@ def read_numbered(
                 # first.
                 inner_lines = sum(value.count("\n") for value in values.values())
                 yield reader.line_num - inner_lines, values
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error) as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); save it as CSV in UTF-8") from error
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such file; name the table") from error
+    except (OSError, EOFError, zlib.error, csv.Error) as error:
         raise ValueError(f"{path} is not a readable CSV table: {error}") from error
 
 
@@ -183,8 +187,9 @@ def files_below(folder: Path) -> list[Path]:
 
 def _files_below(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
     here = folder.resolve()
-    # A link to a folder above itself: what it shows is listed already, and again without end.
-    if here in above:
+    # A link to a folder above itself: what it shows is listed already, and again without end; or,
+    # above the source, it is what lies beside the source and is not part of it.
+    if above and any(top == here or here in top.parents for top in above):
         return
     for entry in folder.iterdir():
         if entry.name.startswith("."):

@@ -16,7 +16,7 @@ from biascare.records import Records, decode_mask
 from data_prep import folder
 from data_prep.formats.label_maps import read_label_map
 from data_prep.pipeline.options import cut_masks, note_shares, parse_labels, stem_of
-from data_prep.pipeline.release_files import file_inside
+from data_prep.pipeline.release_files import file_inside, files_below
 from data_prep.pipeline.shards import UnusableItemError
 from tests.data_prep.raw_releases import assert_lint_passes
 
@@ -489,3 +489,18 @@ def test_eight_bits_are_kept_as_they_are_and_need_no_window(
     Image.fromarray(np.array([[7, 9], [11, 200]], np.uint8)).save(images / "0.png")
     (image,) = deep_records(tmp_path, images, masks)
     assert image.tolist() == [[7, 9], [11, 200]] and "8 bits" not in capsys.readouterr().out
+
+
+def test_a_link_to_what_lies_around_the_source_is_not_followed(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    save_image(source / "a.png")
+    save_image(tmp_path / "beside.png")
+    (source / "loop").symlink_to(tmp_path)
+    assert [path.name for path in files_below(source)] == ["a.png"]
+
+
+def test_a_folder_without_images_says_so_before_any_work(tmp_path: Path) -> None:
+    save(tmp_path / "seg" / "a.png", LABELS)
+    (tmp_path / "img").mkdir()
+    with pytest.raises(ValueError, match=r"img holds no image \*\{\.png,"):
+        run(tmp_path, "--labels", "1=liver")

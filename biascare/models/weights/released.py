@@ -48,6 +48,8 @@ QUERY_RENAMES = {
 }
 """The query, its attention (Eq. 1) and the projection to prompt space (Eq. 2)."""
 
+THEIRS = {ours: theirs for theirs, ours in QUERY_RENAMES.items()}
+
 DROPPED = (
     (r"VL\.vision\.", "VL.vision", "second name of VL.visual"),
     (r"VL\.language\.", "VL.language", "second name of VL.model"),
@@ -176,7 +178,8 @@ def _check(
             "(model.mllm, model.num_queries, model.vision)"
         )
     for name, tensor in found.items():
-        refuse_unusable(name, tensor, source)
+        # By their name, which is what stands in the file.
+        refuse_unusable(THEIRS.get(name, name), tensor, source)
 
 
 def _num_rows(weights: Mapping[str, Tensor], mllm: MLLMPathway) -> int:

@@ -250,6 +250,14 @@ def test_token_tables_that_disagree_or_lack_the_image_token_are_refused(
             load_released(ours(base), tmp_path / "w.bin")
 
 
+def test_a_number_that_is_not_finite_is_named_as_in_the_file(
+    merged: AuthorsProgram, base: Path, tmp_path: Path
+) -> None:
+    torch.save(merged.state() | {"text_fc.bias": torch.full((96,), torch.nan)}, tmp_path / "w.bin")
+    with pytest.raises(ValueError, match=r"w\.bin: text_fc\.bias holds 96 of 96 not finite"):
+        load_released(ours(base), tmp_path / "w.bin")
+
+
 def test_a_filled_model_is_only_exported_whole(
     merged: AuthorsProgram, base: Path, tmp_path: Path
 ) -> None:
