@@ -14,6 +14,10 @@ tell them apart. Masks are either
   one folder per target (without --labels): seg/liver/a.png, seg/spleen/a.png; every pixel that is
       not 0 belongs to the target, targets may overlap, and a file may be missing.
 
+`--metadata table.csv` is a table with a column image and any of patient_id, study_id, sex, age,
+race, anatomy, and question and answer (several rows of an image are several questions) as
+data_prep/table.py takes them: masks and questions of an image are one record.
+
 JPEG masks are refused, their values are not exact. Pixels are taken as stored: a photograph whose
 EXIF says that it must be turned is refused, because nothing tells which way its mask lies.
 """
@@ -38,6 +42,8 @@ from data_prep.formats.label_maps import read_label_map
 from data_prep.formats.orientation import TURNS, turn_image, turn_mask
 from data_prep.formats.slices import Range
 from data_prep.pipeline import shards
+from data_prep.pipeline.attributes import person_of, race_of
+from data_prep.pipeline.metadata import Metadata, Told, add_metadata_arguments
 from data_prep.pipeline.options import (
     Splits,
     Value,
@@ -50,7 +56,8 @@ from data_prep.pipeline.options import (
 )
 from data_prep.pipeline.program import run_program
 from data_prep.pipeline.release_files import EncodedImage, file_inside, files_below, read_image
-from data_prep.pipeline.shards import Release, UnusableItemError
+from data_prep.pipeline.shards import Incomplete, Release, UnusableItemError
+from data_prep.wording.conversations import turns_of
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif")
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")
@@ -64,7 +71,7 @@ class Item(NamedTuple):
     image: str  # empty: there are masks only
     masks: tuple[tuple[str, str], ...]  # target (empty for a label map), file
     stem: str
-    patient: str | None
+    told: Told
 
 
 class Names(NamedTuple):
@@ -107,7 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     splits = Splits.from_arguments(args)
     names = Names(args.image_suffix, args.image_extension, args.mask_suffix, args.mask_extension)
-    items = list_items(source, names, splits)
+    items = list_items(source, names, splits, Metadata.from_arguments(args))
     readers = [partial(_read, source, item) for item in items if item.image]
     source = source._replace(window=window_of(args.window, readers))
     shards.run(args, releases(source, items, splits, args.version, args.licence))
@@ -122,7 +129,7 @@ def releases(
         items,
         splits,
         name_of=lambda item: item.stem,
-        patient_of=lambda item: item.patient,
+        patient_of=lambda item: item.told.get("patient_id"),
         what="images",
     )
     return releases_of(
@@ -136,7 +143,7 @@ def releases(
     )
 
 
-def list_items(source: Source, names: Names, splits: Splits) -> list[Item]:
+def list_items(source: Source, names: Names, splits: Splits, metadata: Metadata) -> list[Item]:
     """Pairs of images and masks, by path. Raises ValueError for folders that hold none, for two
     images of one name, and where nothing tells an image from a mask. A JPEG mask is listed where an
     image has no other one: `convert` says why it is refused."""
@@ -175,12 +182,14 @@ def list_items(source: Source, names: Names, splits: Splits) -> list[Item]:
             "see --mask-suffix, and --labels for label maps. JPEG masks are refused, their values "
             "are not exact"
         )
+    # A mask without an image is an item too, and is no image without a row.
+    told = {stem: Told() for stem in masks} | metadata.of_images(images, splits)
     return [
         Item(
             image=images.get(stem, ""),
             masks=tuple(masks.get(stem, ())),
             stem=stem,
-            patient=splits.patient_in(images.get(stem, stem)),
+            told=told[stem],
         )
         # Of both: a mask without an image is in the ledger too, since a misspelt name makes two of
         # them.
@@ -188,17 +197,56 @@ def list_items(source: Source, names: Names, splits: Splits) -> list[Item]:
     ]
 
 
-def convert(source: Source, split: str, item: Item) -> Record:
-    """One image with its masks. Raises UnusableItemError with the reason."""
-    if not (item.image and item.masks):
-        raise UnusableItemError("no image for this mask" if item.masks else "no mask")
+def convert(source: Source, split: str, item: Item) -> Incomplete:
+    """One image with its masks and questions. Raises UnusableItemError with the reason."""
+    told = item.told
+    if not item.image or not (item.masks or told.questions):
+        raise UnusableItemError("no mask" if item.image else "no image for this mask")
     image = _read(source, item)
     with Image.open(io.BytesIO(image.data)) as header:
         orientation = header.getexif().get(EXIF_ORIENTATION, 1)
     if orientation not in (0, 1):
         raise UnusableItemError(f"EXIF orientation {orientation}: turn image and mask first")
     image = in_window(image, source.window)
-    size = (image.height, image.width)
+    targets: list[tuple[str, np.ndarray]] = []
+    lost = ""
+    try:
+        targets = _targets(source, item, (image.height, image.width))
+    except UnusableItemError as error:
+        # Its questions are sound without the mask.
+        if not told.questions:
+            raise
+        lost = str(error)
+    # By one table for image and masks, after their sizes were compared as stored.
+    data = turn_image(image.data, source.turn)
+    height, width = image_size(data)
+    person = person_of(told.get("sex") or "", told.get("age") or "")
+    record = Record(
+        id=f"{source.name}/{item.stem}",
+        image=data,
+        height=height,
+        width=width,
+        targets=[(name, turn_mask(mask, source.turn)) for name, mask in targets],
+        conversations=turns_of(told.questions, told.facts),
+        task="vqa" if told.questions else "segmentation",
+        modality=source.modality,
+        anatomy=told.get("anatomy") or source.anatomy,
+        source=source.name,
+        split=split,
+        patient_id=told.get("patient_id"),
+        study_id=told.get("study_id"),
+        sex=person.sex,
+        age=person.age,
+        race=race_of(told.get("race") or ""),
+        extra=told.extra,
+    )
+    return Incomplete(record, lost, (*told.noted, *person.noted))
+
+
+def _targets(source: Source, item: Item, size: tuple[int, int]) -> list[tuple[str, np.ndarray]]:
+    """The masks of an image of this (height, width), as stored."""
+    if not item.masks:
+        raise UnusableItemError("no mask")
     targets: list[tuple[str, np.ndarray]] = []
     for target, file in item.masks:
         values = read_label_map(file_inside(source.masks, file).read_bytes())
@@ -210,26 +258,7 @@ def convert(source: Source, split: str, item: Item) -> Record:
     # Healthy, or annotated by nobody? Only the user knows, and says so by --keep-empty.
     if not (targets or source.keep_empty):
         raise UnusableItemError("no mask has a pixel")
-    # By one table for image and masks, after their sizes were compared as stored.
-    data = turn_image(image.data, source.turn)
-    height, width = image_size(data)
-    return Record(
-        id=f"{source.name}/{item.stem}",
-        image=data,
-        height=height,
-        width=width,
-        targets=[(name, turn_mask(mask, source.turn)) for name, mask in targets],
-        task="segmentation",
-        modality=source.modality,
-        anatomy=source.anatomy,
-        source=source.name,
-        split=split,
-        patient_id=item.patient,
-        study_id=None,
-        sex=None,
-        age=None,
-        race=None,
-    )
+    return targets
 
 
 def _read(source: Source, item: Item) -> EncodedImage:
@@ -323,6 +352,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_window_argument(parser)
     parser.add_argument("--keep-empty", action="store_true", help="also images without a target")
+    add_metadata_arguments(parser, "who is in them, and questions")
     add_split_arguments(parser)
     shards.add_arguments(parser)
     return parser

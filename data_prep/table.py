@@ -21,21 +21,26 @@ record; they must agree on patient, sex and the other attributes. Empty attribut
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from biascare.choices import did_you_mean, unknown
-from biascare.records import KINDS, Record
-from biascare.records.vocabulary import FACTS, canonical_modality
+from biascare.records import Record
+from biascare.records.vocabulary import canonical_modality
 from data_prep.formats.archives import open_member
 from data_prep.formats.deep_grey import add_window_argument, in_window, window_of
 from data_prep.formats.slices import Range
 from data_prep.pipeline import shards
-from data_prep.pipeline.attributes import UNKNOWN, person_of
+from data_prep.pipeline.attributes import person_of, race_of
+from data_prep.pipeline.metadata import (
+    Row,
+    attributes_in,
+    columns_of,
+    questions_in,
+    read_rows,
+)
 from data_prep.pipeline.options import (
     PATIENT_REGEX,
     Splits,
@@ -53,43 +58,12 @@ from data_prep.pipeline.release_files import (
     file_inside,
     note_repeated,
     read_image,
-    read_numbered,
 )
 from data_prep.pipeline.shards import Incomplete, Release, UnusableItemError
-from data_prep.wording.conversations import (
-    Question,
-    choice_of,
-    facts_of,
-    one_line,
-    question_of,
-    turns_of,
-)
+from data_prep.wording.conversations import Question, turns_of
 
-REQUIRED = ("image", "question", "answer")
-USUAL_NAMES = {
-    "image": (
-        "img", "file", "path", "filename", "file_name", "filepath", "file_path", "image_path",
-        "image_name", "img_name", "img_path", "image_file", "figure_path", "image_id",
-    ),
-    "question": ("q", "query", "prompt", "question_text"),
-    "answer": ("a", "ans", "response", "label", "answer_text"),
-}  # fmt: skip
-"""What tables call our columns, in lower case; suggested, never taken without being asked."""
-
-ATTRIBUTES = ("patient_id", "study_id", "sex", "age", "race", "modality", "anatomy")
 MAX_LINES = 5
 """Lines that the ledger names of one image."""
-
-OPTIONS = "ABCDEFGHIJ"
-FACT_COLUMNS = tuple(key for key in FACTS if key not in ATTRIBUTES)
-COLUMNS = (*REQUIRED, "kind", "split", *ATTRIBUTES, *OPTIONS, *FACT_COLUMNS)
-
-
-class Row(NamedTuple):
-    """One row of the table."""
-
-    line: int  # where it begins, from 1
-    cells: dict[str, str]  # of every one of COLUMNS, as text
 
 
 class Item(NamedTuple):
@@ -127,7 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
     add_split_arguments(parser)
     shards.add_arguments(parser)
     args = parser.parse_args(arguments)
-    rows = read_rows(args.table, _columns(args.column))
+    rows = read_rows(args.table, columns_of(args.column))
     items = gather_rows(args.name, rows, Splits.from_arguments(args))
     named = [item for _, group in sorted(items.items()) for item in group if not item.problem]
     shown = window_of(args.window, [partial(_read, args.images, item.image) for item in named])
@@ -149,20 +123,6 @@ def releases(
     )
 
 
-def read_rows(path: Path, columns: dict[str, str]) -> Iterator[Row]:
-    """Rows of the table under our column names. `columns`: ours -> theirs.
-
-    Raises ValueError with the line for what is not such a table.
-    """
-    required = [columns.get(name, name) for name in dict.fromkeys((*REQUIRED, *columns))]
-    is_jsonl = path.suffix.lower() in (".jsonl", ".ndjson")
-    mend = partial(_column_hint, columns)
-    rows = (_read_jsonl if is_jsonl else read_numbered)(path, required, mend)
-    for line, row in rows:
-        cells = {name: row.get(columns.get(name, name), "").strip() for name in COLUMNS}
-        yield Row(line, cells)
-
-
 def gather_rows(source: str, rows: Iterable[Row], splits: Splits) -> dict[str, list[Item]]:
     """Rows -> {split: one item per image, in order of first appearance}. A row that is no question
     is an item of its own, so that the ledger counts it."""
@@ -182,7 +142,7 @@ def gather_rows(source: str, rows: Iterable[Row], splits: Splits) -> dict[str, l
     found: dict[str, list[Item]] = {}
     num_repeated = 0
     for (split, image), group in images.items():
-        questions, problems = _questions(group)
+        questions, problems = questions_in(group)
         num_repeated += len(group) - len(questions) - len(problems)
         items = found.setdefault(split, [])
         # One bad row costs itself and not its image: the other questions are sound.
@@ -191,21 +151,6 @@ def gather_rows(source: str, rows: Iterable[Row], splits: Splits) -> dict[str, l
             items.append(_item(image, questions, group))
     note_repeated("table", num_repeated)
     return found
-
-
-def question_in(row: dict[str, str]) -> Question:
-    """The question of a row. Raises ValueError when it is incomplete or contradicts itself."""
-    options = [row[letter] for letter in OPTIONS if row[letter]]
-    kind = row["kind"].lower() or ("choice" if options else None)
-    if kind is not None and kind not in KINDS:
-        raise ValueError(unknown("kind", row["kind"], KINDS))
-    if kind == "choice":
-        return _choice(row, options)
-    if kind == "report":
-        if not (row["question"] and row["answer"]):
-            raise ValueError("question or answer is empty")
-        return Question(text=one_line(row["question"]), answer=row["answer"], kind=kind)
-    return question_of(row["question"], row["answer"], kind)
 
 
 def convert(source: Source, split: str, item: Item) -> Incomplete:
@@ -235,7 +180,7 @@ def convert(source: Source, split: str, item: Item) -> Incomplete:
         study_id=known.get("study_id"),
         sex=person.sex,
         age=person.age,
-        race=one_line(known["race"]).lower() if "race" in known else None,
+        race=race_of(known.get("race", "")),
     )
     return Incomplete(record, noted=person.noted)
 
@@ -252,60 +197,15 @@ def name_of(item: Item) -> str:
     return f"{item.image or '(row without an image)'} (line{several} {lines})"
 
 
-def _questions(rows: list[Row]) -> tuple[dict[Question, dict[str, str]], list[tuple[int, str]]]:
-    """Distinct questions of one image with their facts, and (line, what is wrong) of the others."""
-    questions: dict[Question, dict[str, str]] = {}
-    problems = []
-    for row in rows:
-        try:
-            question = question_in(row.cells)
-        except ValueError as error:
-            problems.append((row.line, str(error)))
-        else:
-            facts = facts_of(**{key: row.cells[key] for key in FACT_COLUMNS})
-            questions.setdefault(question, facts)
-    return questions, problems
-
-
 def _item(image: str, questions: dict[Question, dict[str, str]], rows: list[Row]) -> Item:
     lines = tuple(row.line for row in rows)
     if not image:
         return Item(image, (), (), (), "row without an image", lines)
     try:
-        known = tuple(_attributes(rows))
+        known = tuple(attributes_in(rows))
         return Item(image, tuple(questions), tuple(questions.values()), known, "", lines)
     except ValueError as error:
         return Item(image, (), (), (), str(error), lines)
-
-
-def _attributes(rows: list[Row]) -> Iterator[tuple[str, str]]:
-    for name in ATTRIBUTES:
-        texts = (row.cells[name] for row in rows)
-        values = {text for text in texts if text.lower() not in UNKNOWN}
-        # Of two ages one is wrong, and a record can hold one.
-        if len(values) > 1:
-            raise ValueError(f"rows of this image disagree on {name}: {sorted(values)[:3]}")
-        if values:
-            yield name, values.pop()
-
-
-def _choice(row: dict[str, str], options: list[str]) -> Question:
-    """The answer is the letter of an option or its text, and must mean exactly one."""
-    if not row["question"] or len(options) < 2:
-        raise ValueError("a choice needs a question and at least two options")
-    texts = [one_line(option) for option in options]
-    answer = one_line(row["answer"])
-    given = [letter for letter in OPTIONS if row[letter]]
-    # With a gap, the letter of an answer would mean another option than the reader's.
-    if "".join(given) != OPTIONS[: len(given)]:
-        raise ValueError(f"options {given} leave out a letter")
-    # The text first: "A" may itself be an option, as in blood groups.
-    matches = {k for k, text in enumerate(texts) if text == answer}
-    if not matches and answer.rstrip(".:)").upper() in given:
-        matches = {given.index(answer.rstrip(".:)").upper())}
-    if len(matches) != 1:
-        raise ValueError(f"answer {answer!r} is not exactly one of the options")
-    return choice_of(one_line(row["question"]), texts, matches.pop())
 
 
 def _split_of(row: Row, splits: Splits) -> str:
@@ -317,60 +217,6 @@ def _split_of(row: Row, splits: Splits) -> str:
     if split is None:
         raise ValueError(f"line {row.line}: image {image!r} is in no --split-list")
     return split
-
-
-def _read_jsonl(
-    path: Path, required: Iterable[str], mend: Callable[[list[str], list[str]], str]
-) -> Iterator[tuple[int, dict[str, str]]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}:{number} is not JSON: {error}") from error
-            missing = [name for name in required if name not in row]
-            if missing:
-                told = f"{path}:{number} lacks {missing}; it has {list(row)}"
-                raise ValueError(told + mend(missing, list(row)))
-            # JSON knows true and false, and a closed question is answered by yes or no.
-            words = {None: "", True: "yes", False: "no"}
-            yield (
-                number,
-                {
-                    key: words[value] if value is None or isinstance(value, bool) else str(value)
-                    for key, value in row.items()
-                },
-            )
-
-
-def _column_hint(columns: Mapping[str, str], missing: list[str], header: list[str]) -> str:
-    """The options that would name the missing columns, as far as their usual names tell."""
-    stated = [name for name in missing if name in columns.values()]
-    if stated:  # the user has said so, and mistyped it
-        return did_you_mean(stated[0], header)
-    options = []
-    for ours in missing:
-        usual = (ours, *USUAL_NAMES.get(ours, ()))
-        theirs = next((name for name in header if name.strip().lower() in usual), "NAME")
-        options.append(f"--column {ours}={theirs}")
-    some = " with one of these" if any(option.endswith("=NAME") for option in options) else ""
-    return f". Say which they are: {' '.join(options)}{some}"
-
-
-def _columns(items: list[str]) -> dict[str, str]:
-    """["question=q", ...] -> {"question": "q"}. Raises ValueError for other names."""
-    columns = {}
-    for item in items:
-        ours, separator, theirs = item.partition("=")
-        # A misspelt name of ours would leave its column unread, patients first of all.
-        if not (separator and theirs) or ours not in COLUMNS:
-            raise ValueError(
-                f"--column takes NAME=YOURS with NAME one of {', '.join(COLUMNS)}; got {item!r}"
-            )
-        columns[ours] = theirs
-    return columns
 
 
 if __name__ == "__main__":

@@ -22,6 +22,9 @@ left. --plane native cuts along the slices as they were acquired, which is the d
 across them pixels are often several times as high as wide, which is noted, and --square-pixels adds
 pixels until they are square. Millimetres per pixel stand in the record's extra.
 
+`--metadata table.csv` is a table with a column image (a case's name or path) and any of patient_id,
+study_id, sex, age, race, anatomy.
+
 DICOM: every series below the folder; patients, studies and series get pseudonyms of your key, and
 only a listed few attributes enter records. What a DICOM folder holds beside series of slices
 (DICOMDIR, scouts, reports) is set aside with a count per reason. Ultrasound, screens, secondary
@@ -65,6 +68,8 @@ from data_prep.formats.slices import (
     to_grey,
 )
 from data_prep.pipeline import shards
+from data_prep.pipeline.attributes import person_of, race_of
+from data_prep.pipeline.metadata import Metadata, Told, add_metadata_arguments
 from data_prep.pipeline.options import (
     PATIENT_REGEX,
     Splits,
@@ -98,6 +103,7 @@ class Item(NamedTuple):
     patient: str | None  # None: not known, a NIfTI file without --patient-regex
     study: str | None
     cleared: bool  # quarantine lifted by a person
+    told: Told = Told()  # by --metadata
 
 
 class Source(NamedTuple):
@@ -146,7 +152,8 @@ def main(arguments: list[str] | None = None) -> None:
     import_medical("nibabel")
     splits = Splits.from_arguments(args)
     endings = Endings.from_arguments(args)
-    items = list_dicom(args) if source.is_dicom else list_nifti(source, endings, splits)
+    metadata = _metadata(args)
+    items = list_dicom(args) if source.is_dicom else list_nifti(source, endings, splits, metadata)
     if not items:
         raise ValueError(f"{source.images} holds no {'DICOM' if source.is_dicom else 'NIfTI'} file")
     shards.run(args, releases(source, items, splits, args.version, args.licence))
@@ -178,7 +185,7 @@ def releases(
     )
 
 
-def list_nifti(source: Source, endings: Endings, splits: Splits) -> list[Item]:
+def list_nifti(source: Source, endings: Endings, splits: Splits, metadata: Metadata) -> list[Item]:
     """NIfTI images below the folder, with the label file of the same path but for the endings.
 
     Raises ValueError where an image would be its own label map, or none has one.
@@ -206,10 +213,10 @@ def list_nifti(source: Source, endings: Endings, splits: Splits) -> list[Item]:
             f"{next(iter(masks.values()))}; see --image-suffix, --mask-suffix, --image-name and "
             "--mask-name in --help"
         )
-    items = [
-        Item(key, (name,), masks.get(key, ""), splits.patient_in(name), None, False)
-        for key, name in images.items()
-    ]
+    items = []
+    for key, told in metadata.of_images(images, splits).items():
+        patient, study = told.get("patient_id"), told.get("study_id")
+        items.append(Item(key, (images[key],), masks.get(key, ""), patient, study, False, told))
     for item in items:
         # Also behind links: a network that learns to give back its input scores well in training.
         if item.labels and (here / item.files[0]).resolve() == (there / item.labels).resolve():
@@ -278,7 +285,7 @@ def convert(source: Source, split: str, item: Item) -> Iterator[Record | Incompl
     shown = range_shown(volume, facts.modality, source.window)
     masks, resampled = _label_slices(source, item, volume, plane)
     count, *shape = oriented(volume.voxels, volume.affine, plane).shape
-    noted = [*facts.noted, *resampled, *_no_numbers(volume)]
+    noted = [*facts.noted, *item.told.noted, *resampled, *_no_numbers(volume)]
     spacing: dict[str, Any] = {}
     new_shape = (shape[0], shape[1])
     if volume.affine is not None:  # radiographs have no geometry, and 1 mm would be made up
@@ -317,13 +324,14 @@ def convert(source: Source, split: str, item: Item) -> Iterator[Record | Incompl
             study_id=item.study,
             sex=facts.sex,
             age=facts.age,
-            race=None,
+            race=race_of(item.told.get("race") or ""),
             extra={
                 "plane": plane,
                 "slice": index,
                 "num_slices": count,
                 "range_shown": list(shown),
                 **spacing,
+                **item.told.extra,
             },
         )
         # With the first record that there is: what is noted is said once of a volume.
@@ -349,7 +357,8 @@ def _read(source: Source, item: Item) -> tuple[Volume, Facts]:
     assert source.modality is not None
     path = file_inside(source.images, item.files[0])
     volume = read_nifti(path, source.assumed, source.channel)
-    return volume, Facts(source.modality, source.anatomy, None, None)
+    person = person_of(item.told.get("sex") or "", item.told.get("age") or "")
+    return volume, Facts(source.modality, item.told.get("anatomy") or source.anatomy, *person)
 
 
 def _label_slices(
@@ -414,6 +423,20 @@ def _source(args: argparse.Namespace) -> Source:
         resample=args.resample_labels is not None,
         skip_empty=args.skip_empty,
     )
+
+
+def _metadata(args: argparse.Namespace) -> Metadata:
+    """Raises ValueError for a table that cannot be one of volumes."""
+    if args.dicom and args.metadata:
+        raise ValueError("--metadata goes with --nifti: DICOM headers say who the patient is")
+    metadata = Metadata.from_arguments(args)
+    if any(row.cells["question"] for row in metadata.rows):
+        raise ValueError(
+            f"{args.metadata} holds questions, and a volume becomes many slices: which of them is "
+            "asked about? Remove the column, or ask about images with data_prep/table.py or "
+            "data_prep/folder.py"
+        )
+    return metadata
 
 
 def _is_orientation(codes: str) -> bool:
@@ -492,6 +515,7 @@ def _parser() -> argparse.ArgumentParser:
     privacy.add_argument(
         "--path-map", type=Path, metavar="FILE", help="gets pseudonym and files; keep it private"
     )
+    add_metadata_arguments(parser, "the patient's attributes; with --nifti")
     add_split_arguments(parser)
     shards.add_arguments(parser, items_per_shard=VOLUMES_PER_SHARD)
     return parser

@@ -78,3 +78,9 @@ def age_of(text: str) -> float | None:
     if age > MAX_AGE:
         raise ValueError(UNREADABLE_AGE)
     return age
+
+
+def race_of(text: str) -> str | None:
+    """In lower case and on one line, or None for not known; there is no list of races."""
+    plain = " ".join(text.lower().split())
+    return None if plain in UNKNOWN else plain

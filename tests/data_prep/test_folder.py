@@ -15,6 +15,7 @@ from biascare.data.transforms import decode_image
 from biascare.records import Records, decode_mask
 from data_prep import folder
 from data_prep.formats.label_maps import read_label_map
+from data_prep.pipeline.attributes import UNREADABLE_AGE
 from data_prep.pipeline.options import cut_masks, note_shares, parse_labels, stem_of
 from data_prep.pipeline.release_files import file_inside, files_below
 from data_prep.pipeline.shards import UnusableItemError
@@ -504,3 +505,103 @@ def test_a_folder_without_images_says_so_before_any_work(tmp_path: Path) -> None
     (tmp_path / "img").mkdir()
     with pytest.raises(ValueError, match=r"img holds no image \*\{\.png,"):
         run(tmp_path, "--labels", "1=liver")
+
+
+def four_images(root: Path, rows: str) -> tuple[str, ...]:
+    """Images and masks of two patients, with a table about them; the options to read both."""
+    for number, stem in enumerate(("x/a", "x/b", "y/c", "y/d")):
+        pixels = np.random.default_rng(number).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+        save(root / "img" / f"{stem}.png", pixels)
+        save(root / "seg" / f"{stem}.png", LABELS)
+    (root / "t.csv").write_text(rows)
+    return ("--labels", "1=liver,2=spleen", "--metadata", str(root / "t.csv"))
+
+
+def test_a_table_gives_masks_their_attributes_and_questions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = """image,patient,gender,age,race,question,answer,A,B,scanner,ward
+x/a.png,7,female,045Y,White,Is it large?,yes,,,S1,w
+a,7,female,045Y,White,Which?,B,heart,lung,S1,w
+b.png,7,M,forty,,,,,,S2,w
+c,8,,90+,,Empty?,,,,S1,w
+gone.png,9,F,3,,,,,,S1,w
+"""
+    options = four_images(tmp_path, rows)
+    more = ("--column", "patient_id=patient", "--column", "sex=gender", "--keep-column", "scanner")
+    found = run(tmp_path, *options, *more)
+    a, b, c, d = Records(found / "train")
+    assert [len(masks_of(row)) for row in (a, b, c, d)] == [2] * 4
+    assert [row["patient_id"] for row in (a, b, c, d)] == ["7", "7", "8", None]
+    assert [(row["sex"], row["age"]) for row in (a, b, c, d)] == [
+        ("F", 45.0), ("M", None), (None, 90.0), (None, None),
+    ]  # fmt: skip
+    assert (a["race"], b["race"]) == ("white", None)
+    assert [turn["text"] for turn in a["conversations"]] == [
+        "Is it large?", "yes", "Which?", "lung",
+    ]  # fmt: skip
+    assert [len(row["conversations"]) for row in (b, c, d)] == [0, 0, 0]
+    assert a["extra"] == {"metadata": {"scanner": "S1"}}
+    assert ledger(found / "train.skipped.jsonl") == {
+        "x/b.png": UNREADABLE_AGE,
+        "y/c.png": "line 5: question or answer is empty",
+    }
+    said = " ".join(capsys.readouterr().out.split())
+    assert "columns not read: ward;" in said
+    assert "1 of 5 rows name no image: 'gone.png'" in said
+    assert "1 of 4 images have no row: 'y/d'" in said
+
+
+def test_questions_of_an_image_outlive_its_mask(tmp_path: Path) -> None:
+    options = four_images(tmp_path, "image,question,answer\na,Is it?,no\n")
+    (tmp_path / "seg" / "x" / "a.png").unlink()
+    found = run(tmp_path, *options, "--max-skipped", "0.3")
+    row = Records(found / "train")[0]
+    assert (masks_of(row), len(row["conversations"])) == ({}, 2)
+    assert ledger(found / "train.skipped.jsonl") == {"x/a.png": "no mask"}
+
+
+def test_the_patient_of_the_table_decides_the_split(tmp_path: Path) -> None:
+    names = [f"{k}.png" for k in range(60)]
+    for number, name in enumerate(names):
+        pixels = np.random.default_rng(number).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+        save(tmp_path / "img" / name, pixels)
+        save(tmp_path / "seg" / name, LABELS)
+    rows = [f"{name},p{k % 20}" for k, name in enumerate(names)]
+    (tmp_path / "t.csv").write_text("\n".join(["image,patient_id", *rows]))
+    table = ("--metadata", str(tmp_path / "t.csv"), "--labels", "1=liver,2=spleen")
+    found = run(tmp_path, *table, "--test-share", "0.3")
+    patients = [{row["patient_id"] for row in Records(found / s)} for s in ("train", "test")]
+    assert sum(map(len, patients)) == len(set.union(*patients)) == 20
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "message"),
+    [
+        ("image,gender\na,F\n", ("--column", "sex=gendr"), "did you mean 'gender'"),
+        ("image,gender\na,F\n", ("--keep-column", "gende"), "did you mean 'gender'"),
+        ("file,sex\na,F\n", (), "--column image=file"),
+        ("image,sex\nz,F\n", (), r"none of the 1 rows .* it has \['z'\], the images are \['x/a'"),
+        ("image,patient_id\na,1\na,2\n", (), "x/a: rows of this image disagree on patient_id"),
+        (
+            "image,patient_id\na,1\n",
+            ("--patient-regex", "^(.)/"),
+            "x/a.png: the table says patient '1', --patient-regex finds 'x'",
+        ),
+    ],
+)
+def test_a_table_that_does_not_fit_says_what_would(
+    tmp_path: Path, rows: str, more: tuple[str, ...], message: str
+) -> None:
+    options = four_images(tmp_path, rows)
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, *options, *more)
+    with pytest.raises(ValueError, match="name columns of --metadata FILE"):
+        run(tmp_path, "--labels", "1=liver", "--column", "sex=gender")
+
+
+def test_a_bare_name_that_two_folders_hold_is_an_error(tmp_path: Path) -> None:
+    options = four_images(tmp_path, "image,sex\na,F\n")
+    save_image(tmp_path / "img" / "y" / "a.png")
+    with pytest.raises(ValueError, match=r"line 2: 'a' may be any of \['x/a', 'y/a'\]"):
+        run(tmp_path, *options)

@@ -19,7 +19,8 @@ from biascare.data.transforms import decode_image
 from biascare.records import Records
 from data_prep import table
 from data_prep.pipeline.attributes import UNREADABLE_AGE
-from data_prep.table import question_in
+from data_prep.pipeline.metadata import COLUMNS as ALL_COLUMNS
+from data_prep.pipeline.metadata import question_in
 from tests.data_prep.raw_releases import assert_lint_passes
 
 COLUMNS = ("image", "question", "answer")
@@ -62,7 +63,7 @@ def reasons(folder: Path) -> list[tuple[str, str]]:
 
 
 def row(**values: str) -> dict[str, str]:
-    return dict.fromkeys(table.COLUMNS, "") | {"image": "a.png", "question": "q?"} | values
+    return dict.fromkeys(ALL_COLUMNS, "") | {"image": "a.png", "question": "q?"} | values
 
 
 @pytest.mark.parametrize(

@@ -926,3 +926,30 @@ def test_one_flipped_bit_in_a_header_costs_its_series_and_not_the_run(tmp_path: 
     path.write_bytes(path.read_bytes().replace(before, after))
     with pytest.raises(UnusableItemError, match="DICOM header unreadable"):
         read_series(tmp_path, [path.name])
+
+
+def test_a_table_gives_volumes_their_attributes(tmp_path: Path) -> None:
+    for case in ("la_1", "la_2"):
+        save(tmp_path / "img" / f"{case}_0000.nii.gz", body())
+        save(tmp_path / "seg" / f"{case}.nii.gz", labels_of_body())
+    path = tmp_path / "t.csv"
+    path.write_text("case,patient_id,sex,age,race\nla_1,7,F,045Y,Asian\nla_2_0000.nii.gz,8,x,61,\n")
+    more = [
+        f"--nifti={tmp_path / 'img'}",
+        f"--masks={tmp_path / 'seg'}",
+        "--labels=1=liver,2=spine",
+    ]
+    more += ["--image-suffix=_0000", "--modality=ct", f"--metadata={path}", "--column=image=case"]
+    found = run(tmp_path / "out", *more)
+    rows = list(Records(found / "train"))
+    assert {(row["patient_id"], row["sex"], row["age"], row["race"]) for row in rows} == {
+        ("7", "F", 45.0, "asian"),
+        ("8", None, 61.0, None),
+    }
+    assert any(row["targets"] for row in rows)
+    assert "sex unreadable" in ledger(found)["la_2"]
+    path.write_text("case,question,answer\nla_1,Is it?,no\n")
+    with pytest.raises(ValueError, match="holds questions, and a volume becomes many slices"):
+        run(tmp_path / "again", *more)
+    with pytest.raises(ValueError, match="--metadata goes with --nifti"):
+        run(tmp_path / "again", f"--dicom={tmp_path}", f"--metadata={path}")
