@@ -493,7 +493,7 @@ def test_tables_that_are_none_are_errors_for_the_user(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"long\.csv:2: more fields"):
         list(read_table(tmp_path / "long.csv", ("a",)))
     put(tmp_path / "bytes.csv", b"a\n\xff\n")
-    with pytest.raises(ValueError, match="not a readable CSV"):
+    with pytest.raises(ValueError, match=r"is not UTF-8 text .* save it as CSV in UTF-8"):
         list(read_table(tmp_path / "bytes.csv", ("a",)))
     put(tmp_path / "false.csv.gz", "a\n1\n")
     with pytest.raises(ValueError, match="not a readable CSV"):
