@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image
 
-from data_prep.formats.slices import Range, png_of, to_grey
+from data_prep.formats.slices import PERCENTILES, Range, png_of, to_grey
 from data_prep.pipeline.release_files import EncodedImage, note
 from data_prep.pipeline.shards import UnusableItemError
 
@@ -26,9 +26,6 @@ DEEP_MODES = ("I;16", "I;16B", "I;16L", "I", "F")
 
 NUM_POOLED = 200
 """Images that the range is pooled over, evenly spaced."""
-
-PERCENTILES = (0.5, 99.5)
-"""Of the pooled pixels, as volumes without a known window are shown."""
 
 
 def add_window_argument(parser: argparse.ArgumentParser) -> None:

@@ -49,6 +49,13 @@ def percentile_interval(
     return low, high
 
 
+def p_value(statistic: float, null: NDArray[np.float64]) -> float:
+    """Share of null draws at least as large, the data themselves counted: never 0."""
+    # What differs in the last bits is a tie, and a tie counts.
+    larger = int((null >= statistic - 1e-12).sum())
+    return (1 + larger) / (1 + len(null))
+
+
 def cluster_numbers(patients: Sequence[str | None], images: Sequence[str]) -> NDArray[np.int64]:
     """[N] whole numbers, equal for rows of one patient; of one image where no patient is known."""
     known = {name: number for number, name in enumerate(dict.fromkeys(p for p in patients if p))}

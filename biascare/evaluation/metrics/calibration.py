@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from biascare.evaluation.metrics.bootstrap import p_value
+
 NUM_BINS = 10
 BLOCK = 4_000_000
 """Random numbers held at a time."""
@@ -184,15 +186,13 @@ def excess_ece(
         hits = np.add.reduceat(rng.random(size) < found[order], starts, axis=1, dtype=np.float64)
         drawn.append(np.abs(hits - claimed[filled]).sum(1) / len(found))
     null = np.concatenate(drawn)
-    # A tie counts as at least as large; what differs in the last bits is a tie.
-    larger = int((null >= ece - 1e-12).sum())
     return ExcessECE(
         num=len(found),
         ece=ece,
         null_mean=float(null.mean()),
         null_95=float(np.quantile(null, 0.95)),
         excess=float(ece - null.mean()),
-        p=(1 + larger) / (1 + num_draws),
+        p=p_value(ece, null),
     )
 
 

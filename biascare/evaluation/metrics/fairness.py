@@ -19,16 +19,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import norm
 
-from biascare.evaluation.metrics.bootstrap import NUM_DRAWS, clustered
+from biascare.evaluation.metrics.bootstrap import NUM_DRAWS, clustered, p_value
 
 MISSING = "missing"
 """Group of the rows whose attribute is not known: a group of its own, never left out."""
 
 MIN_GROUP = 20
 """A group of fewer rows is shown with its number and takes part in no comparison."""
-
-MIN_GROUP_CALIBRATION = 100
-"""And calibration of a group is stated from here on."""
 
 POWER = 0.8
 
@@ -133,12 +130,6 @@ def disparity(
         # Found means above the null's 95th percentile; a true gap scatters around itself.
         detectable=float(null_95 + norm.ppf(POWER) * spread),
     )
-
-
-def p_value(statistic: float, null: NDArray[np.float64]) -> float:
-    """Share of null draws at least as large, the data themselves counted: never 0."""
-    larger = int((null >= statistic - 1e-12).sum())
-    return (1 + larger) / (1 + len(null))
 
 
 def permuted_gaps(
