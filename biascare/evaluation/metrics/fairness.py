@@ -132,6 +132,28 @@ def disparity(
     )
 
 
+def gap_p_value(
+    values: NDArray[np.float64],
+    attribute: Sequence[Hashable],
+    clusters: NDArray[np.int64],
+    compared: Sequence[str],
+    *,
+    num_draws: int = NUM_DRAWS,
+    seed: int = 0,
+) -> float | None:
+    """The p of `disparity` between the groups named `compared`, without its intervals; None for
+    fewer than two."""
+    group, names = named_groups(attribute)
+    chosen = [number for number, name in enumerate(names) if name in compared]
+    if len(chosen) < 2:
+        return None
+    keep = ~np.isnan(values) & np.isin(group, chosen)
+    found, mine = values[keep], group[keep]
+    sums, counts = np.bincount(mine, found)[chosen], np.bincount(mine)[chosen]
+    null = permuted_gaps(found, mine, clusters[keep], num_draws, seed)
+    return p_value(float(np.ptp(sums / counts)), null)
+
+
 def permuted_gaps(
     values: NDArray[np.float64],
     group: NDArray[np.int64],

@@ -14,7 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from biascare.evaluation.metrics.bootstrap import NUM_DRAWS, cluster_numbers
-from biascare.evaluation.metrics.fairness import adjusted, disparity, holm, standardised
+from biascare.evaluation.metrics.fairness import (
+    adjusted,
+    disparity,
+    gap_p_value,
+    holm,
+    standardised,
+)
 from biascare.interfaces import Facts
 
 AGE_BANDS = ((40, "under 40"), (60, "40 to 59"), (80, "60 to 79"))
@@ -73,8 +79,10 @@ def summarise_groups(
                 continue
             mix = metric.case_mix
             plain = disparity(values, groups, patients, num_draws=num_draws, seed=seed)
-            within = disparity(
-                adjusted(values, mix), groups, patients, num_draws=num_draws, seed=seed
+            compared = [group.name for group in plain.groups if group.compared]
+            # Its p alone: the bootstrap of the adjusted scores would be drawn for nobody.
+            within = gap_p_value(
+                adjusted(values, mix), groups, patients, compared, num_draws=num_draws, seed=seed
             )
             common = standardised(values, groups, mix)
             shown = [group._asdict() for group in plain.groups]
@@ -82,7 +90,7 @@ def summarise_groups(
                 group["standardised"], group["mix_covered"] = common[group["name"]]
             result.setdefault(metric.name, {})[name] = plain._asdict() | {
                 "groups": shown,
-                "p_case_mix": within.p,
+                "p_case_mix": within,
             }
     family = [found for by_name in result.values() for found in by_name.values()]
     for key in ("p", "p_case_mix"):
