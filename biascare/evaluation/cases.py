@@ -2,11 +2,12 @@
 
     with CaseWriter("outputs/evaluation/cases.jsonl", header) as writer:
         writer.append([MaskCase(...), AnswerCase(...)])
-    header, masks, answers = read_cases("outputs/evaluation/cases.jsonl")
+    cases = read_cases("outputs/evaluation/cases.jsonl")
+    cases.header, cases.masks, cases.answers, cases.labels
 
 The first line is the header, every other line one case. Metrics, calibration, audit and pictures
 read cases and never a model; so a case keeps masks at native size and log-probabilities instead of
-scores. Format 1.
+scores. Format 2; format 1, which had fewer fields, is read too.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from biascare.durable import flush
 from biascare.interfaces import Facts
 
 FORMAT = "biascare-cases"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,7 @@ class Header:
     prevalence: dict[str, str]  # target -> head, medium or tail in training
     disc_share: float | None  # size of the disc baseline, as a share of the image
     disc_share_by_target: dict[str, float]
+    benchmark: str | None = None  # of `evaluation/benchmarks.py`; None for record folders as such
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
 
@@ -57,6 +60,18 @@ class MaskPrediction:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SlicePlace:
+    """Where a slice lies in its volume."""
+
+    volume: str  # all slices of one volume share it
+    number: int  # from 0
+    num_slices: int
+    spacing: tuple[float, float, float]  # mm: between slices, rows, columns
+    # (slice, row, column, 1) of the stored pixels -> mm in RAS+, 4 x 4; None where not recorded
+    affine: list[list[float]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class MaskCase:
     """A target and the masks that a model gave it."""
 
@@ -68,7 +83,17 @@ class MaskCase:
     truth: str  # COCO run-length code
     by_text: MaskPrediction | None  # without any click or box
     predictions: list[MaskPrediction]  # by the first prompt, then after each correction
+    place: SlicePlace | None = None  # None where the image is no slice
     seconds: float  # of the batch, per case
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """The same question asked otherwise: without its image, or with other words."""
+
+    prompt: str  # as the model read it
+    text: str  # generated
+    option_log_probs: list[float] | None  # None without options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +111,25 @@ class AnswerCase:
     token_log_probs: list[float]  # of the generated tokens, untempered
     reference: str
     labels: list[str] = field(default_factory=list)  # findings of the record
+    variants: dict[str, Variant] = field(default_factory=dict)  # by what was changed
     seconds: float
 
 
-FinishedCase = MaskCase | AnswerCase
-KINDS: dict[str, type[FinishedCase]] = {"mask": MaskCase, "answer": AnswerCase}
+@dataclass(frozen=True, kw_only=True)
+class LabelCase:
+    """An image and the probability of each label."""
+
+    id: str  # record
+    facts: Facts
+    labels: list[str]
+    probabilities: list[float]  # in [0, 1], one per label
+    present: list[bool | None]  # likewise; None where nobody judged
+    exclusive: bool  # exactly one is present, and the probabilities add up to 1
+    seconds: float
+
+
+FinishedCase = MaskCase | AnswerCase | LabelCase
+KINDS: dict[str, type[FinishedCase]] = {"mask": MaskCase, "answer": AnswerCase, "label": LabelCase}
 """Value of "case" in a line -> what the line holds."""
 
 _READERS: dict[str, TypeAdapter[Any]] = {name: TypeAdapter(kind) for name, kind in KINDS.items()}
@@ -103,6 +142,7 @@ class Cases(NamedTuple):
     header: Header
     masks: list[MaskCase]
     answers: list[AnswerCase]
+    labels: list[LabelCase]
 
 
 def case_line(case: FinishedCase) -> str:
@@ -122,6 +162,7 @@ def read_cases(path: str | Path) -> Cases:
         header=header,
         masks=[case for case in cases if isinstance(case, MaskCase)],
         answers=[case for case in cases if isinstance(case, AnswerCase)],
+        labels=[case for case in cases if isinstance(case, LabelCase)],
     )
 
 
@@ -152,7 +193,7 @@ def _read_header(path: Path, line: str) -> Header:
     except ValueError as error:
         raise ValueError(f"{path}: its first line is no header ({error})") from error
     kind = found.get("format") if isinstance(found, dict) else None
-    if kind != FORMAT or found["format_version"] != FORMAT_VERSION:
+    if kind != FORMAT or found["format_version"] not in READABLE:
         version = found.get("format_version") if kind == FORMAT else None
         raise ValueError(
             f"{path}: got format {kind!r} version {version!r}, expected {FORMAT!r} version "

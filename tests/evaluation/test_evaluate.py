@@ -18,7 +18,7 @@ from biascare.evaluation.evaluate import EvaluationSettings, evaluate, summarise
 from biascare.evaluation.metrics.segmentation import mask_scores
 from biascare.inference.answerer import Answerer
 from biascare.inference.segmenter import Segmenter
-from biascare.interfaces import AnswerHead, Batch, Features, Prediction, Prompts
+from biascare.interfaces import AnswerHead, Batch, Facts, Features, Prediction, Prompts
 from biascare.records import Records, decode_mask
 from tests.tiny import IMAGE_SIZE, rows_of, tiny_chat, tiny_model, tiny_record_folder
 
@@ -302,7 +302,7 @@ def test_shares_of_another_number_of_ranks_are_completed(
     whole = segment(KnowingModel(), records, tmp_path / "whole.jsonl", batch_size=2)
     monkeypatch.setattr(module, "world_size", lambda: 3)
     monkeypatch.setattr(module, "_join", lambda *_: None)  # the other ranks never came
-    monkeypatch.setattr(module, "read_cases", lambda path: Cases(HEADER, [], []))
+    monkeypatch.setattr(module, "read_cases", lambda path: Cases(HEADER, [], [], []))
     segment(KnowingModel(), records, tmp_path / "cases.jsonl", batch_size=2)
     monkeypatch.undo()
     model = KnowingModel()
@@ -335,11 +335,31 @@ def test_two_folders_with_one_name_are_refused(records: Records, tmp_path: Path)
         evaluate(segmenter, None, nothing, None, tmp_path / "cases.jsonl", HEADER, SETTINGS)
 
 
+def test_a_file_of_format_1_is_read_with_nothing_in_the_fields_it_lacks(tmp_path: Path) -> None:
+    header = dataclasses.asdict(HEADER) | {"format_version": 1}
+    del header["benchmark"]
+    facts = dict.fromkeys(Facts._fields) | {
+        "image_id": "1", "task": "language", "kind": "closed", "source": "s", "split": "test",
+        "modality": "ct", "anatomy": "",
+    }  # fmt: skip
+    answer = {
+        "case": "answer", "id": "1/0", "facts": facts, "question": "Is it?", "question_facts": {},
+        "prompt": "Is it?", "options": ["yes", "no"], "option_log_probs": [-0.1, -3.0],
+        "text": "yes", "token_log_probs": [-0.1], "reference": "yes", "labels": [], "seconds": 0.1,
+    }  # fmt: skip
+    path = tmp_path / "cases.jsonl"
+    path.write_text(f"{json.dumps(header)}\n{json.dumps(answer)}\n")
+    cases = read_cases(path)
+    assert cases.header.benchmark is None
+    assert cases.answers[0].variants == {}
+    assert cases.labels == []
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
         ("", "holds no header"),
-        ("{}\n", "expected 'biascare-cases' version 1"),
+        ("{}\n", "expected 'biascare-cases' version 2"),
         ('{"format": "biascare-cases", "format_version": 9}\n', "version 9"),
         ('{"format": "biascare-cases", "format_version": 1}\n', "its header is damaged"),
         ("not json\n", "no header"),
