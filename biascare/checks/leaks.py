@@ -54,6 +54,19 @@ def patient_findings(records: Sequence[Records], names: Sequence[str]) -> list[F
     return findings
 
 
+def shared_with_training(
+    held_out: Sequence[Records], training: Sequence[Records]
+) -> dict[str, int]:
+    """How many held-out records have an id, a patient or a study that a training folder has too;
+    by columns alone, so copies of an image under another name are not seen."""
+    counts = {}
+    for column in _ID_KINDS:
+        trained = np.unique(np.concatenate([_id_keys(r, column) for r in training]))
+        keys = [_id_keys(r, column) for r in held_out]
+        counts[column] = sum(int((np.isin(k, trained) & (k != 0)).sum()) for k in keys)
+    return counts
+
+
 class _Rows(NamedTuple):
     """The rows of all folders as one list."""
 

@@ -241,12 +241,16 @@ class HeldOutQuestions(HeldOut):
     # Generation goes on at the end of every row, so padding cannot stand there.
     padding_side = "left"
 
+    def __init__(self, *arguments: Any, kinds: Sequence[str] = ANSWERED_KINDS, **keywords: Any):
+        self.kinds = kinds
+        super().__init__(*arguments, **keywords)
+
     def _units(self, source: Records) -> Sequence[tuple[int, int]]:
         kinds = source.question_kinds()
         return [
             (int(row), int(turn))
             for (row, turn), kind in zip(source.language_units, kinds, strict=True)
-            if kind in ANSWERED_KINDS
+            if kind in self.kinds
         ]
 
     def case_keys(self) -> list[list[str]]:

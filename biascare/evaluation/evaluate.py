@@ -34,6 +34,7 @@ from biascare.data.heldout import (
 from biascare.data.loader import to_device
 from biascare.data.transforms import Geometry, invert_points, restore_mask
 from biascare.durable import put_in_place
+from biascare.evaluation.benchmarks import benchmark_of, benchmark_table, scored_items
 from biascare.evaluation.cases import (
     AnswerCase,
     Cases,
@@ -114,8 +115,8 @@ def summarise(cases: Cases) -> dict[str, Any]:
     `groups` of patients where something is known of them."""
     summary: dict[str, Any] = {}
     measured: list[Measured] = []
+    scores = [mask_scores(case, cases.header) for case in cases.masks]
     if cases.masks:
-        scores = [mask_scores(case, cases.header) for case in cases.masks]
         summary["segmentation"] = summarise_segmentation(cases.masks, scores)
         facts = [case.facts for case in cases.masks]
         mix = [f"{f.modality}, {f.target}" for f in facts]
@@ -126,6 +127,11 @@ def summarise(cases: Cases) -> dict[str, Any]:
         right = [float(is_correct(case.text, case)) for case in cases.answers]
         mix = [f"{f.modality}, {f.kind}" for f in facts]
         measured.append(Measured("accuracy", facts, right, mix))
+    if cases.header.benchmark is not None:
+        benchmark = benchmark_of(cases.header.benchmark)
+        pairs = list(zip(cases.masks, scores, strict=True))
+        items = scored_items(benchmark, pairs, cases.answers, cases.labels)
+        summary["benchmark"] = benchmark_table(benchmark, items)
     groups = summarise_groups(measured)
     return summary | ({"groups": groups} if groups else {})
 

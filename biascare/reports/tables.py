@@ -64,6 +64,37 @@ def groups_table(groups: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
+def benchmark_table(found: Mapping[str, Any], model: str) -> Table:
+    """The numbers that a benchmark is known by, with their intervals, and by group."""
+    official, num = found["num_official"], found["num"]
+    part = "" if official in (None, num) else f" of {official:,} in the release"
+    shared = found.get("also_in_training")
+    notes = [found["note"]] if found["note"] else []
+    if shared is not None:
+        stated = ", ".join(f"{n:,} by {column}" for column, n in shared.items())
+        notes.append(f"also in training: {stated}")
+    table = Table(
+        title=f"{found['title']}: {num:,} {found['item']}{part}\n{model}",
+        caption="\n".join([*notes, "95 %: patients drawn anew, or images where none is known"]),
+    )
+    for column in ("score", "group"):
+        table.add_column(column)
+    for column in ("n", "value", "95 %"):
+        table.add_column(column, justify="right")
+    for name, score in found["scores"].items():
+        interval = "" if score["low"] is None else f"{_f(score['low'])} to {_f(score['high'])}"
+        value = "-" if score["value"] is None else _f(score["value"])
+        table.add_row(name, "all", f"{score['num']:,}", value, interval)
+    for attribute, groups in found["groups"].items():
+        # The first score alone: all of them by all groups would bury the rest.
+        first = next(iter(found["scores"]))
+        for group, cell in groups.items():
+            value = cell["scores"].get(first)
+            shown = "-" if value is None else _f(value)
+            table.add_row(f"{first} by {attribute}", group, f"{cell['num']:,}", shown, "")
+    return table
+
+
 def invariance_table(differences: Sequence[Difference]) -> Table:
     """How far cases differ from those in batches of one."""
     table = Table(title="The same cases, computed in other ways")

@@ -1,6 +1,7 @@
 """What is evaluated, and how it is called: a run that trains, an export, foreign weights.
 
 summary = evaluate_model(EvaluationRequest(model="outputs/demo/stage2/export", ...))
+summaries = evaluate_suite(EvaluationRequest(suite="vqa_rad,pathvqa", data="prepared", ...))
 evaluator = Evaluator(config, engine, chat, groups, log)     # inside training
 """
 
@@ -11,13 +12,15 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from rich.table import Table
 
+from biascare.checks.leaks import shared_with_training
+from biascare.choices import unknown
 from biascare.config import Config
 from biascare.data.chat import ChatBuilder
 from biascare.data.heldout import (
@@ -30,6 +33,7 @@ from biascare.data.heldout import (
 from biascare.data.prevalence import groups_of, total_counts
 from biascare.data.prompts import first_point
 from biascare.durable import write_json
+from biascare.evaluation.benchmarks import BENCHMARKS, Benchmark, benchmark_of, folders_of
 from biascare.evaluation.cases import Cases, Header
 from biascare.evaluation.evaluate import EvaluationSettings, evaluate, summarise
 from biascare.evaluation.invariance import Difference, check_invariance
@@ -40,9 +44,15 @@ from biascare.inference.segmenter import Segmenter
 from biascare.models.export_folder import build_network
 from biascare.records import Records, decode_mask
 from biascare.reports.sheets import contact_sheet, mask_panels, representative_cases
-from biascare.reports.tables import evaluation_table, groups_table, invariance_table
+from biascare.reports.tables import (
+    benchmark_table,
+    evaluation_table,
+    groups_table,
+    invariance_table,
+)
 from biascare.runs.origin import git_commit
 from biascare.settings.keys import EvalConfig
+from biascare.settings.strict_yaml import ConfigError, read_tree
 from biascare.training.progress import RunLog
 from biascare.training.ranks import (
     from_rank_zero,
@@ -67,15 +77,17 @@ class EvaluationRequest(NamedTuple):
     vision: str | None
     image_size: int
     mllm: str | None
-    prompt: str
+    prompt: str | None  # None, like `max_new_tokens`: the benchmark's, else the usual
     corrections: int
     batch_size: int
     num_workers: int
-    max_new_tokens: int
+    max_new_tokens: int | None
     limit: int
     overwrite: bool
     allow_trained: bool
     check_invariance: int  # images and questions to compute in several ways instead
+    suite: str | None = None  # benchmarks instead of folders: names, or a file that lists them
+    data: Path | None = None  # where their folders are
 
 
 def carry_out(request: EvaluationRequest) -> tuple[list[Table | str], bool]:
@@ -86,46 +98,162 @@ def carry_out(request: EvaluationRequest) -> tuple[list[Table | str], bool]:
     if request.check_invariance:
         differences = check_model(request._replace(limit=request.check_invariance))
         return [invariance_table(differences)], all(found.passed for found in differences)
+    if request.suite is not None:
+        shown: list[Table | str] = []
+        for name, summary in evaluate_suite(request).items():
+            shown += [benchmark_table(summary["benchmark"], request.model)]
+            if "groups" in summary:
+                shown.append(groups_table(summary["groups"]))
+            shown.append(f"cases and metrics are in {output_of(request, name)}")
+        return shown, True
     summary = evaluate_model(request)
     sheet = " and a contact sheet" if "segmentation" in summary else ""
-    shown: list[Table | str] = [evaluation_table(summary, request.model)]
+    shown = [evaluation_table(summary, request.model)]
     if "groups" in summary:
         shown.append(groups_table(summary["groups"]))
     return [*shown, f"cases, metrics{sheet} are in {request.output}"], True
 
 
+class Job(NamedTuple):
+    """One evaluation: record folders as such, or a benchmark."""
+
+    name: str | None  # of the benchmark
+    request: EvaluationRequest  # with the benchmark's choices in it
+    segmentation: list[Records]
+    language: list[Records]
+
+    @property
+    def benchmark(self) -> Benchmark | None:
+        return None if self.name is None else BENCHMARKS[self.name]
+
+
 class Prepared(NamedTuple):
     """Everything that `evaluate` needs but the file."""
 
+    job: Job
     model: BiasCareVL
-    segmentation: list[Records]
+    train: list[Records]
     images: HeldOutImages
     questions: HeldOutQuestions | None
     header: Header
     settings: EvaluationSettings
 
 
-def prepare(request: EvaluationRequest) -> Prepared:
-    """Data and model, in the order of what could refuse the evaluation."""
-    train, segmentation, language = (
-        [Records(path) for path in paths]
-        for paths in (request.train, request.segmentation, request.language)
+SUITE_KEYS = ("name", "data", "limit", "output")
+
+
+def jobs_of(request: EvaluationRequest) -> list[Job]:
+    """What is to be evaluated, with its folders opened and checked.
+
+    Raises ValueError for unknown benchmarks, missing folders, and folders without anything to
+    score.
+    """
+    if request.suite is None:
+        usual = request._replace(
+            prompt=request.prompt or "point", max_new_tokens=request.max_new_tokens or 32
+        )
+        masks, questions = [Records(p) for p in usual.segmentation], map(Records, usual.language)
+        jobs = [Job(None, usual, masks, list(questions))]
+    else:
+        jobs = [_benchmark_job(request, entry) for entry in suite_entries(request.suite)]
+        names = [job.name for job in jobs]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"the suite names {twice} twice; name each benchmark once")
+    for job in jobs:
+        check_scored(job.segmentation, job.language)
+    return jobs
+
+
+def suite_entries(suite: str) -> list[dict[str, Any]]:
+    """Of names with commas between, or of a YAML file: a list below `benchmarks` of names, or of
+    mappings with the keys `SUITE_KEYS`. Raises ValueError for anything else."""
+    if not Path(suite).is_file():
+        return [{"name": name.strip()} for name in suite.split(",") if name.strip()]
+    tree = read_tree(suite)
+    if tree.problems:
+        raise ConfigError(tree.problems)
+    entries = tree.values.pop("benchmarks", None)
+    if tree.values or not isinstance(entries, list) or not entries:
+        raise ValueError(
+            f"{suite}: expected one key, benchmarks, with a list of names or of mappings with "
+            f"{', '.join(SUITE_KEYS)}; got {', '.join([*tree.values, 'benchmarks'])}"
+        )
+    found = [{"name": entry} if isinstance(entry, str) else entry for entry in entries]
+    for entry in found:
+        wrong = [key for key in entry if key not in SUITE_KEYS]
+        if wrong:
+            raise ValueError(f"{suite}: {unknown('key', wrong[0], SUITE_KEYS)}")
+        if "name" not in entry:
+            raise ValueError(f"{suite}: a benchmark lacks its name: {entry}")
+    return found
+
+
+def _benchmark_job(request: EvaluationRequest, entry: Mapping[str, Any]) -> Job:
+    name = entry["name"]
+    benchmark = benchmark_of(name)
+    data = Path(entry["data"]) if "data" in entry else request.data
+    if data is None:
+        raise ValueError(f"{name}: name the folder of its prepared data after --data")
+    records = [Records(folder) for folder in folders_of(benchmark, data)]
+    masks = benchmark.task == "segmentation"
+    own = request._replace(
+        output=output_of(request, name),
+        limit=entry.get("limit", request.limit),
+        prompt=request.prompt or "point",
+        max_new_tokens=request.max_new_tokens or benchmark.max_new_tokens,
     )
+    return Job(name, own, records if masks else [], [] if masks else records)
+
+
+def output_of(request: EvaluationRequest, name: str) -> Path | None:
+    """Folder of a benchmark: --output itself where it is the only one."""
+    if request.output is None or request.suite == name:
+        return request.output
+    return request.output / name
+
+
+def prepare(request: EvaluationRequest) -> list[Prepared]:
+    """Data and model, in the order of what could refuse the evaluation."""
     # Everything that could refuse the evaluation comes before the model, which takes minutes.
-    check_scored(segmentation, language)
-    check_held_out(train, segmentation + language)
+    train = [Records(path) for path in request.train]
+    jobs = jobs_of(request)
+    for job in jobs:
+        check_held_out(train, job.segmentation + job.language)
     if "RANK" in os.environ:
         init_process_group()
     model = open_model(request)
     facts = model.facts
     # The export knows what it was trained on, by content and not by path: a copied folder counts.
     if facts is not None and not request.allow_trained:
-        refuse_trained(dict.fromkeys(facts.trained_on, "training data"), segmentation + language)
-    if language and model.answerer is None:
+        trained = dict.fromkeys(facts.trained_on, "training data")
+        for job in jobs:
+            refuse_trained(trained, job.segmentation + job.language)
+    if any(job.language for job in jobs) and model.answerer is None:
+        left_out = [job for job in jobs if not job.segmentation]
+        if left_out:
+            raise ValueError(
+                f"{request.model} answers no questions, and "
+                f"{left_out[0].name or '--language'} holds nothing else"
+            )
         print(f"{request.model} answers no questions: --language is left out", file=sys.stderr)
     groups, discs = _trained_targets(request, train, model)
+    digest = weights_hash(Path(request.model))
+    return [_prepared(job, model, train, groups, discs, digest) for job in jobs]
+
+
+def _prepared(
+    job: Job,
+    model: BiasCareVL,
+    train: list[Records],
+    groups: dict[str, str],
+    discs: DiscBaseline | None,
+    weights: str,
+) -> Prepared:
+    request, segmentation = job.request, job.segmentation
+    assert request.prompt is not None and request.max_new_tokens is not None
     common: dict[str, Any] = {"image_size": model.segmenter.image_size, "limit": request.limit}
-    asked = language if model.answerer else []
+    asked = job.language if model.answerer else []
     settings = EvaluationSettings(
         batch_size=request.batch_size,
         num_workers=request.num_workers,
@@ -136,7 +264,7 @@ def prepare(request: EvaluationRequest) -> Prepared:
     )
     header = Header(
         model=request.model,
-        weights=weights_hash(Path(request.model)),
+        weights=weights,
         commit=git_commit(),
         data=[*about_data(segmentation, "segmentation"), *about_data(asked, "language")],
         settings=_choices(settings) | {"prompt": request.prompt, "limit": request.limit},
@@ -144,15 +272,14 @@ def prepare(request: EvaluationRequest) -> Prepared:
         prevalence=groups,
         disc_share=None if discs is None else discs.share,
         disc_share_by_target={} if discs is None else discs.by_target,
+        benchmark=job.name,
     )
-    return Prepared(
-        model,
-        segmentation,
-        HeldOutImages(segmentation, model.chat, groups, prompt=request.prompt, **common),
-        HeldOutQuestions(asked, model.chat, groups, **common) if asked else None,
-        header,
-        settings,
-    )
+    images = HeldOutImages(segmentation, model.chat, groups, prompt=request.prompt, **common)
+    questions = None
+    if asked:
+        kinds = job.benchmark.kinds if job.benchmark else ANSWERED_KINDS
+        questions = HeldOutQuestions(asked, model.chat, groups, kinds=kinds, **common)
+    return Prepared(job, model, train, images, questions, header, settings)
 
 
 def evaluate_model(request: EvaluationRequest) -> dict[str, Any]:
@@ -163,8 +290,24 @@ def evaluate_model(request: EvaluationRequest) -> dict[str, Any]:
     Raises ValueError for folders without anything to score, for records that were trained on, and
     where the output folder holds another evaluation.
     """
+    (prepared,) = prepare(request)
+    summary = _carried_out(prepared)
+    leave_process_group()
+    return summary
+
+
+def evaluate_suite(request: EvaluationRequest) -> dict[str, dict[str, Any]]:
+    """The same for several benchmarks, with the model loaded once: {benchmark: metrics}."""
+    summaries = {str(p.job.name): _carried_out(p) for p in prepare(request)}
+    leave_process_group()
+    return summaries
+
+
+def _carried_out(prepared: Prepared) -> dict[str, Any]:
+    """One evaluation, its metrics and its pictures."""
+    job, model, train, images, questions, header, settings = prepared
+    request = job.request
     assert request.output is not None
-    model, segmentation, images, questions, header, settings = prepare(request)
     cases = evaluate(
         model.segmenter,
         model.answerer,
@@ -175,21 +318,36 @@ def evaluate_model(request: EvaluationRequest) -> dict[str, Any]:
         settings,
         overwrite=request.overwrite,
     )
-    summary = {"model": request.model} | summarise(cases)
-    if rank() == 0:
-        write_json(request.output / "metrics.json", summary)
-        if cases.masks:
-            panels = mask_panels(representative_cases(cases.masks), segmentation)
-            title = f"{request.model}, held-out records"
-            contact_sheet(panels, request.output / "contact_sheet.png", title)
-    leave_process_group()
+    # Numbers of a large benchmark take minutes: one rank computes them.
+    return from_rank_zero(lambda: _numbers(cases, job, train, request.output or Path()))
+
+
+def _numbers(cases: Cases, job: Job, train: list[Records], output: Path) -> dict[str, Any]:
+    """metrics.json and the contact sheet."""
+    summary = {"model": job.request.model} | summarise(cases)
+    if train:
+        held_out = job.segmentation + job.language
+        summary["also_in_training"] = shared_with_training(held_out, train)
+    if job.benchmark is not None:
+        summary["benchmark"]["also_in_training"] = summary.get("also_in_training")
+    write_json(output / "metrics.json", summary)
+    if cases.masks:
+        panels = mask_panels(representative_cases(cases.masks), job.segmentation)
+        title = f"{job.request.model}, held-out records"
+        contact_sheet(panels, output / "contact_sheet.png", title)
     return summary
 
 
 def check_model(request: EvaluationRequest) -> list[Difference]:
     """Compute the cases of `request` several times in different ways and compare them; nothing is
     kept. Raises ValueError as `evaluate_model` does."""
-    model, _, images, questions, header, settings = prepare(request)
+    found = [_check_prepared(prepared) for prepared in prepare(request)]
+    leave_process_group()
+    return [difference for differences in found for difference in differences]
+
+
+def _check_prepared(prepared: Prepared) -> list[Difference]:
+    _, model, _, images, questions, header, settings = prepared
 
     def compute(path: Path, batch_size: int, backwards: bool) -> Cases:
         held_out = [held for held in (images, questions) if held is not None]
@@ -204,12 +362,10 @@ def check_model(request: EvaluationRequest) -> list[Difference]:
     # One folder for all ranks: each writes its share there.
     folder = Path(from_rank_zero(lambda: tempfile.mkdtemp(prefix="biascare-")))
     try:
-        differences = check_invariance(compute, folder)
+        return check_invariance(compute, folder)
     finally:
         if rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
-    leave_process_group()
-    return differences
 
 
 def open_model(request: EvaluationRequest) -> BiasCareVL:

@@ -19,6 +19,7 @@ from biascare.inference.segmenter import Segmenter
 from biascare.models.export_folder import TrainingFacts, save_network
 from biascare.records import Records
 from biascare.runs.evaluate import EvaluationRequest, check_model, evaluate_model, weights_hash
+from biascare.runs.evaluation_door import parse
 from scripts import evaluate as program
 from tests.tiny import tiny_chat, tiny_model, tiny_record, tiny_record_folder, write_records
 from tests.training.training_runs import environment, free_port
@@ -81,7 +82,7 @@ def test_an_export_brings_groups_discs_and_beta_of_its_training(
     assert set(masks["dice"]["by_prevalence"]) == {"head", "tail", "unseen"}
     assert {"dice_disc", "dice_disc_by_target", "dice_click_1", "dice_text"} <= set(masks)
     assert json.loads((tmp_path / "metrics.json").read_text()) == summary
-    header, cases, answers = read_cases(tmp_path / "cases.jsonl")
+    header, cases, answers, _ = read_cases(tmp_path / "cases.jsonl")
     assert header.beta_vl == 0.25 and header.weights == weights_hash(export)
     assert [row["task"] for row in header.data] == ["segmentation", "language"]
     u = cases[0].predictions[0].uncertainty
@@ -149,7 +150,7 @@ def test_the_program_says_what_it_wrote_and_refuses_another_evaluation(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("biascare.runs.process.prepare_process", lambda: None)
+    monkeypatch.setattr("biascare.runs.evaluation_door.prepare_process", lambda: None)
     monkeypatch.setattr("biascare.runs.evaluate.contact_sheet", lambda *_: None)  # drawn above
     command = ["evaluate.py", str(export), "--output", str(tmp_path), "--limit", "2"]
     command += ["--segmentation", str(test_split)]
@@ -170,7 +171,7 @@ def test_a_damaged_image_is_named_whichever_process_reads_it(
     records = [tiny_record(index, "test") for index in range(3)]
     records[1] = dataclasses.replace(records[1], image=records[1].image[:-60])
     folder = write_records(tmp_path / "test", records)
-    monkeypatch.setattr("biascare.runs.process.prepare_process", lambda: None)
+    monkeypatch.setattr("biascare.runs.evaluation_door.prepare_process", lambda: None)
     command = ["evaluate.py", str(export), "--output", str(tmp_path / "out")]
     command += ["--segmentation", str(folder), "--num-workers", str(num_workers)]
     monkeypatch.setattr(sys, "argv", command)
@@ -241,5 +242,5 @@ def test_a_folder_to_write_and_a_check_that_writes_nothing_exclude_each_other(
 ) -> None:
     for arguments in ([], ["--output", "x", "--check-invariance", "4"]):
         with pytest.raises(SystemExit):
-            program.parse(["model", "--segmentation", "data", *arguments])
+            parse(["model", "--segmentation", "data", *arguments], None)
         assert "either a folder after --output or a number" in capsys.readouterr().err

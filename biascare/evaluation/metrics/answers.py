@@ -179,7 +179,7 @@ def _accuracy_table(cases: Sequence[AnswerCase]) -> dict[str, Any]:
     if cases[0].facts.kind == "open":
         table["recall"] = float(np.mean([open_recall(c.text, c.reference) for c in cases]))
     if cases[0].facts.kind == "closed":
-        table["readings"] = _readings_table(cases)
+        table["readings"] = readings_table(cases)
         # Beside the best constant, which may be "no": to agree with every question is a failure of
         # its own.
         table["always_yes"] = _share(normalise_answer(case.reference) == "yes" for case in cases)
@@ -191,7 +191,7 @@ CLOSED = ("yes", "no")
 become a third class of its own."""
 
 
-def _readings_table(cases: Sequence[AnswerCase]) -> dict[str, Any]:
+def readings_table(cases: Sequence[AnswerCase]) -> dict[str, Any]:
     """Closed questions whose reference is yes or no, by each reading."""
     mine = [case for case in cases if normalise_answer(case.reference) in CLOSED]
     wanted = [normalise_answer(case.reference) for case in mine]

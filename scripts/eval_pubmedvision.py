@@ -1,0 +1,15 @@
+"""PubMedVision: descriptions of figures; the held-out share of 0.25 %.
+
+    python scripts/eval_pubmedvision.py outputs/stage2/export --data prepared --output outputs/eval
+
+The folder after --data is what data_prep programs wrote to. Under `deepspeed` in place of python,
+ranks divide the work; the same command goes on where it was interrupted. docs/evaluation.md defines
+every number.
+"""
+
+from __future__ import annotations
+
+from biascare.runs.evaluation_door import evaluate
+
+if __name__ == "__main__":
+    evaluate(__doc__, benchmark="pubmedvision")

@@ -1,0 +1,15 @@
+"""SLAKE: closed and open questions about CT, MRI and X-ray; the official test split, in English.
+
+    python scripts/eval_slake.py outputs/stage2/export --data prepared --output outputs/eval
+
+The folder after --data is what data_prep programs wrote to. Under `deepspeed` in place of python,
+ranks divide the work; the same command goes on where it was interrupted. docs/evaluation.md defines
+every number.
+"""
+
+from __future__ import annotations
+
+from biascare.runs.evaluation_door import evaluate
+
+if __name__ == "__main__":
+    evaluate(__doc__, benchmark="slake")
