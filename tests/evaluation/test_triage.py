@@ -334,7 +334,8 @@ def test_a_threshold_keeps_its_promise_on_new_patients_as_often_as_it_says() -> 
 
 
 def test_a_promise_is_checked_on_the_cases_that_are_judged_and_in_every_group() -> None:
-    found = summarise_triage(*many(300, 0, "a"), many(600, 1, "v"))["risk_control"]["much"]
+    cases, scores = many(300, 0, "a")
+    found = summarise_triage(cases, scores, many(600, 1, "v"))["risk_control"]["much"]
     assert found["threshold"] is not None
     test = found["test"]
     assert test["num"] == 300 and 0 < test["num_accepted"] < 300
