@@ -16,7 +16,9 @@ def evaluation_table(summary: Mapping[str, Any], title: str) -> Table:
     for column in ("what", "group", "n", "score", "reference"):
         table.add_column(column, justify="left" if column in ("what", "group") else "right")
     segmentation = summary.get("segmentation", {})
-    for metric in (name for name in segmentation if name.startswith("dice")):
+    # At the size of a protocol a Dice is for comparison with its tables; metrics.json has it.
+    shown = (n for n in segmentation if n.startswith("dice") and not n.endswith("_256"))
+    for metric in shown:
         scores = segmentation[metric]
         table.add_row(metric, "all masks", str(segmentation["num_masks"]), _f(scores["mean"]), "")
         table.add_row("", "mean over targets", "", _f(scores["mean_over_targets"]), "")
@@ -25,13 +27,17 @@ def evaluation_table(summary: Mapping[str, Any], title: str) -> Table:
             for axis in ("by_prevalence", "by_modality"):
                 for name, cell in scores[axis].items():
                     table.add_row("", name, str(cell["num"]), _f(cell["mean"]), "")
-    for name in ("semantic", "joint_label_free"):
-        if name in segmentation:
-            cell = segmentation[name]
-            auroc = cell["failure_auroc"]
-            # None without both failed and good masks: 0.5 would read as a measured chance level.
-            score = "-" if auroc is None else _f(auroc)
-            table.add_row(f"{name} uncertainty", "AUROC of failures", "", score, "0.500 by chance")
+    triage = summary.get("triage", {"signals": {}})
+    aurocs = {name: cell["auroc"] for name, cell in triage["signals"].items()}
+    # None without both failed and good masks: 0.5 would read as a measured chance level.
+    ranked = sorted((auroc, name) for name, auroc in aurocs.items() if auroc is not None)
+    if ranked:
+        what = f"Dice below {triage['failure_dice']:g}"
+        found = f"{triage['num_failed']} of {triage['num']}"
+        # The range alone: a line for each of a dozen signals would bury the scores.
+        for place, (auroc, name) in (("best", ranked[-1]), ("worst", ranked[0])):
+            table.add_row(what, f"AUROC, {place}: {name}", found, _f(auroc), "0.500 by chance")
+            what = found = ""
     for kind, cell in summary.get("answers", {}).items():
         constant = f"{_f(cell['best_constant'])} best constant"
         table.add_row(f"{kind} answers", "all", str(cell["num"]), _f(cell["accuracy"]), constant)
@@ -97,14 +103,19 @@ def benchmark_table(found: Mapping[str, Any], model: str) -> Table:
 
 def invariance_table(differences: Sequence[Difference]) -> Table:
     """How far cases differ from those in batches of one."""
-    table = Table(title="The same cases, computed in other ways")
-    table.add_column("computed")
-    for column in ("cases", "absent", "other text", "log-prob.", "mask Dice", "same"):
+    table = Table(
+        title="The same cases, computed in other ways",
+        caption="text: answers that differ; log p, doubt: largest difference of a log-probability "
+        "and of an uncertainty; Dice: smallest of a mask with its twin",
+    )
+    table.add_column("computed", no_wrap=True)
+    for column in ("cases", "absent", "text", "log p", "doubt", "Dice", "same"):
         table.add_column(column, justify="right")
     for found in differences:
         counts = [str(n) for n in (found.num, found.num_absent, found.num_texts)]
         same = "yes" if found.passed else "NO"
-        table.add_row(found.how, *counts, f"{found.log_prob:.0e}", f"{found.dice:.4f}", same)
+        numbers = f"{found.log_prob:.0e}", f"{found.doubt:.0e}", f"{found.dice:.4f}"
+        table.add_row(found.how, *counts, *numbers, same)
     return table
 
 
