@@ -196,6 +196,41 @@ def excess_ece(
     )
 
 
+def excess_score_error(
+    predicted: ArrayLike,
+    score: ArrayLike,
+    clusters: NDArray[np.int64],
+    num_bins: int = NUM_BINS,
+    num_draws: int = 1000,
+    seed: int = 0,
+) -> ExcessECE:
+    """The ECE of a `predicted` score [N] in [0, 1], such as a Dice, against the `score` itself.
+
+    A score is no coin: what a calibrated prediction would show is drawn by turning the sign of
+    each patient's differences (`clusters` [N]), which are as often above 0 as below where the
+    prediction is right on average.
+    """
+    found, real = np.asarray(predicted, np.float64), np.asarray(score, np.float64)
+    if not len(found):
+        return ExcessECE(0, *[float("nan")] * 5)
+    index, differences = bin_index(found, num_bins), real - found
+    gaps = np.abs(np.bincount(index, differences, num_bins))
+    ece = float(gaps.sum() / len(found))
+    rng, num_clusters = np.random.default_rng(seed), int(clusters.max()) + 1
+    null = np.empty(num_draws)
+    for draw in range(num_draws):
+        sign = rng.choice((-1.0, 1.0), num_clusters)[clusters]
+        null[draw] = np.abs(np.bincount(index, sign * differences, num_bins)).sum() / len(found)
+    return ExcessECE(
+        num=len(found),
+        ece=ece,
+        null_mean=float(null.mean()),
+        null_95=float(np.quantile(null, 0.95)),
+        excess=float(ece - null.mean()),
+        p=p_value(ece, null),
+    )
+
+
 def classwise_ece(probabilities: ArrayLike, labels: ArrayLike, num_bins: int = NUM_BINS) -> float:
     """Mean over classes of the ECE of each class's probability; `probabilities` [N, K], `labels`
     [N] of class numbers."""

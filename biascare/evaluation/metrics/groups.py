@@ -50,12 +50,13 @@ ATTRIBUTES: dict[str, Callable[[Facts], str | None]] = {
 
 
 class Measured(NamedTuple):
-    """One metric of N cases; higher is better."""
+    """One metric of N cases; NaN where a case does not have it."""
 
     name: str
     facts: Sequence[Facts]
     values: Sequence[float]
     case_mix: Sequence[str]  # what makes a case easy or hard: modality, target, kind of question
+    higher_is_better: bool = True
 
 
 def summarise_groups(
@@ -78,7 +79,14 @@ def summarise_groups(
             if not any(group is not None for group in groups):
                 continue
             mix = metric.case_mix
-            plain = disparity(values, groups, patients, num_draws=num_draws, seed=seed)
+            plain = disparity(
+                values,
+                groups,
+                patients,
+                higher_is_better=metric.higher_is_better,
+                num_draws=num_draws,
+                seed=seed,
+            )
             compared = [group.name for group in plain.groups if group.compared]
             # Its p alone: the bootstrap of the adjusted scores would be drawn for nobody.
             within = gap_p_value(
