@@ -74,7 +74,7 @@ class RiskCoverage(NamedTuple):
 
 
 def _checked(
-    confidence: ArrayLike, correct: ArrayLike
+    confidence: ArrayLike, correct: ArrayLike, *, scores: bool = False
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     found, right = np.asarray(confidence, np.float64), np.asarray(correct, np.float64)
     if found.shape != right.shape or found.ndim != 1:
@@ -82,7 +82,8 @@ def _checked(
             f"confidence {found.shape} and correct {right.shape} must be of one length"
         )
     # NaN fails too: an unparsed confidence is left out by the caller, and counted there.
-    if not ((found >= 0) & (found <= 1)).all() or not np.isin(right, (0, 1)).all():
+    known = (right >= 0) & (right <= 1) if scores else np.isin(right, (0, 1))
+    if not ((found >= 0) & (found <= 1)).all() or not known.all():
         raise ValueError(
             "confidences must lie in [0, 1] and correct be 0 or 1; leave out what could not be "
             "parsed and count it"
@@ -108,8 +109,9 @@ def _bin_means(
 def reliability_bins(
     confidence: ArrayLike, correct: ArrayLike, num_bins: int = NUM_BINS
 ) -> ReliabilityBins:
-    """The bins that every error here is computed from."""
-    found, right = _checked(confidence, correct)
+    """The bins that every error here is computed from; a score in [0, 1] may stand for `correct`,
+    and the "accuracy" is its mean."""
+    found, right = _checked(confidence, correct, scores=True)
     index = bin_index(found, num_bins)
     return ReliabilityBins(
         num=np.bincount(index, minlength=num_bins),

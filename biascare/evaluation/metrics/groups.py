@@ -15,6 +15,7 @@ import numpy as np
 
 from biascare.evaluation.metrics.bootstrap import NUM_DRAWS, cluster_numbers
 from biascare.evaluation.metrics.fairness import (
+    MISSING,
     adjusted,
     disparity,
     gap_p_value,
@@ -89,15 +90,20 @@ def summarise_groups(
             )
             compared = [group.name for group in plain.groups if group.compared]
             # Its p alone: the bootstrap of the adjusted scores would be drawn for nobody.
+            level = adjusted(values, mix)
             within = gap_p_value(
-                adjusted(values, mix), groups, patients, compared, num_draws=num_draws, seed=seed
+                level, groups, patients, compared, num_draws=num_draws, seed=seed
             )
             common = standardised(values, groups, mix)
             shown = [group._asdict() for group in plain.groups]
             for group in shown:
+                mine = [(MISSING if g is None else g) == group["name"] for g in groups]
+                mine = np.array(mine) & ~np.isnan(values)
+                group["adjusted"] = float(level[mine].mean()) if mine.any() else float("nan")
                 group["standardised"], group["mix_covered"] = common[group["name"]]
             result.setdefault(metric.name, {})[name] = plain._asdict() | {
                 "groups": shown,
+                **_adjusted_gap(shown, metric.higher_is_better),
                 "p_case_mix": within,
             }
     family = [found for by_name in result.values() for found in by_name.values()]
@@ -108,3 +114,16 @@ def summarise_groups(
         for found, p in zip(stated, holm([f[key] for f in stated]), strict=True):
             found[f"{key}_holm"] = p
     return result
+
+
+def _adjusted_gap(groups: Sequence[dict[str, Any]], higher_is_better: bool) -> dict[str, Any]:
+    """What `p_case_mix` is the p of: within the case mix the order of groups may be another."""
+    compared = sorted((g for g in groups if g["compared"]), key=lambda g: g["adjusted"])
+    if len(compared) < 2:
+        return dict.fromkeys(("adjusted_gap", "adjusted_worst", "adjusted_best"))
+    worst, best = (compared[0], compared[-1]) if higher_is_better else (compared[-1], compared[0])
+    return {
+        "adjusted_gap": compared[-1]["adjusted"] - compared[0]["adjusted"],
+        "adjusted_worst": worst["name"],
+        "adjusted_best": best["name"],
+    }
