@@ -61,8 +61,8 @@ def shared_with_training(
     by columns alone, so copies of an image under another name are not seen."""
     counts = {}
     for column in _ID_KINDS:
-        trained = np.unique(np.concatenate([_id_keys(r, column) for r in training]))
-        keys = [_id_keys(r, column) for r in held_out]
+        trained = np.unique(np.concatenate([id_keys(r, column) for r in training]))
+        keys = [id_keys(r, column) for r in held_out]
         counts[column] = sum(int((np.isin(k, trained) & (k != 0)).sum()) for k in keys)
     return counts
 

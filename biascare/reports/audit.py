@@ -115,7 +115,7 @@ def html_page(audit: Row, sections: Sequence[Section]) -> str:
         style=jinja2.utils.markupsafe.Markup(STYLE),
         verdict=verdict,
         verdict_class=verdict.lower().replace(" ", "-"),
-        sign=SIGNS.get(verdict, "–"),
+        sign=SIGNS.get(verdict, "-"),
         why=verdict_sentence(audit),
         counts=counts_sentence(audit),
         headlines=headlines(audit),
@@ -293,6 +293,11 @@ def _cohort(audit: Row) -> Section:
     rows = [
         dict(row) | {"group": group_name(row["attribute"], row["group"])}
         for row in audit["attributes"]
+        # Of what nothing is missing a sentence speaks.
+        if row["images"] or row["group"] != "missing"
+    ]
+    complete = [
+        r["attribute"] for r in audit["attributes"] if r["group"] == "missing" and not r["images"]
     ]
     columns = [
         words("attribute"),
@@ -304,7 +309,10 @@ def _cohort(audit: Row) -> Section:
     return Section(
         "cohort",
         "Who was audited",
-        ["A group that is not in this table was not audited. Missing values are a group."],
+        [
+            "A group that is not in this table was not audited. Missing values are a group; "
+            f"nothing is missing in: {', '.join(complete) or 'none of the attributes'}."
+        ],
         tables=[Table("cohort", "Cases, images and patients by what is known", rows, columns)],
     )
 
@@ -337,9 +345,9 @@ def _performance(audit: Row) -> Section:
         charts=charts,
         tables=[
             Table("performance", "Main numbers", main, columns),
-            Table("performance_details", "By target, and all other numbers", rest, columns)._replace(
-                folded=True
-            ),
+            Table(
+                "performance_details", "By target, and all other numbers", rest, columns
+            )._replace(folded=True),
         ],
     )
 
@@ -417,7 +425,8 @@ def _groups(audit: Row) -> Section:
             charts.append(Chart(f"{about['title']} by {row['attribute']}", svg))
     num = len([r for r in primary if r["p"] is not None])
     shown_groups = [
-        dict(g) | {"metric": _title(audit, g["metric"]), "group": group_name(g["attribute"], g["group"])}
+        dict(g)
+        | {"metric": _title(audit, g["metric"]), "group": group_name(g["attribute"], g["group"])}
         for g in audit["groups"]
     ]
     named = {about["title"] for about in audit["metrics"].values() if about["primary"]}
@@ -427,9 +436,9 @@ def _groups(audit: Row) -> Section:
         [
             "A gap between groups is never 0, so each stands beside its chance: the same numbers "
             "with the groups dealt anew among patients. A finding is a p within the same kinds of "
-            f"case (modality and target, or kind of question) of at most {audit['settings']['level']}"
-            f" after Holm's adjustment over the {num} primary comparisons. The detectable gap would "
-            "be found in 80 of 100 such data sets; where it is large, no finding means little. "
+            "case (modality and target, or kind of question) of at most "
+            f"{audit['settings']['level']} after Holm's adjustment over the {num} primary "
+            "comparisons. The detectable gap would be found in 80 of 100 such data sets; where it is large, no finding means little. "
             "Hollow marks are groups that are too small or unknown, and not compared.",
         ],
         points=[group_sentence(audit, row) for row in primary if row["p"] is not None],
@@ -460,7 +469,7 @@ def _groups(audit: Row) -> Section:
                     for row in audit["error_types"]
                 ],
                 errors,
-                "As fairlearn defines them: the larger of the gaps in true and false positive rate; "
+                "As fairlearn defines them: the larger gap of true and false positive rates; "
                 "the gap in how often yes is said. Part of the secondary family.",
             ),
             Table(
@@ -552,7 +561,8 @@ def _calibration(audit: Row) -> Section:
             "A calibration error (ECE) is never 0 either: beside it stands what a perfectly "
             "calibrated model would show on as many cases. Signed: above 0 is overconfident. "
             f"Groups below {smallest} cases support no statement. CCEG is the mean difference of "
-            "the groups' ECE, ESCE the ECE raised by how they differ; by chance: groups dealt anew.",
+            "the groups' ECE, ESCE the ECE raised by how they differ; by chance: groups dealt "
+            "anew.",
         ],
         charts=charts,
         tables=[

@@ -316,12 +316,12 @@ def _metric_title(audit: Row, name: str) -> str:
 
 
 THREATS = (
-    "Noise of the reference: a wrong true mask or answer counts as the model's error. Rows hold one "
-    "reference per case, so agreement between annotators is unknown.",
-    "Who is in the data: groups are as the source states them. A group that is absent here was not "
-    "audited, and equal numbers in these data say nothing of other hospitals, scanners or years.",
-    "Readings: answers are read by fixed rules and compared as whole texts; a right answer in other "
-    "words counts as wrong. No language model judges anything here.",
+    "Noise of the reference: a wrong true mask or answer counts as the model's error. Rows hold "
+    "one reference per case, so agreement between annotators is unknown.",
+    "Who is in the data: groups are as the source states them. A group that is absent here was "
+    "not audited, and equal numbers in these data say nothing of other hospitals, scanners or years.",
+    "Readings: answers are read by fixed rules and compared as whole texts; a right answer in "
+    "other words counts as wrong. No language model judges anything here.",
     "Prompts: masks start from a simulated click or the true box, which a hurried person may not "
     "give as well.",
     "Many looks: findings come from the primary family alone. Everything else in this page is for "

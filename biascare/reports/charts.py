@@ -13,6 +13,7 @@ import html
 import io
 import textwrap
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -129,7 +130,7 @@ def curve(
             f'<line x1="{ax:.1f}" y1="{ay:.1f}" x2="{bx:.1f}" y2="{by:.1f}" stroke="{QUIET}" '
             'stroke-dasharray="2 3"/>'
         )
-    for number, (name, points) in enumerate(lines):
+    for number, (_, points) in enumerate(lines):
         dash = DASHES[number % len(DASHES)]
         at = " ".join(f"{px:.1f},{py:.1f}" for px, py in (place(*point) for point in points))
         parts.append(
@@ -166,9 +167,7 @@ STROKES = ("#005a8f", "#b34700", "#1b1b1b", "#5b8a00", "#8a4f8a")
 DASHES = ("none", "7 4", "2 3", "10 3 2 3", "1 4")
 
 
-def outlines(
-    image: np.ndarray | None, masks: Sequence[tuple[str, np.ndarray]], about: str
-) -> str:
+def outlines(image: np.ndarray | None, masks: Sequence[tuple[str, np.ndarray]], about: str) -> str:
     """Side by side: the part of an image around the masks, with one outlined in each copy.
 
     `image` [H, W, 3] uint8, or None for a blank canvas; `masks` are names and [H, W] bool. Two
@@ -245,9 +244,7 @@ def _edges(mask: np.ndarray) -> str:
 def _runs(line: np.ndarray) -> list[tuple[int, int]]:
     """(first, one past the last) of every stretch of one value that is not 0."""
     changes = np.flatnonzero(np.diff(line, prepend=0, append=0))
-    return [
-        (int(a), int(b)) for a, b in zip(changes, changes[1:], strict=False) if line[a] != 0
-    ]
+    return [(int(a), int(b)) for a, b in pairwise(changes) if line[a] != 0]
 
 
 def _text(x: float, y: float, text: str, *, size: int = 13, anchor: str = "start") -> str:

@@ -13,12 +13,11 @@ from typing import NamedTuple
 from biascare.evaluation.audit.audit import audit
 from biascare.evaluation.audit.tables import Draws
 from biascare.evaluation.audit.thresholds import read_thresholds
-from biascare.evaluation.cases import read_cases
+from biascare.evaluation.cases import CASES, read_cases
 from biascare.records import Records
 from biascare.reports.audit import write_audit
 from biascare.reports.audit_pictures import mask_pictures
 from biascare.reports.audit_words import headlines, verdict_sentence
-from biascare.runs.evaluate import CASES
 
 
 class AuditRequest(NamedTuple):
@@ -88,8 +87,10 @@ def cases_file(path: str) -> Path:
     if not file.is_file():
         shares = sorted(file.parent.glob(f"{file.stem}.rank*{file.suffix}"))
         # A killed evaluation has rows, but of some cases alone: an audit of them would mislead.
-        hint = "the evaluation is not finished: run its command again" if shares else (
-            "name the --output folder of scripts/evaluate.py, or its cases.jsonl"
+        hint = (
+            "the evaluation is not finished: run its command again"
+            if shares
+            else ("name the --output folder of scripts/evaluate.py, or its cases.jsonl")
         )
         raise ValueError(f"{file} does not exist; {hint}")
     return file

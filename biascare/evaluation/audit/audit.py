@@ -30,7 +30,6 @@ from biascare.evaluation.audit.tables import (
 from biascare.evaluation.audit.thresholds import Thresholds, verdict
 from biascare.evaluation.audit.training import training_facts
 from biascare.evaluation.cases import Cases
-from biascare.evaluation.metrics.bootstrap import NUM_DRAWS
 from biascare.evaluation.metrics.fairness import MIN_CALIBRATION_GROUP, MIN_GROUP, MISSING
 from biascare.evaluation.metrics.segmentation import FAILURE_DICE
 from biascare.records import Records
@@ -39,6 +38,8 @@ FORMAT, FORMAT_VERSION = "biascare-audit", 1
 
 LEVEL = 0.05
 """A difference is called found at this p, adjusted over its family."""
+
+DRAWS = Draws()
 
 FEW_PATIENTS = 20
 """Below it, percentile intervals of a bootstrap by patient are too narrow."""
@@ -50,7 +51,7 @@ def audit(
     baseline: Cases | None = None,
     thresholds: Thresholds | None = None,
     training: Sequence[Records] = (),
-    draws: Draws = Draws(NUM_DRAWS, 0),
+    draws: Draws = DRAWS,
 ) -> Row:
     """Raises ValueError for a file without cases, and for a baseline of other truth."""
     tables = audit_tables(cases)
@@ -110,8 +111,7 @@ def audit(
         "training": training_facts(training, tables, cases.header, draws) if training else None,
         "comparison": None
         if baseline is None
-        else {"baseline": _provenance(baseline)}
-        | compare(tables, audit_tables(baseline), draws),
+        else {"baseline": _provenance(baseline)} | compare(tables, audit_tables(baseline), draws),
     }
     found["warnings"] = list(_warnings(tables, found))
     return _plain(found)

@@ -26,9 +26,7 @@ CHANGED = 0.05
 GAINED, PAID, UNCLEAR = "gained", "paid", "no clear change"
 
 
-def compare(
-    run: Sequence[AuditTable], baseline: Sequence[AuditTable], draws: Draws
-) -> Row:
+def compare(run: Sequence[AuditTable], baseline: Sequence[AuditTable], draws: Draws) -> Row:
     """{"rows", "num_shared", "num_only_run", "num_only_baseline"}.
 
     Raises ValueError where the two runs share no case, or a shared case has another truth.

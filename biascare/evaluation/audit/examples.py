@@ -6,10 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
+
 from biascare.data.prevalence import PREVALENCE_GROUPS
 from biascare.evaluation.audit.rows import AuditTable, true_share
 from biascare.evaluation.audit.tables import Row
 from biascare.evaluation.cases import AnswerCase, FinishedCase, MaskCase
+from biascare.evaluation.metrics.answers import likeliest
 
 NUM_EXAMPLES = 10
 PER_TARGET = 2
@@ -42,14 +45,15 @@ def _mask_row(case: MaskCase, dice: float) -> Row:
 
 
 def surest_errors(table: AuditTable) -> list[Row]:
-    """Wrong answers of the highest confidence: of the option where options were scored, else of
-    the text."""
-    option, _ = table.confidences["confidence of the option"]
-    text, _ = table.confidences["confidence of the text"]
+    """Wrong answers of the highest confidence: the likeliest option where options were scored, else
+    the text. A confidence is of what it stands beside: an option may be right and the text not."""
+    option, option_right = table.confidences["confidence of the option"]
+    text, text_right = table.confidences["confidence of the text"]
     order = []
     for i, case in enumerate(table.cases):
-        stated = option[i] if option[i] == option[i] else text[i]
-        if table.metrics["accuracy"][i] == 0 and stated == stated:
+        scored = not np.isnan(option[i])
+        stated, right = (option[i], option_right[i]) if scored else (text[i], text_right[i])
+        if right == 0 and not np.isnan(stated):
             order.append((-float(stated), case.id, case))
     order.sort(key=lambda entry: entry[:2])
     rows = []
@@ -63,7 +67,7 @@ def surest_errors(table: AuditTable) -> list[Row]:
             | {
                 "kind": case.facts.kind,
                 "question": case.question,
-                "answered": case.text,
+                "answered": likeliest(case) or case.text,
                 "reference": case.reference,
                 "confidence": stated,
             }

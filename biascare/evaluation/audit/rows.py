@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped, unused-ignore]
 
 from biascare.evaluation.cases import AnswerCase, Cases, FinishedCase, LabelCase, MaskCase
 from biascare.evaluation.metrics.answers import (
@@ -59,9 +58,7 @@ METRICS: dict[str, MetricKind] = {
     "accuracy": MetricKind("right answers", "answers", primary=True, is_share=True),
     "option_accuracy": MetricKind("right by the likeliest option", "answers", is_share=True),
     "open_recall": MetricKind("recall of words, open questions", "answers"),
-    "true_yes": MetricKind(
-        "yes where yes is true (true positive rate)", "answers", is_share=True
-    ),
+    "true_yes": MetricKind("yes where yes is true (true positive rate)", "answers", is_share=True),
     "false_yes": MetricKind(
         "yes where no is true (false positive rate)",
         "answers",
@@ -142,7 +139,8 @@ def _mask_table(cases: Cases) -> AuditTable:
     dice = np.array([score["dice"] for score in scores])
     last = [max(len(case.predictions) - 1, 0) for case in masks]
     corrected = [
-        score[f"dice_click_{n}"] if n else float("nan") for score, n in zip(scores, last, strict=True)
+        score[f"dice_click_{n}"] if n else float("nan")
+        for score, n in zip(scores, last, strict=True)
     ]
     predicted = np.array([case.predictions[0].predicted_dice for case in masks], np.float64)
     doubts = [v for case in masks for v in case.predictions[0].uncertainty.values()]
@@ -223,6 +221,9 @@ def _says_yes(case: AnswerCase) -> bool | None:
 
 
 def _report_table(cases: list[AnswerCase]) -> AuditTable:
+    # Only here: its tokenisers take seconds to load, and most audits hold no report.
+    from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped, unused-ignore]
+
     scorer = RougeScorer(["rouge1"], use_stemmer=False)
     return _table(
         "reports",

@@ -109,9 +109,7 @@ def _columns(table: AuditTable) -> dict[str, tuple[NDArray[np.int64], list[str]]
     known = {name: [of(f) for f in table.facts] for name, of in FACTS.items()}
     if table.sizes is not None:
         known["size of the mask"] = list(table.sizes)
-    return {
-        name: named_groups(groups) for name, groups in known.items() if len(set(groups)) > 1
-    }
+    return {name: named_groups(groups) for name, groups in known.items() if len(set(groups)) > 1}
 
 
 def _candidates(

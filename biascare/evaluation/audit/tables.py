@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from biascare.evaluation.audit.rows import METRICS, AuditTable, Column
-from biascare.evaluation.metrics.bootstrap import clustered, widened
+from biascare.evaluation.metrics.bootstrap import NUM_DRAWS, clustered, widened
 from biascare.evaluation.metrics.calibration import (
     calibration_errors,
     excess_ece,
@@ -32,7 +32,7 @@ from biascare.evaluation.metrics.fairness import (
     kept_rows,
     named_groups,
 )
-from biascare.evaluation.metrics.groups import ATTRIBUTES, Measured, summarise_groups
+from biascare.evaluation.metrics.groups import ATTRIBUTES, Measured, group_order, summarise_groups
 from biascare.interfaces import Facts
 
 Row = dict[str, Any]
@@ -41,8 +41,8 @@ Row = dict[str, Any]
 class Draws(NamedTuple):
     """How often and with which seed chance is drawn."""
 
-    num_draws: int
-    seed: int
+    num_draws: int = NUM_DRAWS
+    seed: int = 0
 
 
 BREAKDOWNS: dict[str, Callable[[Facts], str | None]] = {
@@ -72,7 +72,7 @@ def cohort(tables: Sequence[AuditTable]) -> tuple[dict[str, int], list[Row]]:
     of = ATTRIBUTES | {"modality": BREAKDOWNS["modality"], "source": BREAKDOWNS["source"]}
     for attribute, value in of.items():
         groups = [[value(f) for f in table.facts] for table in tables]
-        names = sorted({g for mine in groups for g in mine if g is not None})
+        names = sorted({g for mine in groups for g in mine if g is not None}, key=group_order)
         for name in (*names, None):
             here = [f for f in facts if value(f) == name]
             row = {"attribute": attribute, "group": MISSING if name is None else name}
@@ -143,7 +143,11 @@ def disparities(
     for family, primary in (("primary", True), ("secondary", False)):
         measured = [
             Measured(
-                metric, table.facts, values.tolist(), table.case_mix, METRICS[metric].higher_is_better
+                metric,
+                table.facts,
+                values.tolist(),
+                table.case_mix,
+                METRICS[metric].higher_is_better,
             )
             for table in tables
             for metric, values in table.metrics.items()
@@ -250,7 +254,7 @@ def calibration(
                 number, names = named_groups(groups)
                 errors += (
                     _calibration_row(name, attribute, group, conf, right, who, number == g, draws)
-                    for g, group in enumerate(names)
+                    for g, group in sorted(enumerate(names), key=lambda pair: group_order(pair[1]))
                 )
                 found = calibration_gap(conf, right, groups, who, **draws._asdict())
                 row = found._asdict()
@@ -354,7 +358,8 @@ def _deferral_rows(
 ) -> Iterator[Row]:
     found = disparity(kept, groups, who, **draws._asdict())
     number, _ = named_groups(groups)
-    for g, group in enumerate(found.groups):
+    order = sorted(enumerate(found.groups), key=lambda pair: group_order(pair[1].name))
+    for g, group in order:
         mine = kept * (number == g)
         yield about | {
             "group": group.name,

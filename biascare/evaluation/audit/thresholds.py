@@ -11,14 +11,15 @@ smaller than `min_group`. A point estimate decides nothing. The overall verdict 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from biascare.evaluation.audit.rows import METRICS, AuditTable
 from biascare.evaluation.audit.tables import Draws, Row, means
 from biascare.evaluation.metrics.fairness import MISSING, disparity
 from biascare.evaluation.metrics.groups import ATTRIBUTES
+from biascare.settings.keys import _key, _Section
 from biascare.settings.schema import build
 from biascare.settings.strict_yaml import ConfigError, Problem, read_tree
 
@@ -26,56 +27,37 @@ PASS, FAIL, INSUFFICIENT = "PASS", "FAIL", "INSUFFICIENT DATA"
 WORST_FIRST = (FAIL, INSUFFICIENT, PASS)
 
 
-def _key(help: str, default: Any = None, default_factory: Any = None, **bounds: float) -> Any:
-    metadata = {"help": help, "bounds": bounds}
-    if default_factory is not None:
-        return field(default_factory=default_factory, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-class _Strict:
-    __pydantic_config__: ClassVar[dict[str, Any]] = {
-        "extra": "forbid",
-        "strict": True,
-        "allow_inf_nan": False,
-    }
-
-
 @dataclass(frozen=True, kw_only=True)
-class Limit(_Strict):
+class Limit(_Section):
     """What is asked of one metric."""
 
-    min: float | None = _key("mean of every group, at least", ge=0, le=1)
-    max: float | None = _key("mean of every group, at most", ge=0, le=1)
-    max_gap: float | None = _key("between the best and the worst group, at most", ge=0, le=1)
-
-
-def _limit(name: str) -> Any:
-    return _key(METRICS[name].title, default_factory=Limit)
+    min: float | None = _key("mean of every group, at least", None, ge=0, le=1)
+    max: float | None = _key("mean of every group, at most", None, ge=0, le=1)
+    max_gap: float | None = _key("between the best and the worst group, at most", None, ge=0, le=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits(_Strict):
+class Limits(_Section):
     """A limit for every metric; empty ones ask nothing."""
 
-    dice: Limit = _limit("dice")
-    missed: Limit = _limit("missed")
-    iou: Limit = _limit("iou")
-    nsd: Limit = _limit("nsd")
-    dice_text: Limit = _limit("dice_text")
-    dice_corrected: Limit = _limit("dice_corrected")
-    accuracy: Limit = _limit("accuracy")
-    option_accuracy: Limit = _limit("option_accuracy")
-    open_recall: Limit = _limit("open_recall")
-    true_yes: Limit = _limit("true_yes")
-    false_yes: Limit = _limit("false_yes")
-    rouge1: Limit = _limit("rouge1")
-    top_label: Limit = _limit("top_label")
-    label_agreement: Limit = _limit("label_agreement")
+    dice: Limit = _key("limits of a metric", default_factory=Limit)
+    missed: Limit = _key("limits of a metric", default_factory=Limit)
+    iou: Limit = _key("limits of a metric", default_factory=Limit)
+    nsd: Limit = _key("limits of a metric", default_factory=Limit)
+    dice_text: Limit = _key("limits of a metric", default_factory=Limit)
+    dice_corrected: Limit = _key("limits of a metric", default_factory=Limit)
+    accuracy: Limit = _key("limits of a metric", default_factory=Limit)
+    option_accuracy: Limit = _key("limits of a metric", default_factory=Limit)
+    open_recall: Limit = _key("limits of a metric", default_factory=Limit)
+    true_yes: Limit = _key("limits of a metric", default_factory=Limit)
+    false_yes: Limit = _key("limits of a metric", default_factory=Limit)
+    rouge1: Limit = _key("limits of a metric", default_factory=Limit)
+    top_label: Limit = _key("limits of a metric", default_factory=Limit)
+    label_agreement: Limit = _key("limits of a metric", default_factory=Limit)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ByAttribute(_Strict):
+class ByAttribute(_Section):
     """Limits of one attribute, where they differ from those of all."""
 
     sex: Limits = _key("of sexes", default_factory=Limits)

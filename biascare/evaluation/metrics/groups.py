@@ -42,6 +42,13 @@ def sex_and_age(facts: Facts) -> str | None:
     return None if facts.sex is None or band is None else f"{facts.sex}, {band}"
 
 
+def group_order(name: str) -> tuple[bool, list[tuple[int, str]]]:
+    """Sorts groups as a reader expects them: ages from young to old, missing last."""
+    bands = [*(band for _, band in AGE_BANDS), OLDEST]
+    parts = [(bands.index(p), "") if p in bands else (-1, p) for p in name.split(", ")]
+    return name == MISSING, parts
+
+
 ATTRIBUTES: dict[str, Callable[[Facts], str | None]] = {
     "sex": lambda facts: facts.sex,
     "age": age_band,
@@ -91,11 +98,9 @@ def summarise_groups(
             compared = [group.name for group in plain.groups if group.compared]
             # Its p alone: the bootstrap of the adjusted scores would be drawn for nobody.
             level = adjusted(values, mix)
-            within = gap_p_value(
-                level, groups, patients, compared, num_draws=num_draws, seed=seed
-            )
+            within = gap_p_value(level, groups, patients, compared, num_draws=num_draws, seed=seed)
             common = standardised(values, groups, mix)
-            shown = [group._asdict() for group in plain.groups]
+            shown = [g._asdict() for g in sorted(plain.groups, key=lambda g: group_order(g.name))]
             for group in shown:
                 mine = [(MISSING if g is None else g) == group["name"] for g in groups]
                 mine = np.array(mine) & ~np.isnan(values)
