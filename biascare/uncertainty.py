@@ -3,7 +3,8 @@
     vector = mask_weighted_embedding(image_embedding, mask_probs, row_image=row_image)   # Eq. 3
     semantic = semantic_uncertainty(vector, text_embedding)                              # Eqs. 4-5
     joint = joint_uncertainty(semantic, dice_loss, beta_vl)                              # Eq. 6
-    label_free(features, prediction, row_image, beta_vl)                  # all that needs no truth
+    label_free(features, prediction, row_image, beta_vl)    # all that needs no truth, one decoding
+    disagreement(mask_logits, others)                       # with masks of moved clicks, or of text
 
 The paper is "Bias-constrained multimodal intelligence for equitable and reliable clinical AI"
 (arXiv 2604.16884). fp32 inside, whatever dtype comes in: bf16 resolves only 0.004 near 1, where
@@ -12,9 +13,13 @@ cosines live.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.functional import softplus
+
+from biascare.interfaces import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, Prompts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,6 +128,90 @@ def mean_query(text_vector: Tensor) -> Tensor:
     """`[R, Q, C]` or `[R, C]` -> `[R, C]` fp32."""
     text_vector = text_vector.float()
     return text_vector.mean(dim=1) if text_vector.ndim == 3 else text_vector
+
+
+STABILITY_OFFSET = 1.0
+"""Logits that the threshold of a mask is moved by, as in SAM."""
+
+
+def mask_entropy(mask_logits: Tensor) -> Tensor:
+    """Mean entropy of the pixels that [R, H, W] logits call the target: `[R]` fp32 bits in [0, 1].
+
+    An empty mask has no pixel to be sure of: 1. Pixels outside are left out, because there are so
+    many sure ones that a large image would look certain.
+    """
+    logits = mask_logits.float()
+    inside = logits > 0
+    bits = (softplus(logits) - logits * logits.sigmoid()) / math.log(2)
+    num = inside.sum(dim=(1, 2))
+    return torch.where(num > 0, (bits * inside).sum(dim=(1, 2)) / num.clamp(min=1), 1.0)
+
+
+def expected_dice_loss(mask_logits: Tensor) -> Tensor:
+    """1 - the Dice that [R, H, W] logits expect of their own mask, if pixels are what their
+    probabilities say: 1 - 2 sum(p m) / (sum p + sum m), `[R]` fp32 in [0, 1]; 1 for an empty mask.
+
+    The soft Dice confidence of Borges et al. 2024 (arXiv 2402.10665).
+    """
+    probs, inside = mask_logits.float().sigmoid(), mask_logits > 0
+    shared = (probs * inside).sum(dim=(1, 2))
+    size = probs.sum(dim=(1, 2)) + inside.sum(dim=(1, 2))
+    return 1 - 2 * shared / size.clamp(min=torch.finfo(size.dtype).tiny)
+
+
+def instability(mask_logits: Tensor) -> Tensor:
+    """1 - SAM's stability score: 1 - IoU of the masks at a threshold of +-`STABILITY_OFFSET`
+    instead of 0, `[R]` fp32 in [0, 1]; 1 where even the larger one is empty."""
+    larger = (mask_logits > -STABILITY_OFFSET).sum(dim=(1, 2))
+    smaller = (mask_logits > STABILITY_OFFSET).sum(dim=(1, 2))
+    return 1 - smaller / larger.clamp(min=1)
+
+
+JITTER_SHARE = 1 / 64
+"""How far a click is moved, as a share of the image's side: 4 pixels of 256."""
+
+JITTER = ((1, 0), (-1, 0), (0, 1), (0, -1))
+"""Directions, x and y. Four, because each costs a decoding of every row."""
+
+
+def jittered(prompts: Prompts, image_size: int) -> Prompts:
+    """Prompts of R rows -> those of K*R rows, moved in each direction of `JITTER`, the rows of one
+    direction together.
+
+    All clicks of a row move alike and stay in the image. Of a box both corners move towards or away
+    from each other, and never past its middle. Nothing is drawn: equal prompts give equal ones.
+    """
+    coords, labels = prompts.point_coords, prompts.point_labels
+    shift = coords.new_tensor(JITTER)[:, None, None] * (JITTER_SHARE * image_size)
+    sign = torch.where(labels == BOX_BOTTOM_RIGHT, -1.0, 1.0)[None, ..., None]
+    moved = (coords[None] + shift * sign).clamp(0, image_size - 1)
+    first, last = ((labels == corner)[..., None] for corner in (BOX_TOP_LEFT, BOX_BOTTOM_RIGHT))
+    middle = ((coords * first).sum(1, keepdim=True) + (coords * last).sum(1, keepdim=True)) / 2
+    moved = torch.where(first, torch.minimum(moved, middle), moved)
+    moved = torch.where(last, torch.maximum(moved, middle), moved)
+    return Prompts(
+        point_coords=moved.flatten(0, 1),
+        point_labels=labels.repeat(len(JITTER), 1),
+    )
+
+
+def disagreement(mask_logits: Tensor, others: Tensor) -> Tensor:
+    """1 - mean soft Dice of masks with others of the same rows: `[R]` fp32 in [0, 1].
+
+    Soft Dice is 2 sum(p q) / (sum p^2 + sum q^2) of the probabilities, 1 only where they are equal.
+    Probabilities and not masks, so that a pixel at the threshold counts for what it is. An empty
+    mask answers no click, whatever the others are: 1.
+
+    Args:
+        mask_logits: `[R, H, W]`.
+        others: `[K, R, H, W]`, or `[K * R, H, W]` as `jittered` prompts give them.
+    """
+    probs = mask_logits.float().sigmoid()
+    other = others.float().sigmoid().reshape(-1, *mask_logits.shape)
+    shared = (probs * other).sum(dim=(2, 3))
+    size = (probs**2).sum(dim=(1, 2)) + (other**2).sum(dim=(2, 3))
+    dice = (2 * shared / size.clamp(min=torch.finfo(size.dtype).tiny)).mean(0)
+    return torch.where((mask_logits > 0).any(dim=2).any(dim=1), 1 - dice.clamp(max=1), 1.0)
 
 
 def label_free(

@@ -49,6 +49,7 @@ from biascare.evaluation.cases import (
 from biascare.evaluation.metrics.answers import is_correct, summarise_answers
 from biascare.evaluation.metrics.groups import Measured, summarise_groups
 from biascare.evaluation.metrics.segmentation import mask_scores, summarise_segmentation
+from biascare.evaluation.metrics.triage import summarise_triage
 from biascare.hitl.clicks import refine_once
 from biascare.inference.answerer import Answerer, spoken
 from biascare.inference.segmenter import Decoded, Segmenter
@@ -111,13 +112,14 @@ def evaluate(
 
 
 def summarise(cases: Cases) -> dict[str, Any]:
-    """Numbers of both kinds of cases: `segmentation` and `answers`, each where there are some, and
-    `groups` of patients where something is known of them."""
+    """Numbers of both kinds of cases: `segmentation` with `triage` and `answers`, each where there
+    are some, and `groups` of patients where something is known of them."""
     summary: dict[str, Any] = {}
     measured: list[Measured] = []
     scores = [mask_scores(case, cases.header) for case in cases.masks]
     if cases.masks:
         summary["segmentation"] = summarise_segmentation(cases.masks, scores)
+        summary["triage"] = summarise_triage(cases.masks, scores)
         facts = [case.facts for case in cases.masks]
         mix = [f"{f.modality}, {f.target}" for f in facts]
         measured.append(Measured("dice", facts, [score["dice"] for score in scores], mix))

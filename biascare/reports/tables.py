@@ -25,13 +25,19 @@ def evaluation_table(summary: Mapping[str, Any], title: str) -> Table:
             for axis in ("by_prevalence", "by_modality"):
                 for name, cell in scores[axis].items():
                     table.add_row("", name, str(cell["num"]), _f(cell["mean"]), "")
-    for name in ("semantic", "joint_label_free"):
-        if name in segmentation:
-            cell = segmentation[name]
-            auroc = cell["failure_auroc"]
-            # None without both failed and good masks: 0.5 would read as a measured chance level.
-            score = "-" if auroc is None else _f(auroc)
-            table.add_row(f"{name} uncertainty", "AUROC of failures", "", score, "0.500 by chance")
+    triage = summary.get("triage", {"signals": {}})
+    aurocs = {name: cell["auroc"] for name, cell in triage["signals"].items()}
+    # None without both failed and good masks: 0.5 would read as a measured chance level.
+    ranked = sorted((auroc, name) for name, auroc in aurocs.items() if auroc is not None)
+    if ranked:
+        what = f"failed masks (Dice below {triage['failure_dice']:g})"
+        found = f"{triage['num_failed']} of {triage['num']}"
+        # The range alone: a line for each of a dozen signals would bury the scores.
+        for place, (auroc, name) in (("most", ranked[-1]), ("least", ranked[0])):
+            table.add_row(
+                what, f"AUROC of {name}, {place} telling", found, _f(auroc), "0.500 by chance"
+            )
+            what = found = ""
     for kind, cell in summary.get("answers", {}).items():
         constant = f"{_f(cell['best_constant'])} best constant"
         table.add_row(f"{kind} answers", "all", str(cell["num"]), _f(cell["accuracy"]), constant)

@@ -382,7 +382,7 @@ def test_a_summary_has_what_there_are_cases_of(
 ) -> None:
     cases = both_sides(tiny_mllm, records, tmp_path / "cases.jsonl")
     summary = summarise(cases)
-    assert set(summary) == {"segmentation", "answers", "groups"}
+    assert set(summary) == {"segmentation", "triage", "answers", "groups"}
     assert json.loads(json.dumps(summary)) == summary
     assert set(summary["groups"]["dice"]) == {"sex", "age", "sex and age"}  # no race is known
     sexes = {group["name"]: group["num"] for group in summary["groups"]["dice"]["sex"]["groups"]}

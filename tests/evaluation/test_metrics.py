@@ -32,7 +32,6 @@ from biascare.evaluation.metrics.segmentation import (
     click_auc,
     dice_score,
     disc,
-    failure_auroc,
     fit_disc,
     iou_score,
     mask_scores,
@@ -144,9 +143,6 @@ def test_a_summary_gives_the_means_computed_by_hand() -> None:
     assert summary["dice"]["mean_over_targets"] == pytest.approx((liver + DICE[3]) / 2)
     assert summary["dice"]["by_prevalence"]["head"] == {"num": 3, "mean": pytest.approx(liver)}
     assert summary["dice"]["by_target"]["duct"] == {"num": 1, "mean": pytest.approx(DICE[3])}
-    assert summary["semantic"]["mean"] == pytest.approx(0.25)
-    # One failed mask, doubted more than two of the three good ones.
-    assert summary["semantic"]["failure_auroc"] == pytest.approx(2 / 3)
     assert json.loads(json.dumps(summary)) == summary
 
 
@@ -195,8 +191,7 @@ def test_unknown_attributes_form_a_group_of_their_own() -> None:
     assert table["F"] == {"num": 2, "mean": pytest.approx(0.55)}
 
 
-def test_failures_cannot_be_ranked_when_all_masks_are_good_or_there_are_none() -> None:
-    assert failure_auroc(DICE[:3], [0.1, 0.4, 0.2]) is None
+def test_without_masks_there_is_nothing_but_their_number() -> None:
     assert summarise_segmentation([], []) == {"num_masks": 0}
 
 

@@ -16,13 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import ndimage  # type: ignore[import-untyped, unused-ignore]
 from scipy.integrate import trapezoid  # type: ignore[import-untyped, unused-ignore]
-from sklearn.metrics import roc_auc_score
 
 from biascare.evaluation.cases import Header, MaskCase
 from biascare.records import decode_mask
-
-FAILURE_DICE = 0.5
-"""A mask below this Dice counts as failed when uncertainties are asked to find failures."""
 
 NOC_THRESHOLDS = (0.85, 0.90)
 """IoU that clicks are counted to."""
@@ -182,20 +178,10 @@ def mean_by(groups: Iterable[str | None], values: Iterable[float]) -> dict[str, 
     }
 
 
-def failure_auroc(dice: Sequence[float], uncertainty: Sequence[float]) -> float | None:
-    """How well an uncertainty ranks failed masks before good ones; None without both kinds."""
-    failed = [score < FAILURE_DICE for score in dice]
-    # Without both kinds there is nothing to rank; 0.5 would read as a measured chance level.
-    if len(set(failed)) < 2:
-        return None
-    return float(roc_auc_score(failed, list(uncertainty)))
-
-
 def summarise_segmentation(
     cases: Sequence[MaskCase], scores: Sequence[dict[str, float]]
 ) -> dict[str, Any]:
-    """Means over masks and targets, by group, and how uncertainty ranks failures; `scores` are the
-    `mask_scores` of the cases."""
+    """Means over masks and targets, and by group; `scores` are the `mask_scores` of the cases."""
     summary: dict[str, Any] = {"num_masks": len(cases)}
     for metric in scores[0] if scores else ():
         if metric == "hd95" or metric.startswith("iou_click"):
@@ -219,11 +205,6 @@ def summarise_segmentation(
             "num_undefined": len(distances) - len(defined),
         }
         summary["clicks"] = _click_table(cases, scores)
-    for name in cases[0].predictions[0].uncertainty if cases else ():
-        doubts = [case.predictions[0].uncertainty[name] for case in cases]
-        auroc = failure_auroc([score["dice"] for score in scores], doubts)
-        # Of the first prediction: that is what decides whom an expert sees first.
-        summary[name] = {"mean": float(np.mean(doubts)), "failure_auroc": auroc}
     return summary
 
 
