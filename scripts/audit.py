@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 CODES = {None: 0, "PASS": 0, "FAIL": 1, "INSUFFICIENT DATA": 2}
 WRONG = 3
@@ -26,7 +27,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     # argparse ends with 2, which is INSUFFICIENT DATA here.
-    parser.exit = lambda status=0, message=None: _leave(status, message)  # type: ignore[assignment]
+    parser.exit = lambda status=0, message=None: _leave(status, message)  # type: ignore[method-assign]
     add = parser.add_argument
     add("run", metavar="RUN", help="output folder of an evaluation, or its cases.jsonl")
     add("--baseline", metavar="RUN", help="another run on the same cases: who gained, who paid")
@@ -48,7 +49,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def _leave(status: int, message: str | None) -> None:
+def _leave(status: int, message: str | None) -> NoReturn:
     if message:
         sys.stderr.write(message)
     sys.exit(WRONG if status else 0)

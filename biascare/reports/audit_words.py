@@ -180,7 +180,7 @@ def _performance_headlines(audit: Row) -> Iterator[Headline]:
         dice = rows["dice", "all", "all"]
         text = (
             f"{share(all_masks['count'], all_masks['num'])} masks are missed (Dice below "
-            f"{audit['settings']['failure_dice']}); the mean Dice is {dice['mean']:.2f} "
+            f"{audit['settings']['missed_dice']}); the mean Dice is {dice['mean']:.2f} "
             f"[{dice['low']:.2f}, {dice['high']:.2f}]"
         )
         tail = rows.get(("missed", "prevalence", "tail"))
@@ -319,7 +319,8 @@ THREATS = (
     "Noise of the reference: a wrong true mask or answer counts as the model's error. Rows hold "
     "one reference per case, so agreement between annotators is unknown.",
     "Who is in the data: groups are as the source states them. A group that is absent here was "
-    "not audited, and equal numbers in these data say nothing of other hospitals, scanners or years.",
+    "not audited, and equal numbers in these data say nothing of other hospitals, scanners or "
+    "years.",
     "Readings: answers are read by fixed rules and compared as whole texts; a right answer in "
     "other words counts as wrong. No language model judges anything here.",
     "Prompts: masks start from a simulated click or the true box, which a hurried person may not "

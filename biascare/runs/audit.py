@@ -67,6 +67,7 @@ def carry_out(request: AuditRequest) -> AuditResult:
     found = audit(
         cases["run"],
         baseline=cases.get("baseline"),
+        validation=cases.get("validation"),
         thresholds=thresholds,
         training=folders["train"],
         draws=Draws(request.num_draws, request.seed),

@@ -16,7 +16,7 @@ from typing import Any
 
 from biascare.evaluation.audit.comparison import compare
 from biascare.evaluation.audit.examples import surest_errors, worst_masks
-from biascare.evaluation.audit.rows import METRICS, AuditTable, audit_tables
+from biascare.evaluation.audit.rows import METRICS, MISSED_DICE, AuditTable, audit_tables
 from biascare.evaluation.audit.slices import worst_slices
 from biascare.evaluation.audit.tables import (
     Draws,
@@ -29,9 +29,9 @@ from biascare.evaluation.audit.tables import (
 )
 from biascare.evaluation.audit.thresholds import Thresholds, verdict
 from biascare.evaluation.audit.training import training_facts
-from biascare.evaluation.cases import Cases
+from biascare.evaluation.cases import Cases, MaskCase
 from biascare.evaluation.metrics.fairness import MIN_CALIBRATION_GROUP, MIN_GROUP, MISSING
-from biascare.evaluation.metrics.segmentation import FAILURE_DICE
+from biascare.evaluation.metrics.triage import summarise_triage
 from biascare.records import Records
 
 FORMAT, FORMAT_VERSION = "biascare-audit", 1
@@ -50,6 +50,7 @@ def audit(
     *,
     baseline: Cases | None = None,
     thresholds: Thresholds | None = None,
+    validation: Cases | None = None,
     training: Sequence[Records] = (),
     draws: Draws = DRAWS,
 ) -> Row:
@@ -75,7 +76,7 @@ def audit(
             "level": LEVEL,
             "min_group": MIN_GROUP,
             "min_calibration_group": MIN_CALIBRATION_GROUP,
-            "failure_dice": FAILURE_DICE,
+            "missed_dice": MISSED_DICE,
         },
         "provenance": _provenance(cases),
         "verdict": None if thresholds is None else verdict(tables, thresholds, draws),
@@ -93,6 +94,7 @@ def audit(
         "calibration": errors_of_confidence,
         "calibration_gaps": gaps,
         "reliability_bins": bins,
+        "triage": _triage(by_unit.get("masks"), validation),
         "deferral": deferral_table(tables, draws),
         "slices": [row for s in slices.values() for row in s.tested],
         "slice_search": [
@@ -115,6 +117,18 @@ def audit(
     }
     found["warnings"] = list(_warnings(tables, found))
     return _plain(found)
+
+
+def _triage(masks: AuditTable | None, validation: Cases | None) -> Row | None:
+    """None without masks that have an uncertainty."""
+    if masks is None:
+        return None
+    known = None
+    if validation is not None and validation.masks:
+        other = audit_tables(validation._replace(answers=[], labels=[]))[0]
+        known = validation.masks, other.scores
+    cases = [case for case in masks.cases if isinstance(case, MaskCase)]
+    return summarise_triage(cases, masks.scores, known)
 
 
 def _provenance(cases: Cases) -> Row:

@@ -28,11 +28,15 @@ from biascare.evaluation.metrics.answers import (
     text_confidence,
 )
 from biascare.evaluation.metrics.bootstrap import cluster_numbers
-from biascare.evaluation.metrics.segmentation import FAILURE_DICE, mask_scores
+from biascare.evaluation.metrics.segmentation import mask_scores
 from biascare.interfaces import Facts
 from biascare.records import decode_mask
 
 Column = NDArray[np.float64]
+
+
+MISSED_DICE = 0.5
+"""A mask below this Dice has missed its target: it may overlap, but shows something else."""
 
 
 class MetricKind(NamedTuple):
@@ -49,7 +53,7 @@ class MetricKind(NamedTuple):
 METRICS: dict[str, MetricKind] = {
     "dice": MetricKind("Dice", "masks", primary=True),
     "missed": MetricKind(
-        f"masks with a Dice below {FAILURE_DICE}", "masks", higher_is_better=False, is_share=True
+        f"masks with a Dice below {MISSED_DICE}", "masks", higher_is_better=False, is_share=True
     ),
     "iou": MetricKind("IoU", "masks"),
     "nsd": MetricKind("normalised surface Dice", "masks"),
@@ -150,7 +154,7 @@ def _mask_table(cases: Cases) -> AuditTable:
         [f"{case.facts.modality}, {case.facts.target}" for case in masks],
         metrics={
             "dice": dice,
-            "missed": (dice < FAILURE_DICE).astype(np.float64),
+            "missed": (dice < MISSED_DICE).astype(np.float64),
             "iou": np.array([score["iou"] for score in scores]),
             "nsd": np.array([score["nsd"] for score in scores]),
             "dice_text": np.array([score.get("dice_text", np.nan) for score in scores]),

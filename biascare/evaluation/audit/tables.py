@@ -75,7 +75,7 @@ def cohort(tables: Sequence[AuditTable]) -> tuple[dict[str, int], list[Row]]:
         names = sorted({g for mine in groups for g in mine if g is not None}, key=group_order)
         for name in (*names, None):
             here = [f for f in facts if value(f) == name]
-            row = {"attribute": attribute, "group": MISSING if name is None else name}
+            row: Row = {"attribute": attribute, "group": MISSING if name is None else name}
             for table, mine in zip(tables, groups, strict=True):
                 row[table.unit] = sum(g == name for g in mine)
             row["images"] = len({(f.source, f.split, f.image_id) for f in here})

@@ -13,9 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
-from biascare.evaluation.audit.rows import METRICS, AuditTable
+from biascare.evaluation.audit.rows import AuditTable
 from biascare.evaluation.audit.tables import Draws, Row, means
 from biascare.evaluation.metrics.fairness import MISSING, disparity
 from biascare.evaluation.metrics.groups import ATTRIBUTES

@@ -102,8 +102,8 @@ def summarise_groups(
             common = standardised(values, groups, mix)
             shown = [g._asdict() for g in sorted(plain.groups, key=lambda g: group_order(g.name))]
             for group in shown:
-                mine = [(MISSING if g is None else g) == group["name"] for g in groups]
-                mine = np.array(mine) & ~np.isnan(values)
+                named = [(MISSING if g is None else g) == group["name"] for g in groups]
+                mine = np.array(named) & ~np.isnan(values)
                 group["adjusted"] = float(level[mine].mean()) if mine.any() else float("nan")
                 group["standardised"], group["mix_covered"] = common[group["name"]]
             result.setdefault(metric.name, {})[name] = plain._asdict() | {
