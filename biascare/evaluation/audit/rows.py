@@ -28,6 +28,7 @@ from biascare.evaluation.metrics.answers import (
     text_confidence,
 )
 from biascare.evaluation.metrics.bootstrap import cluster_numbers
+from biascare.evaluation.metrics.fairness import named_groups
 from biascare.evaluation.metrics.segmentation import mask_scores
 from biascare.interfaces import Facts
 from biascare.records import decode_mask
@@ -52,6 +53,7 @@ class MetricKind(NamedTuple):
 
 METRICS: dict[str, MetricKind] = {
     "dice": MetricKind("Dice", "masks", primary=True),
+    "dice_hard": MetricKind("Dice of targets harder than average", "masks", primary=True),
     "missed": MetricKind(
         f"masks with a Dice below {MISSED_DICE}", "masks", higher_is_better=False, is_share=True
     ),
@@ -148,12 +150,14 @@ def _mask_table(cases: Cases) -> AuditTable:
     ]
     predicted = np.array([case.predictions[0].predicted_dice for case in masks], np.float64)
     doubts = [v for case in masks for v in case.predictions[0].uncertainty.values()]
+    mix = [f"{case.facts.modality}, {case.facts.target}" for case in masks]
     return _table(
         "masks",
         masks,
-        [f"{case.facts.modality}, {case.facts.target}" for case in masks],
+        mix,
         metrics={
             "dice": dice,
+            "dice_hard": of_hard_kinds(dice, mix),
             "missed": (dice < MISSED_DICE).astype(np.float64),
             "iou": np.array([score["iou"] for score in scores]),
             "nsd": np.array([score["nsd"] for score in scores]),
@@ -165,6 +169,17 @@ def _mask_table(cases: Cases) -> AuditTable:
         scores=scores,
         num_not_finite=int(np.isnan(predicted).sum()) + sum(not math.isfinite(v) for v in doubts),
     )
+
+
+def of_hard_kinds(values: Column, case_mix: Sequence[str]) -> Column:
+    """[N] `values` of the kinds of case whose mean is below that of all, else NaN.
+
+    A bias that acts on findings alone is lost among organs, which are many and easy. Which kinds
+    are hard is decided without looking at groups, so that dealing groups anew stays a fair null.
+    """
+    mix, strata = named_groups(case_mix)
+    means = np.bincount(mix, values, len(strata)) / np.bincount(mix, minlength=len(strata))
+    return np.where(means[mix] < values.mean(), values, np.nan)
 
 
 def true_share(case: MaskCase) -> float:

@@ -40,6 +40,7 @@ class Limits(_Section):
     """A limit for every metric; empty ones ask nothing."""
 
     dice: Limit = _key("limits of a metric", default_factory=Limit)
+    dice_hard: Limit = _key("limits of a metric", default_factory=Limit)
     missed: Limit = _key("limits of a metric", default_factory=Limit)
     iou: Limit = _key("limits of a metric", default_factory=Limit)
     nsd: Limit = _key("limits of a metric", default_factory=Limit)
