@@ -130,21 +130,21 @@ def mean_query(text_vector: Tensor) -> Tensor:
     return text_vector.mean(dim=1) if text_vector.ndim == 3 else text_vector
 
 
-STABILITY_OFFSET = 1.0
-"""Logits that the threshold of a mask is moved by, as in SAM."""
-
-
 def mask_entropy(mask_logits: Tensor) -> Tensor:
     """Mean entropy of the pixels that [R, H, W] logits call the target: `[R]` fp32 bits in [0, 1].
 
     An empty mask has no pixel to be sure of: 1. Pixels outside are left out, because there are so
     many sure ones that a large image would look certain.
     """
-    logits = mask_logits.float()
-    inside = logits > 0
+    inside = mask_logits > 0
+    # Of the pixels inside alone, which are few: a logarithm for each pixel would cost more than
+    # decoding the mask.
+    logits = mask_logits[inside].float()
     bits = (softplus(logits) - logits * logits.sigmoid()) / math.log(2)
     num = inside.sum(dim=(1, 2))
-    return torch.where(num > 0, (bits * inside).sum(dim=(1, 2)) / num.clamp(min=1), 1.0)
+    row = torch.arange(len(num), device=num.device).repeat_interleave(num)
+    total = torch.zeros(len(num), device=num.device).index_add(0, row, bits)
+    return torch.where(num > 0, total / num.clamp(min=1), 1.0)
 
 
 def expected_dice_loss(mask_logits: Tensor) -> Tensor:
@@ -159,27 +159,20 @@ def expected_dice_loss(mask_logits: Tensor) -> Tensor:
     return 1 - 2 * shared / size.clamp(min=torch.finfo(size.dtype).tiny)
 
 
-def instability(mask_logits: Tensor) -> Tensor:
-    """1 - SAM's stability score: 1 - IoU of the masks at a threshold of +-`STABILITY_OFFSET`
-    instead of 0, `[R]` fp32 in [0, 1]; 1 where even the larger one is empty."""
-    larger = (mask_logits > -STABILITY_OFFSET).sum(dim=(1, 2))
-    smaller = (mask_logits > STABILITY_OFFSET).sum(dim=(1, 2))
-    return 1 - smaller / larger.clamp(min=1)
-
-
 JITTER_SHARE = 1 / 64
 """How far a click is moved, as a share of the image's side: 4 pixels of 256."""
 
-JITTER = ((1, 0), (-1, 0), (0, 1), (0, -1))
-"""Directions, x and y. Four, because each costs a decoding of every row."""
+JITTER = ((1, 1), (-1, -1))
+"""Directions, x and y. Two, because each costs a decoding of every row, and four or eight rank
+failed masks no better (docs/EXPERIMENTS.md)."""
 
 
 def jittered(prompts: Prompts, image_size: int) -> Prompts:
     """Prompts of R rows -> those of K*R rows, moved in each direction of `JITTER`, the rows of one
     direction together.
 
-    All clicks of a row move alike and stay in the image. Of a box both corners move towards or away
-    from each other, and never past its middle. Nothing is drawn: equal prompts give equal ones.
+    All clicks of a row move alike and stay in the image. A box shrinks and grows: its corners move
+    against each other, and never past its middle. Nothing is drawn: equal prompts give equal ones.
     """
     coords, labels = prompts.point_coords, prompts.point_labels
     shift = coords.new_tensor(JITTER)[:, None, None] * (JITTER_SHARE * image_size)
@@ -203,37 +196,51 @@ def disagreement(mask_logits: Tensor, others: Tensor) -> Tensor:
     mask answers no click, whatever the others are: 1.
 
     Args:
-        mask_logits: `[R, H, W]`.
-        others: `[K, R, H, W]`, or `[K * R, H, W]` as `jittered` prompts give them.
+        mask_logits: `[R, h, w]`; the decoder's own size is enough, and sixteen times cheaper.
+        others: `[K * R, h, w]`, as `jittered` prompts give them.
     """
-    probs = mask_logits.float().sigmoid()
-    other = others.float().sigmoid().reshape(-1, *mask_logits.shape)
-    shared = (probs * other).sum(dim=(2, 3))
-    size = (probs**2).sum(dim=(1, 2)) + (other**2).sum(dim=(2, 3))
+    probs = mask_logits.float().sigmoid().flatten(1)
+    other = others.float().sigmoid().reshape(-1, *probs.shape)
+    shared = torch.einsum("rp,krp->kr", probs, other)
+    size = (probs**2).sum(1) + torch.einsum("krp,krp->kr", other, other)
     dice = (2 * shared / size.clamp(min=torch.finfo(size.dtype).tiny)).mean(0)
-    return torch.where((mask_logits > 0).any(dim=2).any(dim=1), 1 - dice.clamp(max=1), 1.0)
+    return torch.where((mask_logits > 0).flatten(1).any(1), 1 - dice.clamp(max=1), 1.0)
+
+
+def size_surprise(area: float, usual: float) -> float:
+    """How far a mask is from the usual size of its target: |log of the ratio of the areas|, both
+    shares of the image. An empty mask has the area of half a pixel of a million."""
+    return abs(math.log(max(area, SMALLEST_AREA)) - math.log(max(usual, SMALLEST_AREA)))
+
+
+SMALLEST_AREA = 5e-7
 
 
 def label_free(
     features: Features, prediction: Prediction, row_image: Tensor, beta_vl: float
 ) -> dict[str, Tensor]:
-    """What can be said of R masks without their truth, by name, `[R]` fp32 each.
+    """What can be said of R masks without their truth and from one decoding, by name, `[R]` fp32.
 
-    `predicted_dice_loss` is the quality head's; `semantic` Eq. 5; `joint_label_free` Eq. 6 with the
-    former in place of the Dice loss. Without a text there is nothing to compare with, and the joint
-    one is the quality head's alone.
+    `predicted_dice_loss` is the quality head's; `mask_entropy` and `expected_dice_loss` the pixels'
+    own; `semantic` Eq. 5; `joint_label_free` Eq. 6 with the quality head's in place of the Dice
+    loss. Without a text there is nothing to compare with, and the joint one is the quality head's
+    alone.
     """
     # The quality head stands in for the truth: it was trained to predict the Dice of its own mask.
     predicted_loss = 1 - prediction.predicted_dice
+    said = {
+        "joint_label_free": predicted_loss,
+        "predicted_dice_loss": predicted_loss,
+        # At the size of the model's input: the decoder's own has too few pixels inside small masks.
+        "mask_entropy": mask_entropy(prediction.mask_logits),
+        "expected_dice_loss": expected_dice_loss(prediction.mask_logits),
+    }
     if features.text_embedding is None or features.image_embedding is None:
-        return {"joint_label_free": predicted_loss, "predicted_dice_loss": predicted_loss}
+        return said
     # Under the predicted mask, unlike in the alignment term: there is no other at inference.
     vector = mask_weighted_embedding(
         features.image_embedding, prediction.mask_logits.sigmoid(), row_image=row_image
     )
     semantic = semantic_uncertainty(vector, features.text_embedding)
-    return {
-        "semantic": semantic,
-        "joint_label_free": joint_uncertainty(semantic, predicted_loss, beta_vl),
-        "predicted_dice_loss": predicted_loss,
-    }
+    joint = joint_uncertainty(semantic, predicted_loss, beta_vl)
+    return said | {"semantic": semantic, "joint_label_free": joint}

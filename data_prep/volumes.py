@@ -20,7 +20,9 @@ below --nifti, without --masks), but for the endings that these options name:
 Slices are turned to the radiological view by the file's own geometry: patient's right at image
 left. --plane native cuts along the slices as they were acquired, which is the default for DICOM;
 across them pixels are often several times as high as wide, which is noted, and --square-pixels adds
-pixels until they are square. Millimetres per pixel stand in the record's extra.
+pixels until they are square. Millimetres per pixel stand in the record's extra, and so does
+`affine`: the 4 x 4 matrix that takes (slice, row, column, 1) of the stored pixels to millimetres to
+the patient's right, front and head. Slices at uneven distances have none.
 
 `--metadata table.csv` is a table with a column image (a case's name or path) and any of patient_id,
 study_id, sex, age, race, anatomy.
@@ -62,6 +64,7 @@ from data_prep.formats.slices import (
     range_shown,
     resized_grey,
     resized_labels,
+    slice_affine,
     slice_values,
     spacing_of,
     square_shape,
@@ -300,6 +303,9 @@ def convert(source: Source, split: str, item: Item) -> Iterator[Record | Incompl
                 "adds pixels"
             )
         spacing = {"mm_per_pixel": [row, column], "mm_between_slices": between}
+        # Where slices are missing, one matrix would put those behind the gap in a wrong place.
+        if volume.even:
+            spacing["affine"] = slice_affine(volume, plane, new_shape).tolist()
         if new_shape != (shape[0], shape[1]):
             spacing["stored_shape"] = shape
     for index, values in enumerate(slice_values(volume, plane)):

@@ -68,6 +68,7 @@ class MaskItem(NamedTuple):
     instruction: str | None  # None where nothing reads text
     points: list[tuple[float, float, int]]  # x, y, label
     box: tuple[float, float, float, float] | None  # XYXY
+    extra: dict[str, Any]  # of the record
 
 
 class QuestionItem(NamedTuple):
@@ -212,6 +213,7 @@ class HeldOutImages(HeldOut):
                 instruction=text if self.chat else None,
                 points=[(float(x), float(y), POINT_POSITIVE) for x, y in points],
                 box=None if box is None else (box[0], box[1], box[2], box[3]),
+                extra=row["extra"],
             )
             for target, box, points, text in zip(
                 row["targets"], boxes, clicks, instructions, strict=True

@@ -43,12 +43,18 @@ from biascare.evaluation.cases import (
     Header,
     MaskCase,
     MaskPrediction,
+    SlicePlace,
     read_cases,
     read_lines,
 )
 from biascare.evaluation.metrics.answers import is_correct, summarise_answers
 from biascare.evaluation.metrics.groups import Measured, summarise_groups
-from biascare.evaluation.metrics.segmentation import mask_scores, summarise_segmentation
+from biascare.evaluation.metrics.segmentation import (
+    mask_area,
+    mask_scores,
+    summarise_segmentation,
+    summarise_volumes,
+)
 from biascare.evaluation.metrics.triage import summarise_triage
 from biascare.hitl.clicks import refine_once
 from biascare.inference.answerer import Answerer, spoken
@@ -56,6 +62,7 @@ from biascare.inference.segmenter import Decoded, Segmenter
 from biascare.interfaces import POINT_PADDING, Prediction, Prompts
 from biascare.records import encode_mask
 from biascare.training.ranks import from_rank_zero, gather_objects, rank, world_size
+from biascare.uncertainty import disagreement, size_surprise
 
 YES_NO = ("yes", "no")
 
@@ -97,7 +104,7 @@ def evaluate(
     with CaseWriter(share, header) as writer:
         for held in _batches(images, done, segmenter.network.device, settings):
             began = time.perf_counter()
-            masks = mask_cases(segmenter, images, held, settings)
+            masks = mask_cases(segmenter, images, held, settings, header)
             # Batch by batch: a kill costs at most one, and the memory of a whole benchmark's masks
             # is never held.
             writer.append(list(_new(masks, held, done, began)))
@@ -111,15 +118,22 @@ def evaluate(
     return read_cases(path)
 
 
-def summarise(cases: Cases) -> dict[str, Any]:
+def summarise(cases: Cases, validation: Cases | None = None) -> dict[str, Any]:
     """Numbers of both kinds of cases: `segmentation` with `triage` and `answers`, each where there
-    are some, and `groups` of patients where something is known of them."""
+    are some, and `groups` of patients where something is known of them. `validation`: cases of the
+    same model that triage may fit its mix and thresholds on."""
     summary: dict[str, Any] = {}
     measured: list[Measured] = []
     scores = [mask_scores(case, cases.header) for case in cases.masks]
     if cases.masks:
         summary["segmentation"] = summarise_segmentation(cases.masks, scores)
-        summary["triage"] = summarise_triage(cases.masks, scores)
+        known = None
+        if validation is not None:
+            masks = validation.masks
+            known = (masks, [mask_scores(case, validation.header) for case in masks])
+        summary["triage"] = summarise_triage(cases.masks, scores, known)
+        volumes = summarise_volumes(cases.masks, cases.header)
+        summary |= {"volumes": volumes} if volumes else {}
         facts = [case.facts for case in cases.masks]
         mix = [f"{f.modality}, {f.target}" for f in facts]
         measured.append(Measured("dice", facts, [score["dice"] for score in scores], mix))
@@ -143,9 +157,17 @@ def summarise(cases: Cases) -> dict[str, Any]:
 
 @torch.inference_mode()
 def mask_cases(
-    segmenter: Segmenter, images: HeldOutImages, held: HeldOutBatch, settings: EvaluationSettings
+    segmenter: Segmenter,
+    images: HeldOutImages,
+    held: HeldOutBatch,
+    settings: EvaluationSettings,
+    header: Header,
 ) -> list[MaskCase]:
-    """Masks by the first prompt, by text alone where text is read, and after each correction."""
+    """Masks by the first prompt, by text alone where text is read, and after each correction.
+
+    The first has uncertainties that the others lack: those that cost further decodings, and how far
+    its size is from the usual one of the header.
+    """
     batch = held.batch
     assert batch.prompts is not None and batch.masks is not None
     encoded = segmenter.encode_batch(batch)
@@ -156,7 +178,15 @@ def mask_cases(
         silent = torch.full_like(batch.prompts.point_labels, POINT_PADDING)
         by_text = segmenter.decode(encoded, batch.prompts._replace(point_labels=silent))
     # Image and words were encoded once; everything below only decodes.
-    history = [(batch.prompts, segmenter.decode(encoded, batch.prompts))]
+    first = segmenter.decode(encoded, batch.prompts)
+    # Of the first mask alone, because that is what decides whether an expert is called.
+    dear = {"click_disagreement": segmenter.click_disagreement(encoded, batch.prompts, first)}
+    if by_text is not None:
+        dear["text_disagreement"] = disagreement(
+            first.prediction.low_res_logits, by_text.prediction.low_res_logits
+        )
+    first = first._replace(uncertainty=first.uncertainty | dear)
+    history = [(batch.prompts, first)]
 
     def decode(prompts: Prompts, previous: Tensor | None) -> Prediction:
         history.append((prompts, segmenter.decode(encoded, prompts, previous)))
@@ -175,7 +205,7 @@ def mask_cases(
             mask_prompt=settings.mask_prompt,
         )
     num_given = batch.prompts.point_labels.shape[1]
-    return [
+    cases = [
         MaskCase(
             id=item.id,
             facts=item.facts,
@@ -192,10 +222,35 @@ def mask_cases(
                 )
                 for prompts, decoded in history
             ],
+            place=place_of(item),
             seconds=0.0,
         )
         for r, item in enumerate(held.items)
     ]
+    for case in cases:
+        usual = header.disc_share_by_target.get(case.facts.target or "", header.disc_share)
+        if usual is not None:
+            prediction, size = case.predictions[0], (case.height, case.width)
+            share = mask_area(prediction.mask, *size) / (size[0] * size[1])
+            prediction.uncertainty["size_surprise"] = size_surprise(share, usual)
+    return cases
+
+
+def place_of(item: MaskItem) -> SlicePlace | None:
+    """Where the converter of volumes (`data_prep/volumes.py`) says that a slice lies; None for what
+    is no slice, or has no millimetres."""
+    extra = item.extra
+    if not {"slice", "num_slices", "plane", "mm_per_pixel", "mm_between_slices"} <= extra.keys():
+        return None
+    row, column = extra["mm_per_pixel"]
+    return SlicePlace(
+        # Ids of slices end in "/plane-number".
+        volume=f"{item.facts.image_id.rpartition('/')[0]}/{extra['plane']}",
+        number=extra["slice"],
+        num_slices=extra["num_slices"],
+        spacing=(extra["mm_between_slices"], row, column),
+        affine=extra.get("affine"),
+    )
 
 
 def _prediction(

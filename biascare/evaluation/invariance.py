@@ -20,6 +20,9 @@ from biascare.records import decode_mask
 from biascare.training.ranks import from_rank_zero
 
 MAX_LOG_PROB = 1e-3
+MAX_DOUBT = 0.01
+"""Of an uncertainty: it follows from pixels, and one at the threshold may fall to either side."""
+
 MIN_DICE = 0.99
 """Of a mask with its twin: a pixel at the threshold may fall to either side, and small masks have
 few."""
@@ -35,12 +38,14 @@ class Difference(NamedTuple):
     num_absent: int  # cases that only one of the two has
     num_texts: int  # answers of another text
     log_prob: float  # largest difference
+    doubt: float  # largest difference of an uncertainty
     dice: float  # smallest Dice of a mask with its twin
 
     @property
     def passed(self) -> bool:
         same = not self.num_absent and not self.num_texts
-        return same and self.log_prob <= MAX_LOG_PROB and self.dice >= MIN_DICE
+        close = self.log_prob <= MAX_LOG_PROB and self.doubt <= MAX_DOUBT
+        return same and close and self.dice >= MIN_DICE
 
 
 def check_invariance(compute: Callable[[Path, int, bool], Cases], folder: Path) -> list[Difference]:
@@ -71,7 +76,7 @@ def _interrupt(folder: Path) -> None:
 def _difference(how: str, one: Cases, other: Cases) -> Difference:
     ours, theirs = _by_id(one), _by_id(other)
     pairs = [(ours[name], theirs[name]) for name in ours.keys() & theirs.keys()]
-    num_texts, log_probs, dices = 0, [0.0], [1.0]
+    num_texts, log_probs, doubts, dices = 0, [0.0], [0.0], [1.0]
     for a, b in pairs:
         if isinstance(a, AnswerCase) and isinstance(b, AnswerCase):
             num_texts += a.text != b.text
@@ -83,12 +88,14 @@ def _difference(how: str, one: Cases, other: Cases) -> Difference:
             log_probs += [abs(x - y) for xs, ys in stated for x, y in zip(xs, ys, strict=True)]
         elif isinstance(a, MaskCase) and isinstance(b, MaskCase):
             dices += _agreements(a, b)
+            doubts += _doubt_differences(a, b)
     return Difference(
         how=how,
         num=len(pairs),
         num_absent=len(ours.keys() ^ theirs.keys()),
         num_texts=num_texts,
         log_prob=max(log_probs),
+        doubt=max(doubts),
         dice=min(dices),
     )
 
@@ -96,6 +103,17 @@ def _difference(how: str, one: Cases, other: Cases) -> Difference:
 def _by_id(cases: Cases) -> dict[str, FinishedCase]:
     every: list[FinishedCase] = [*cases.masks, *cases.answers]
     return {case.id: case for case in every}
+
+
+def _doubt_differences(one: MaskCase, other: MaskCase) -> list[float]:
+    """Of every uncertainty of a case and its twin's; infinite where only one of the two has it."""
+    pairs = [(one.by_text, other.by_text), *zip(one.predictions, other.predictions, strict=True)]
+    stated = [(a.uncertainty, b.uncertainty) for a, b in pairs if a is not None and b is not None]
+    return [
+        abs(a[name] - b[name]) if name in a and name in b else float("inf")
+        for a, b in stated
+        for name in a.keys() | b.keys()
+    ]
 
 
 def _agreements(one: MaskCase, other: MaskCase) -> list[float]:

@@ -24,7 +24,7 @@ from biascare.data.loader import collate, to_device
 from biascare.data.transforms import apply_whole
 from biascare.interfaces import Batch, DualPathModel, Features, Prediction, Prompts, Sample
 from biascare.records import Turn
-from biascare.uncertainty import label_free
+from biascare.uncertainty import JITTER, disagreement, jittered, label_free
 
 
 class Encoded(NamedTuple):
@@ -106,3 +106,30 @@ class Segmenter:
         # With every mask: after each click a person sees whether it helped.
         uncertainty = label_free(encoded.features, prediction, encoded.row_image, self.beta_vl)
         return Decoded(prediction=prediction, uncertainty=uncertainty)
+
+    @torch.inference_mode()
+    def click_disagreement(
+        self,
+        encoded: Encoded,
+        prompts: Prompts,
+        decoded: Decoded,
+        previous: Tensor | None = None,
+    ) -> Tensor:
+        """[R] how far the masks change when clicks or box corners move by a few pixels.
+
+        `decoded` is what the same `prompts` and `previous` gave. One more call of the decoder, with
+        all directions of all rows: too much for every click, so it is asked for where it is read.
+        """
+        num, features = len(JITTER), encoded.features
+        text = features.text_embedding
+        if text is not None:
+            features = features._replace(text_embedding=text.repeat(num, 1, 1))
+        moved = jittered(prompts, self.image_size)
+        others = self.network.decode_masks(
+            features,
+            Prompts(*(field.to(encoded.row_image.device) for field in moved)),
+            encoded.row_image.repeat(num),
+            mask_prompt=None if previous is None else previous.repeat(num, 1, 1),
+        )
+        # At the decoder's own size: it ranks masks as well as the larger one.
+        return disagreement(decoded.prediction.low_res_logits, others.low_res_logits)

@@ -121,6 +121,17 @@ class Segmentation:
         """All label-free uncertainties by name; see `biascare.uncertainty.label_free`."""
         return {name: float(value[0]) for name, value in self.decoded.uncertainty.items()}
 
+    @cached_property
+    def click_disagreement(self) -> float:
+        """How far the mask changes when its clicks or its box move by a few pixels, 0 to 1. Decodes
+        once more, when it is first asked for: a click must not wait for it."""
+        prompts = prompts_of(self.clicks, self.box, self.size, self.segmenter.image_size)
+        before = None
+        if self.mask_prompt and self.previous is not None:
+            before = self.previous.decoded.prediction.low_res_logits
+        found = self.segmenter.click_disagreement(self.encoded, prompts, self.decoded, before)
+        return float(found[0])
+
     @property
     def uncertainty(self) -> float:
         """Eq. 6 with the predicted Dice: the higher, the sooner an expert should look."""

@@ -103,14 +103,19 @@ def benchmark_table(found: Mapping[str, Any], model: str) -> Table:
 
 def invariance_table(differences: Sequence[Difference]) -> Table:
     """How far cases differ from those in batches of one."""
-    table = Table(title="The same cases, computed in other ways")
-    table.add_column("computed")
-    for column in ("cases", "absent", "other text", "log-prob.", "mask Dice", "same"):
+    table = Table(
+        title="The same cases, computed in other ways",
+        caption="text: answers that differ; log p, doubt: largest difference of a log-probability "
+        "and of an uncertainty; Dice: smallest of a mask with its twin",
+    )
+    table.add_column("computed", no_wrap=True)
+    for column in ("cases", "absent", "text", "log p", "doubt", "Dice", "same"):
         table.add_column(column, justify="right")
     for found in differences:
         counts = [str(n) for n in (found.num, found.num_absent, found.num_texts)]
         same = "yes" if found.passed else "NO"
-        table.add_row(found.how, *counts, f"{found.log_prob:.0e}", f"{found.dice:.4f}", same)
+        numbers = f"{found.log_prob:.0e}", f"{found.doubt:.0e}", f"{found.dice:.4f}"
+        table.add_row(found.how, *counts, *numbers, same)
     return table
 
 

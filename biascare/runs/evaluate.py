@@ -34,7 +34,7 @@ from biascare.data.prevalence import groups_of, total_counts
 from biascare.data.prompts import first_point
 from biascare.durable import write_json
 from biascare.evaluation.benchmarks import BENCHMARKS, Benchmark, benchmark_of, folders_of
-from biascare.evaluation.cases import CASES, Cases, Header
+from biascare.evaluation.cases import CASES, Cases, Header, read_cases
 from biascare.evaluation.evaluate import EvaluationSettings, evaluate, summarise
 from biascare.evaluation.invariance import Difference, check_invariance
 from biascare.evaluation.metrics.segmentation import DiscBaseline, fit_disc
@@ -43,6 +43,7 @@ from biascare.inference.model import BiasCareVL
 from biascare.inference.segmenter import Segmenter
 from biascare.models.export_folder import build_network
 from biascare.records import Records, decode_mask
+from biascare.reports.mask_files import import_nibabel, save_masks
 from biascare.reports.sheets import contact_sheet, mask_panels, representative_cases
 from biascare.reports.tables import (
     benchmark_table,
@@ -86,6 +87,8 @@ class EvaluationRequest(NamedTuple):
     check_invariance: int  # images and questions to compute in several ways instead
     suite: str | None = None  # benchmarks instead of folders: names, or a file that lists them
     data: Path | None = None  # where their folders are
+    validation: Path | None = None  # cases that triage is fitted on
+    save_masks: Path | None = None  # folder for predicted masks
 
 
 def carry_out(request: EvaluationRequest) -> tuple[list[Table | str], bool]:
@@ -135,6 +138,7 @@ class Prepared(NamedTuple):
     questions: HeldOutQuestions | None
     header: Header
     settings: EvaluationSettings
+    validation: Cases | None  # what triage is fitted on
 
 
 SUITE_KEYS = ("name", "data", "limit", "output")
@@ -237,7 +241,33 @@ def prepare(request: EvaluationRequest) -> list[Prepared]:
         print(f"{request.model} answers no questions: --language is left out", file=sys.stderr)
     groups, discs = _trained_targets(request, train, model)
     digest = weights_hash(Path(request.model))
-    return [_prepared(job, model, train, groups, discs, digest) for job in jobs]
+    validation = _validation(request, jobs, digest)
+    return [_prepared(job, model, train, groups, discs, digest, validation) for job in jobs]
+
+
+def _validation(request: EvaluationRequest, jobs: Sequence[Job], weights: str) -> Cases | None:
+    """Cases of `request.validation`. Raises ValueError for those of another model, or of records
+    or patients that are to be evaluated."""
+    if request.validation is None:
+        return None
+    found = read_cases(request.validation)
+    if found.header.weights != weights:
+        raise ValueError(
+            f"{request.validation} is of other weights ({found.header.model}), expected cases of "
+            f"{request.model}: evaluate it on the validation split first"
+        )
+    known = {(case.facts.source, case.facts.image_id) for case in found.masks}
+    known |= {(f.source, f.patient_id) for f in (c.facts for c in found.masks) if f.patient_id}
+    for records in (records for job in jobs for records in job.segmentation):
+        source = records.manifest["source"]
+        patients = records.table["patient_id"].to_pylist()
+        both = {(source, name) for name in (*records.ids(), *patients) if name} & known
+        if both:
+            raise ValueError(
+                f"{request.validation} holds cases of {min(both)[1]!r}, which {records.folder} "
+                "holds too, as an image or as a patient; expected cases of other patients"
+            )
+    return found
 
 
 def _prepared(
@@ -247,6 +277,7 @@ def _prepared(
     groups: dict[str, str],
     discs: DiscBaseline | None,
     weights: str,
+    validation: Cases | None,
 ) -> Prepared:
     request, segmentation = job.request, job.segmentation
     assert request.prompt is not None and request.max_new_tokens is not None
@@ -277,7 +308,14 @@ def _prepared(
     if asked:
         kinds = job.benchmark.kinds if job.benchmark else ANSWERED_KINDS
         questions = HeldOutQuestions(asked, model.chat, groups, kinds=kinds, **common)
-    return Prepared(job, model, train, images, questions, header, settings)
+    if request.save_masks is not None and any(map(_has_volumes, segmentation)):
+        import_nibabel()  # before the work, not after it
+    return Prepared(job, model, train, images, questions, header, settings, validation)
+
+
+def _has_volumes(records: Records) -> bool:
+    # A folder is written by one converter: its first record says whether places are recorded.
+    return len(records) > 0 and "affine" in records[0]["extra"]
 
 
 def evaluate_model(request: EvaluationRequest) -> dict[str, Any]:
@@ -303,7 +341,7 @@ def evaluate_suite(request: EvaluationRequest) -> dict[str, dict[str, Any]]:
 
 def _carried_out(prepared: Prepared) -> dict[str, Any]:
     """One evaluation, its metrics and its pictures."""
-    job, model, train, images, questions, header, settings = prepared
+    job, model, train, images, questions, header, settings, validation = prepared
     request = job.request
     assert request.output is not None
     cases = evaluate(
@@ -317,12 +355,17 @@ def _carried_out(prepared: Prepared) -> dict[str, Any]:
         overwrite=request.overwrite,
     )
     # Numbers of a large benchmark take minutes: one rank computes them.
-    return from_rank_zero(lambda: _numbers(cases, job, train, request.output or Path()))
+    output = request.output
+    return from_rank_zero(lambda: _numbers(cases, job, train, output, validation))
 
 
-def _numbers(cases: Cases, job: Job, train: list[Records], output: Path) -> dict[str, Any]:
-    """metrics.json and the contact sheet."""
-    summary = {"model": job.request.model} | summarise(cases)
+def _numbers(
+    cases: Cases, job: Job, train: list[Records], output: Path, validation: Cases | None
+) -> dict[str, Any]:
+    """metrics.json, the contact sheet, and masks where they are asked for."""
+    summary = {"model": job.request.model} | summarise(cases, validation)
+    if job.request.save_masks is not None:
+        save_masks(cases.masks, job.request.save_masks)
     if train:
         held_out = job.segmentation + job.language
         summary["also_in_training"] = shared_with_training(held_out, train)
@@ -345,7 +388,7 @@ def check_model(request: EvaluationRequest) -> list[Difference]:
 
 
 def _check_prepared(prepared: Prepared) -> list[Difference]:
-    _, model, _, images, questions, header, settings = prepared
+    _, model, _, images, questions, header, settings, _ = prepared
 
     def compute(path: Path, batch_size: int, backwards: bool) -> Cases:
         held_out = [held for held in (images, questions) if held is not None]

@@ -93,6 +93,10 @@ def _add_data(parser: argparse.ArgumentParser, benchmark: str | None) -> None:
         "training folders: items that stand there too are counted, and groups and discs of foreign "
         "weights follow from them; an export knows its own"
     )
+    known = "cases.jsonl of the validation split by this model: triage fits its mix and thresholds"
+    add("--validation", type=Path, metavar="CASES", help=known)
+    masks = "folder for the predicted masks: PNG, and NIfTI of volumes whose place is known"
+    add("--save-masks", type=Path, metavar="FOLDER", help=masks)
     add("--train", nargs="*", default=[], help=train)
     add("--prevalence", help="prevalence.json of another run or of data_bias.py")
     add("--allow-trained", action="store_true", help="score records that were trained on too")

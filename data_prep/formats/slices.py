@@ -90,6 +90,22 @@ def spacing_of(affine: np.ndarray, plane: str) -> tuple[float, float, float]:
     return (float(target[0]), float(target[1]), float(target[2]))
 
 
+def slice_affine(volume: Volume, plane: str, shape: tuple[int, int]) -> np.ndarray:
+    """[4, 4]: (slice, row, column, 1) of the oriented slices, resized to `shape` (H, W), -> mm
+    (right, anterior, superior)."""
+    assert volume.affine is not None
+    orientations = import_medical("nibabel.orientations")
+    transform = _transform(volume.affine, plane)
+    stored = orientations.inv_ornt_aff(transform, volume.voxels.shape)
+    old = np.array(oriented(volume.voxels, volume.affine, plane).shape[1:])
+    # The centre of a resized pixel: the corners of the image stay where they were.
+    scale = np.eye(4)
+    ratio = old / np.array(shape)
+    scale[[1, 2], [1, 2]] = ratio
+    scale[1:3, 3] = (ratio - 1) / 2
+    return np.asarray(volume.affine @ stored @ scale)
+
+
 def check_even(volume: Volume, plane: str) -> None:
     """Raises UnusableItemError for a reformation of slices that are not evenly spaced. `plane`: as
     `plane_of` gives it."""

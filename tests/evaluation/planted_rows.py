@@ -52,9 +52,7 @@ PLANTED = {
 }
 
 
-def rows(
-    seed: int, bias: str, size: str = "small", finding: float = FINDING
-) -> list[Measured]:
+def rows(seed: int, bias: str, size: str = "small", finding: float = FINDING) -> list[Measured]:
     """The primary metrics of every target and question of a test split."""
     rng = np.random.default_rng(seed)
     masks: list[tuple[Facts, float]] = []
@@ -92,8 +90,8 @@ QUANTITIES = ("contrast of findings", "noise", "prevalence of findings")
 
 def _factor(patient: Patient, bias: str, quantity: str) -> float:
     # Whatever its split: what was planted in training is what the model has learned.
-    factors = (e.factor for e in active_effects(bias) if e.quantity == quantity and in_group(patient, e))
-    return math.prod(factors)
+    effects = (effect for effect in active_effects(bias) if effect.quantity == quantity)
+    return math.prod(effect.factor for effect in effects if in_group(patient, effect))
 
 
 def _facts(patient: Patient, name: str, image: int, target: str | None, kind: str) -> Facts:

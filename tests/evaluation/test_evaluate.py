@@ -20,6 +20,7 @@ from biascare.inference.answerer import Answerer
 from biascare.inference.segmenter import Segmenter
 from biascare.interfaces import AnswerHead, Batch, Facts, Features, Prediction, Prompts
 from biascare.records import Records, decode_mask
+from biascare.uncertainty import JITTER
 from tests.tiny import IMAGE_SIZE, rows_of, tiny_chat, tiny_model, tiny_record_folder
 
 SETTINGS = EvaluationSettings(
@@ -75,7 +76,8 @@ class KnowingModel:
         mask_prompt: Tensor | None = None,
     ) -> Prediction:
         self.seen.append(prompts)
-        mask = self.truth.clone()
+        # Moved clicks come as further rows.
+        mask = self.truth.repeat(len(prompts.point_labels) // len(self.truth), 1, 1)
         if prompts.point_labels.shape[1] == 1:
             mask[:, :, :4] ^= True
         logits = torch.where(mask, 8.0, -8.0)
@@ -139,7 +141,10 @@ def test_a_click_in_the_error_region_corrects_a_model_that_listens(
     assert all(score["dice"] < score["dice_click_1"] for score in large)
     # The truth at 64 px, scored at 48 x 72.
     assert all(score["dice_click_1"] > 0.9 for score in large)
-    for prompts in model.seen[1::2]:
+    # Of each batch: the first clicks, those moved by a few pixels, the corrections.
+    for first, moved in zip(model.seen[::3], model.seen[1::3], strict=True):
+        assert len(moved.point_labels) == len(JITTER) * len(first.point_labels)
+    for prompts in model.seen[2::3]:
         x = prompts.point_coords[:, 1, 0]
         assert (x < 4).all()  # the error region is the wrong columns
         assert (prompts.point_labels[:, 1] == 0).any()  # spilled pixels are clicked away
@@ -162,8 +167,11 @@ def test_without_language_there_is_no_text_mask_and_no_semantic_uncertainty(
 ) -> None:
     case = segment(KnowingModel(), records, tmp_path / "cases.jsonl", num_corrections=0)[0]
     assert case.by_text is None and case.instruction is None
-    assert case.predictions[0].uncertainty == {"joint_label_free": 0.0, "predicted_dice_loss": 0.0}
-    first = {"dice", "iou", "nsd", "hd95"}
+    uncertainty = case.predictions[0].uncertainty
+    assert uncertainty["joint_label_free"] == uncertainty["predicted_dice_loss"] == 0.0
+    assert not {"semantic", "text_disagreement"} & set(uncertainty)
+    assert uncertainty["click_disagreement"] == pytest.approx(0, abs=1e-6)
+    first = {"dice", "iou", "nsd", "hd95", "dice_256", "iou_256"}
     assert set(mask_scores(case, HEADER)) == first | {"dice_disc", "dice_disc_by_target"}
 
 
@@ -178,6 +186,7 @@ def test_a_case_says_everything_a_table_needs(
     assert case.instruction == "Segment the liver in this MR image."
     assert decode_mask(case.truth.encode(), case.height, case.width).sum() == 22 * 24
     metrics = {"dice", "dice_text", "dice_click_1", "dice_click_2", "nsd", "hd95"}
+    metrics |= {"dice_256", "iou_256"}
     metrics |= {"iou", "iou_click_1", "iou_click_2"}
     metrics |= {"dice_disc", "dice_disc_by_target"}
     for case in cases:

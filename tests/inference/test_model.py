@@ -13,6 +13,7 @@ from PIL import Image
 
 from biascare import BiasCareVL
 from biascare.data.heldout import HeldOutImages, heldout_loader
+from biascare.evaluation.cases import Header
 from biascare.evaluation.evaluate import EvaluationSettings, mask_cases
 from biascare.inference.images import as_pixels
 from biascare.inference.segmenter import Segmenter
@@ -115,7 +116,18 @@ def test_a_simulated_click_and_a_persons_give_the_same_mask(
         max_new_tokens=1,
         synced_generation=False,
     )
-    for case in mask_cases(model.segmenter, images, held, settings):
+    header = Header(
+        model="",
+        weights="",
+        commit="",
+        data=[],
+        settings={},
+        beta_vl=0.5,
+        prevalence={},
+        disc_share=None,
+        disc_share_by_target={},
+    )
+    for case in mask_cases(model.segmenter, images, held, settings, header):
         first, *corrected = case.predictions
         x, y, _ = first.points[0]
         session = model.segment(
@@ -131,6 +143,13 @@ def test_a_simulated_click_and_a_persons_give_the_same_mask(
             mask = decode_mask(prediction.mask.encode(), case.height, case.width)
             assert np.array_equal(session.mask, mask > 0)
             assert session.predicted_dice == pytest.approx(prediction.predicted_dice, abs=1e-5)
+            for name, doubt in session.uncertainties.items():
+                assert doubt == pytest.approx(prediction.uncertainty[name], abs=1e-5)
+        # What costs a further decoding is known of the first mask, and in a session on demand.
+        jitter = session.reset().click_disagreement
+        assert jitter == pytest.approx(first.uncertainty["click_disagreement"], abs=1e-5)
+        assert "click_disagreement" not in corrected[0].uncertainty
+        assert 0 <= session.click_disagreement <= 1
 
 
 @pytest.mark.parametrize("x, y", [(4000, 10), (-3, 10), (10, 50), (float("nan"), 1)])

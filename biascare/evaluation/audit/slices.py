@@ -89,12 +89,19 @@ def worst_slices(table: AuditTable, metric: str, draws: Draws) -> WorstSlices:
     for i, q in zip(testable, q_values, strict=True):
         rows[i]["q"] = float(q)
         rows[i]["confirmed"] = bool(q <= LEVEL)
-    rows.sort(key=lambda row: (not row["confirmed"], row["q"] is None, row["q"], row["slice"]))
+    # By how much worse they are: a slice of two facts and each fact alone may be as sure.
+    rows.sort(key=lambda row: (not row["confirmed"], -_deficit(row, sign), row["slice"]))
     return WorstSlices(rows, len(candidates), sum(row["confirmed"] for row in rows))
 
 
 def _signed(value: float | None, sign: float) -> float | None:
     return None if value is None else sign * value
+
+
+def _deficit(row: Row, sign: float) -> float:
+    if row["mean"] is None or row["others"] is None:
+        return -np.inf
+    return float(sign * (row["others"] - row["mean"]))
 
 
 def _half(patients: NDArray[np.int64], seed: int) -> NDArray[np.bool_]:

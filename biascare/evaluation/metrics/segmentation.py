@@ -3,14 +3,17 @@
     scores = [mask_scores(case, header) for case in cases]
     table = summarise_segmentation(cases, scores)
 
-Scores are per mask at native size. Means are given over masks and, so that frequent targets do not
-hide rare ones, over targets.
+    volumes = summarise_volumes(cases, header)      # slices of one volume as one mask, in mm
+
+Scores are per mask at native size, and at 256 x 256 beside them. Means are given over masks; over
+images, so that one of many targets counts once; and over targets, so that frequent ones do not hide
+rare ones.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,13 +21,52 @@ from scipy import ndimage  # type: ignore[import-untyped, unused-ignore]
 from scipy.integrate import trapezoid  # type: ignore[import-untyped, unused-ignore]
 
 from biascare.evaluation.cases import Header, MaskCase
-from biascare.records import decode_mask
+from biascare.records import decode_mask, mask_runs
 
 NOC_THRESHOLDS = (0.85, 0.90)
 """IoU that clicks are counted to."""
 
-GROUPINGS = ("target", "prevalence", "modality")
-"""Facts that means are given by."""
+PIXEL_BANDS = ((32**2, "under 32 x 32"), (96**2, "32 x 32 to 96 x 96"))
+"""First area of the truth, in native pixels, that is no longer in the band; those of COCO."""
+
+SHARE_BANDS = ((0.001, "under 0.1 %"), (0.01, "0.1 to 1 %"), (0.1, "1 to 10 %"))
+"""The same as a share of the image."""
+
+LARGEST = "larger"
+
+PROTOCOL_SIZE = 256
+"""Side in pixels at which IMed-361M's protocol compares masks."""
+
+
+def _band(size: float, bands: Sequence[tuple[float, str]]) -> str:
+    return next((name for end, name in bands if size < end), LARGEST)
+
+
+def mask_area(code: str, height: int, width: int) -> int:
+    """Pixels of a COCO run-length code, which is not decoded for it."""
+    return int(mask_runs(code.encode("ascii"), height, width)[1::2].sum())
+
+
+def _truth_area(case: MaskCase) -> int:
+    return mask_area(case.truth, case.height, case.width)
+
+
+GROUPINGS: dict[str, Callable[[MaskCase], str | None]] = {
+    "target": lambda case: case.facts.target,
+    "prevalence": lambda case: case.facts.prevalence,
+    "modality": lambda case: case.facts.modality,
+    "pixels": lambda case: _band(_truth_area(case), PIXEL_BANDS),
+    "share": lambda case: _band(_truth_area(case) / (case.height * case.width), SHARE_BANDS),
+}
+"""What means are given by. Size counts twice: few pixels are hard to draw, and a small share of the
+image is hard to find."""
+
+
+def resized_nearest(mask: np.ndarray, side: int) -> np.ndarray:
+    """[H, W] -> [side, side]: each pixel takes the one that its centre lies on, as the protocols
+    that score at one size do. A structure between the centres vanishes."""
+    rows, columns = (((np.arange(side) + 0.5) * n / side).astype(int) for n in mask.shape)
+    return np.asarray(mask[rows[:, None], columns])
 
 
 def dice_score(prediction: np.ndarray, truth: np.ndarray) -> float:
@@ -97,7 +139,8 @@ NSD_TOLERANCE = 2.0
 
 def mask_scores(case: MaskCase, header: Header) -> dict[str, float]:
     """Scores of everything a case holds: by the first prompt (`dice`, `iou`, `nsd`, `hd95`, which
-    is NaN where a mask is empty), by text alone (`dice_text`), after each correction
+    is NaN where a mask is empty; `dice_256` and `iou_256` at `PROTOCOL_SIZE`, NaN where the truth
+    vanishes there), by text alone (`dice_text`), after each correction
     (`dice_click_1`, `iou_click_1`, ...), and of the trivial answers to its first click: a disc of
     one size for all (`dice_disc`), or of its target's mean size (`dice_disc_by_target`)."""
     size = case.height, case.width
@@ -116,6 +159,11 @@ def mask_scores(case: MaskCase, header: Header) -> dict[str, float]:
             surface = surface_scores(mask, truth, NSD_TOLERANCE)
             scores["nsd"] = surface.nsd
             scores["hd95"] = float("nan") if surface.hd95 is None else surface.hd95
+            small = [resized_nearest(m, PROTOCOL_SIZE) for m in (mask, truth)]
+            # A truth that is not there any more would make every empty answer right.
+            lost = truth.any() and not small[1].any()
+            for name, of in (("dice_256", dice_score), ("iou_256", iou_score)):
+                scores[name] = float("nan") if lost else of(*small)
     # A disc needs a click to stand on; a box says more than its size and has no such baseline.
     first = case.predictions[0]
     if header.disc_share is not None and first.points:
@@ -178,32 +226,42 @@ def mean_by(groups: Iterable[str | None], values: Iterable[float]) -> dict[str, 
     }
 
 
+UNDEFINED = ("hd95", "dice_256", "iou_256")
+"""Scores that some masks do not have; how many is counted."""
+
+
 def summarise_segmentation(
     cases: Sequence[MaskCase], scores: Sequence[dict[str, float]]
 ) -> dict[str, Any]:
     """Means over masks and targets, and by group; `scores` are the `mask_scores` of the cases."""
     summary: dict[str, Any] = {"num_masks": len(cases)}
+    groups = {name: [of(case) for case in cases] for name, of in GROUPINGS.items()}
+    images = [f"{case.facts.source}/{case.facts.image_id}" for case in cases]
     for metric in scores[0] if scores else ():
-        if metric == "hd95" or metric.startswith("iou_click"):
+        if metric.startswith("iou_click"):
             continue
-        values = [score[metric] for score in scores]
-        tables = {
-            f"by_{name}": mean_by([getattr(case.facts, name) for case in cases], values)
-            for name in GROUPINGS
-        }
+        values = np.array([score[metric] for score in scores])
+        defined = np.flatnonzero(~np.isnan(values)).tolist()
+        counts = {"num_undefined": len(values) - len(defined)} if metric in UNDEFINED else {}
+        if metric == "hd95":
+            mean = float(values[defined].mean()) if defined else None
+            summary[metric] = {"mean": mean} | counts
+            continue
+
+        def by(names: Sequence[str | None], values: Any = values, rows: Any = defined) -> Any:
+            return mean_by([names[i] for i in rows], values[rows].tolist())
+
+        tables = {f"by_{name}": by(names) for name, names in groups.items()}
         # Each target once: in the mean over masks a rare one hardly counts.
-        targets = [cell["mean"] for cell in tables["by_target"].values()]
-        summary[metric] = {
-            "mean": float(np.mean(values)),
-            "mean_over_targets": float(np.mean(targets)),
-        } | tables
-    if scores:
-        distances = np.array([score["hd95"] for score in scores])
-        defined = distances[~np.isnan(distances)]
-        summary["hd95"] = {
-            "mean": float(defined.mean()) if len(defined) else None,
-            "num_undefined": len(distances) - len(defined),
+        means = {"mean": values[defined].tolist()} | {
+            f"mean_over_{what}": [cell["mean"] for cell in table.values()]
+            for what, table in (("images", by(images)), ("targets", tables["by_target"]))
         }
+        summary[metric] = {
+            name: float(np.mean(found)) if found else None for name, found in means.items()
+        }
+        summary[metric] |= counts | tables
+    if scores:
         summary["clicks"] = _click_table(cases, scores)
     return summary
 
@@ -231,6 +289,85 @@ def _click_table(
                 "mean": float(np.mean(found)) if found else None,
                 "num_failed": len(needed) - len(found),
             }
-        areas = [click_auc(curve) / (len(curve) - 1) for curve in curves]
-        table[start]["mean_iou_over_clicks"] = float(np.mean(areas))
+        areas = [click_auc(curve) for curve in curves]
+        table[start]["click_auc"] = float(np.mean(areas))
+        shares = [found / (len(curve) - 1) for found, curve in zip(areas, curves, strict=True)]
+        table[start]["mean_iou_over_clicks"] = float(np.mean(shares))
     return table
+
+
+# ---------------------------------------------------------------- volumes
+
+NSD_TOLERANCE_MM = 2.0
+
+
+def volumes_of(cases: Sequence[MaskCase]) -> dict[tuple[str, str, str], list[MaskCase]]:
+    """(source, volume, target) -> its slices in order."""
+    found: dict[tuple[str, str, str], list[MaskCase]] = defaultdict(list)
+    for case in cases:
+        if case.place is not None:
+            facts = case.facts
+            found[facts.source, case.place.volume, facts.target or ""].append(case)
+    for slices in found.values():
+        slices.sort(key=lambda case: case.place.number if case.place else 0)
+    return dict(found)
+
+
+def stacked(slices: Sequence[MaskCase], codes: Sequence[str]) -> np.ndarray:
+    """[num_slices, H, W] bool of the masks of one volume; slices without a case stay empty.
+
+    Raises ValueError where slices are of several sizes or one is there twice.
+    """
+    first = slices[0].place
+    assert first is not None
+    size = slices[0].height, slices[0].width
+    numbers = [case.place.number for case in slices if case.place is not None]
+    if len(set(numbers)) < len(numbers) or any((c.height, c.width) != size for c in slices):
+        raise ValueError(
+            f"volume {first.volume}: got slices {numbers} of {size} and perhaps other pixels, "
+            "expected each slice once and all of one size; prepare its records again"
+        )
+    masks = np.zeros((first.num_slices, *size), bool)
+    for number, code in zip(numbers, codes, strict=True):
+        masks[number] = decode_mask(code.encode("ascii"), *size)
+    return masks
+
+
+def summarise_volumes(cases: Sequence[MaskCase], header: Header) -> dict[str, Any]:
+    """Dice, IoU, NSD and HD95 (mm) of every volume and target by the first prompt; {} without
+    volumes, or where a limit left slices out.
+
+    Nobody clicks where the target is not, so such slices have no case and count as empty on both
+    sides: false alarms beyond the ends of the target are not seen.
+    """
+    # A slice that was left out would count as one without the target.
+    if header.settings.get("limit"):
+        return {}
+    rows: list[dict[str, Any]] = []
+    for (source, volume, target), slices in volumes_of(cases).items():
+        place = slices[0].place
+        assert place is not None
+        truth = stacked(slices, [case.truth for case in slices])
+        prediction = stacked(slices, [case.predictions[0].mask for case in slices])
+        surface = surface_scores(prediction, truth, NSD_TOLERANCE_MM, place.spacing)
+        rows.append(
+            {
+                "source": source,
+                "volume": volume,
+                "target": target,
+                "num_slices": len(slices),
+                "dice": dice_score(prediction, truth),
+                "iou": iou_score(prediction, truth),
+                "nsd": surface.nsd,
+                "hd95": surface.hd95,
+            }
+        )
+    if not rows:
+        return {}
+    means: dict[str, Any] = {"num": len(rows), "tolerance_mm": NSD_TOLERANCE_MM}
+    for metric in ("dice", "iou", "nsd", "hd95"):
+        values = [row[metric] for row in rows if row[metric] is not None]
+        means[metric] = float(np.mean(values)) if values else None
+    means["num_undefined_hd95"] = sum(row["hd95"] is None for row in rows)
+    by_target = mean_by([row["target"] for row in rows], [row["dice"] for row in rows])
+    return means | {"dice_by_target": by_target, "each": rows}
