@@ -173,7 +173,7 @@ def test_the_import_walk_sees_relative_and_function_level_imports(tmp_path: Path
     assert imports("biascare.hitl.clicks", source, known) == set(known)
 
 
-DOORS = ("train", "export", "preview", "evaluate")
+DOORS = ("train", "export", "preview", "evaluate", "audit")
 DOOR_LINES = 90
 
 

@@ -36,7 +36,7 @@ from biascare.data.prevalence import drawn_counts, groups_of
 from biascare.data.prompts import first_point
 from biascare.durable import write_json
 from biascare.evaluation.benchmarks import BENCHMARKS, Benchmark, benchmark_of, folders_of
-from biascare.evaluation.cases import Cases, Header, read_cases
+from biascare.evaluation.cases import CASES, Cases, Header, read_cases
 from biascare.evaluation.evaluate import EvaluationSettings, evaluate, summarise
 from biascare.evaluation.invariance import Difference, check_invariance
 from biascare.evaluation.metrics.segmentation import DiscBaseline, fit_disc
@@ -65,8 +65,6 @@ from biascare.training.ranks import (
     local_device,
     rank,
 )
-
-CASES = "cases.jsonl"
 
 
 class EvaluationRequest(NamedTuple):
