@@ -166,9 +166,9 @@ def summarise(cases: Cases, validation: Cases | None = None) -> dict[str, Any]:
         summary["benchmark"] = benchmark_table(benchmark, items)
         classes = [*choices_as_labels(cases.answers), *cases.labels]
         if benchmark.task == "labels" and classes:
-            known = label_groups(benchmark, cases.header.prevalence)
+            by_label = label_groups(benchmark, cases.header.prevalence)
             by_head = cases.labels or classes
-            summary["labels"] = summarise_labels(by_head, known)
+            summary["labels"] = summarise_labels(by_head, by_label)
     groups = summarise_groups(measured)
     return summary | ({"groups": groups} if groups else {})
 
