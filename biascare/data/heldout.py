@@ -35,7 +35,10 @@ from biascare.interfaces import (
 from biascare.records import Records, Turn, decode_mask
 
 ANSWERED_KINDS = ("closed", "choice", "open")
-"""Questions scored by their answer; reports are scored by text metrics elsewhere."""
+"""Questions scored by whether their answer is right."""
+
+SCORED_KINDS = (*ANSWERED_KINDS, "report")
+"""All that is scored; reports by their words and findings."""
 
 
 def check_held_out(training: Sequence[Records], held_out: Sequence[Records]) -> None:
@@ -125,6 +128,10 @@ class HeldOut(Dataset, ABC):
     @abstractmethod
     def _sample(self, source: Records, unit: Any) -> tuple[Sample, list[Any]]:
         """The sample of one unit and its items."""
+
+    def apart(self) -> list[list[int]]:
+        """Numbers of the units, in order, by what may share a batch."""
+        return [list(range(len(self.units)))]
 
     def __len__(self) -> int:
         return len(self.units)
@@ -307,6 +314,19 @@ class HeldOutQuestions(HeldOut):
     def case_keys(self) -> list[list[str]]:
         ids = self._key_starts()
         return [[f"{ids[r][row]}/{turn}"] for r, (row, turn) in self.units]
+
+    def apart(self) -> list[list[int]]:
+        if "report" not in self.kinds:
+            return super().apart()
+        # A batch is generated until its longest answer ends: questions would wait for reports.
+        parts: tuple[list[int], list[int]] = ([], [])
+        kinds = [
+            dict(zip(map(tuple, s.language_units.tolist()), s.question_kinds(), strict=True))
+            for s in self.records
+        ]
+        for number, (r, unit) in enumerate(self.units):
+            parts[kinds[r][unit] == "report"].append(number)
+        return [part for part in parts if part]
 
     def _sample(self, source: Records, unit: tuple[int, int]) -> tuple[Sample, list[QuestionItem]]:
         assert self.chat is not None, "questions need an MLLM"

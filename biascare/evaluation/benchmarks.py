@@ -60,7 +60,7 @@ class Benchmark(NamedTuple):
     kinds: tuple[str, ...] = ()  # of the questions that are scored
     blind: bool = False  # whether answers are compared with those without the image
     training_counts: Mapping[str, int] = {}  # of labels, where the release publishes them
-    max_new_tokens: int = 32
+    max_new_tokens: int = 32  # of what is no report
     note: str = ""  # what a reader of its numbers has to know
 
 
@@ -342,7 +342,6 @@ BENCHMARKS: dict[str, Benchmark] = {
         scores=report_and_finding_scores,
         groups={"sex": lambda case: case.facts.sex, "race": lambda case: case.facts.race},
         kinds=("report",),
-        max_new_tokens=256,
     ),
     "pubmedvision": Benchmark(
         title="PubMedVision descriptions",

@@ -10,6 +10,7 @@ killed evaluation goes on where it was: cases that are on disk are not computed 
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import chain
@@ -57,6 +58,7 @@ from biascare.evaluation.cases import (
 from biascare.evaluation.metrics.answers import is_correct, summarise_answers
 from biascare.evaluation.metrics.classification import choices_as_labels, summarise_labels
 from biascare.evaluation.metrics.groups import Measured, summarise_groups
+from biascare.evaluation.metrics.reports import report_scores, rouge1_each
 from biascare.evaluation.metrics.segmentation import (
     mask_area,
     mask_scores,
@@ -83,6 +85,7 @@ class EvaluationSettings(NamedTuple):
     mask_prompt: bool  # whether a correction sees the mask before
     max_new_tokens: int
     synced_generation: bool  # ZeRO-3: all ranks make the same calls
+    max_report_tokens: int = 256
 
 
 def evaluate(
@@ -133,9 +136,9 @@ def evaluate(
 
 
 def summarise(cases: Cases, validation: Cases | None = None) -> dict[str, Any]:
-    """Numbers of both kinds of cases: `segmentation` with `triage` and `answers`, each where there
-    are some, and `groups` of patients where something is known of them. `validation`: cases of the
-    same model that triage may fit its mix and thresholds on."""
+    """Numbers of all kinds of cases: `segmentation` with `triage`, `answers`, `reports` and
+    `labels`, each where there are some, and `groups` of patients where something is known of them.
+    `validation`: cases of the same model that triage may fit its mix and thresholds on."""
     summary: dict[str, Any] = {}
     measured: list[Measured] = []
     scores = [mask_scores(case, cases.header) for case in cases.masks]
@@ -151,12 +154,20 @@ def summarise(cases: Cases, validation: Cases | None = None) -> dict[str, Any]:
         facts = [case.facts for case in cases.masks]
         mix = [f"{f.modality}, {f.target}" for f in facts]
         measured.append(Measured("dice", facts, [score["dice"] for score in scores], mix))
-    if cases.answers:
-        summary["answers"] = summarise_answers(cases.answers)
-        facts = [case.facts for case in cases.answers]
-        right = [float(is_correct(case.text, case)) for case in cases.answers]
+    # A report is never right or wrong as a whole: counted there, it would only lower accuracies.
+    answers = [case for case in cases.answers if case.facts.kind != "report"]
+    reports = [case for case in cases.answers if case.facts.kind == "report"]
+    if answers:
+        summary["answers"] = summarise_answers(answers)
+        facts = [case.facts for case in answers]
+        right = [float(is_correct(case.text, case)) for case in answers]
         mix = [f"{f.modality}, {f.kind}" for f in facts]
         measured.append(Measured("accuracy", facts, right, mix))
+    if reports:
+        summary["reports"] = _report_table(reports)
+        facts = [case.facts for case in reports]
+        overlap = rouge1_each([c.text for c in reports], [c.reference for c in reports])
+        measured.append(Measured("rouge1", facts, overlap, [str(f.modality) for f in facts]))
     if cases.labels:
         summary["labels"] = summarise_labels(cases.labels, cases.header.prevalence)
     if cases.header.benchmark is not None:
@@ -171,6 +182,16 @@ def summarise(cases: Cases, validation: Cases | None = None) -> dict[str, Any]:
             summary["labels"] = summarise_labels(by_head, by_label)
     groups = summarise_groups(measured)
     return summary | ({"groups": groups} if groups else {})
+
+
+def _report_table(cases: Sequence[AnswerCase]) -> dict[str, Any]:
+    """Scores of all reports and of those of each source."""
+    by_source: dict[str, list[AnswerCase]] = defaultdict(list)
+    for case in cases:
+        by_source[case.facts.source].append(case)
+    parts = [cases, *by_source.values()]
+    whole, *each = (report_scores([c.text for c in p], [c.reference for c in p]) for p in parts)
+    return whole | {"by_source": dict(zip(by_source, each, strict=True))}
 
 
 # ---------------------------------------------------------------- one batch
@@ -313,9 +334,10 @@ def answer_cases(
     Under ZeRO-3 options are not scored: how often the model is called would differ between ranks.
     """
     items: list[QuestionItem] = held.items
+    report = items[0].question.kind == "report"  # `HeldOutQuestions.apart`: then all are
     answered = answerer.generate_batch(
         held.batch,
-        max_new_tokens=settings.max_new_tokens,
+        max_new_tokens=settings.max_report_tokens if report else settings.max_new_tokens,
         synced_gpus=settings.synced_generation,
     )
     options = [options_of(item) for item in items]
@@ -378,19 +400,21 @@ def _batches(
 ) -> Iterator[HeldOutBatch]:
     """This rank's batches of the units that are not done."""
     # An image of which one target is missing is encoded again; `_new` keeps the others out.
-    left = [i for i, keys in enumerate(items.case_keys()) if not done.issuperset(keys)]
+    keys = items.case_keys()
+    parts = [[i for i in part if not done.issuperset(keys[i])] for part in items.apart()]
     # An image with a question for each of its labels is a batch of its own.
     asked = len(items.space.names) if isinstance(items, HeldOutLabels) and items.asked else 1
-    loader = heldout_loader(
-        items,
-        left,
-        max(1, settings.batch_size // asked),
-        rank=rank(),
-        world_size=world_size(),
-        num_workers=settings.num_workers,
-    )
-    for held in loader:
-        yield held._replace(batch=to_device(held.batch, device))
+    for left in parts:
+        loader = heldout_loader(
+            items,
+            left,
+            max(1, settings.batch_size // asked),
+            rank=rank(),
+            world_size=world_size(),
+            num_workers=settings.num_workers,
+        )
+        for held in loader:
+            yield held._replace(batch=to_device(held.batch, device))
 
 
 def _new(
@@ -413,8 +437,8 @@ def _order(*held_out: HeldOut | None) -> dict[str, int]:
     keys = [key for items in held_out if items is not None for key in chain(*items.case_keys())]
     if not keys:
         raise ValueError(
-            "nothing to evaluate: the folders hold neither masks nor labels nor questions that are "
-            "scored by their answer (reports are not)"
+            "nothing to evaluate: the folders hold neither masks nor labels nor questions of the "
+            "kinds that are asked for"
         )
     order = {key: place for place, key in enumerate(keys)}
     if len(order) < len(keys):

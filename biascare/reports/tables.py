@@ -44,6 +44,15 @@ def evaluation_table(summary: Mapping[str, Any], title: str) -> Table:
         if "accuracy_by_option" in cell:
             scored, accuracy = str(cell["num_scored"]), _f(cell["accuracy_by_option"])
             table.add_row("", "likeliest option", scored, accuracy, "")
+    reports = summary.get("reports", {})
+    sources = {"all": reports} | dict(reports["by_source"]) if reports else {}
+    # One source is all there is.
+    for name, cell in sources.items() if len(sources) > 2 else list(sources.items())[:1]:
+        empty = f"{cell['num_empty']} empty" if cell["num_empty"] else ""
+        table.add_row("reports, BLEU-1", name, str(cell["num"]), _f(cell["bleu1"]), empty)
+        table.add_row("ROUGE-1", name, "", _f(cell["rouge1"]), "")
+        found = cell["clinical_f1"]["macro"]
+        table.add_row("clinical F1", name, "", "-" if found is None else _f(found), "")
     return table
 
 

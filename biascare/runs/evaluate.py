@@ -24,7 +24,7 @@ from biascare.choices import unknown
 from biascare.config import Config
 from biascare.data.chat import ChatBuilder
 from biascare.data.heldout import (
-    ANSWERED_KINDS,
+    SCORED_KINDS,
     HeldOutImages,
     HeldOutLabels,
     HeldOutQuestions,
@@ -93,6 +93,7 @@ class EvaluationRequest(NamedTuple):
     data: Path | None = None  # where their folders are
     validation: Path | None = None  # cases that triage is fitted on
     save_masks: Path | None = None  # folder for predicted masks
+    max_report_tokens: int = 256
 
 
 def carry_out(request: EvaluationRequest) -> tuple[list[Table | str], bool]:
@@ -174,7 +175,8 @@ def jobs_of(request: EvaluationRequest) -> list[Job]:
         if twice is not None:
             raise ValueError(f"the suite names {twice} twice; name each benchmark once")
     for job in jobs:
-        check_scored(job.segmentation, job.language, job.labelled)
+        kinds = job.benchmark.kinds if job.benchmark else SCORED_KINDS
+        check_scored(job.segmentation, job.language, job.labelled, kinds)
     return jobs
 
 
@@ -339,6 +341,7 @@ def _prepared(
         mask_prompt=model.mask_prompt,
         max_new_tokens=request.max_new_tokens,
         synced_generation=False,
+        max_report_tokens=request.max_report_tokens,
     )
     header = Header(
         model=request.model,
@@ -359,7 +362,7 @@ def _prepared(
     images = HeldOutImages(segmentation, model.chat, groups, prompt=request.prompt, **common)
     questions = None
     if asked:
-        kinds = job.benchmark.kinds if job.benchmark else ANSWERED_KINDS
+        kinds = job.benchmark.kinds if job.benchmark else SCORED_KINDS
         questions = HeldOutQuestions(asked, model.chat, groups, kinds=kinds, **common)
     if request.save_masks is not None and any(map(_has_volumes, segmentation)):
         import_nibabel()  # before the work, not after it
@@ -500,6 +503,7 @@ def check_scored(
     segmentation: Sequence[Records],
     language: Sequence[Records],
     labelled: Sequence[Records] = (),
+    kinds: Sequence[str] = SCORED_KINDS,
 ) -> None:
     """Raises ValueError for a folder without what it was named for: its table would be empty."""
     for source in segmentation:
@@ -509,10 +513,10 @@ def check_scored(
         if not len(source.labelled_units):
             raise ValueError(f"{source.folder} holds no labels; leave it out of --labelled")
     for source in language:
-        if not set(source.question_kinds()) & set(ANSWERED_KINDS):
+        if not set(source.question_kinds()) & set(kinds):
             raise ValueError(
-                f"{source.folder} holds no questions that are scored by their answer "
-                f"({', '.join(ANSWERED_KINDS)}); leave it out of --language"
+                f"{source.folder} holds no questions that are scored ({', '.join(kinds)}); leave "
+                "it out"
             )
 
 

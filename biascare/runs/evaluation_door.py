@@ -120,6 +120,7 @@ def _add_protocol(parser: argparse.ArgumentParser, benchmark: str | None) -> Non
     add("--prompt", choices=("point", "box"), help="of the first prediction (point)")
     add("--corrections", type=int, default=1, help="simulated corrective clicks (1)")
     length = "as the benchmark states" if benchmark else "32"
-    add("--max-new-tokens", type=int, help=f"of an answer ({length})")
+    add("--max-new-tokens", type=int, help=f"of an answer that is no report ({length})")
+    add("--max-report-tokens", type=int, default=256, help="of a report (256)")
     check = "compute N images and questions in other batches, backwards and interrupted; compare"
     add("--check-invariance", type=int, metavar="N", default=0, help=check)

@@ -15,10 +15,17 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from biascare.evaluation.cases import read_cases
+from biascare.inference.answerer import Answerer
 from biascare.inference.segmenter import Segmenter
 from biascare.models.export_folder import TrainingFacts, save_network
 from biascare.records import Records
-from biascare.runs.evaluate import EvaluationRequest, check_model, evaluate_model, weights_hash
+from biascare.runs.evaluate import (
+    EvaluationRequest,
+    check_model,
+    evaluate_model,
+    evaluate_suite,
+    weights_hash,
+)
 from biascare.runs.evaluation_door import parse
 from scripts import evaluate as program
 from tests.tiny import tiny_chat, tiny_model, tiny_record, tiny_record_folder, write_records
@@ -89,9 +96,9 @@ def test_an_export_brings_groups_discs_and_beta_of_its_training(
     u = cases[0].predictions[0].uncertainty
     joint = 0.25 * u["semantic"] + u["predicted_dice_loss"]
     assert u["joint_label_free"] == pytest.approx(joint, abs=1e-5)
-    assert len(answers) == summary["answers"]["closed"]["num"] + sum(
-        summary["answers"][kind]["num"] for kind in ("choice", "open")
-    )
+    assert set(summary["answers"]) == {"closed", "choice", "open"}
+    counted = sum(cell["num"] for cell in summary["answers"].values())
+    assert len(answers) == counted + summary["reports"]["num"]
     sheet = np.asarray(Image.open(tmp_path / "contact_sheet.png").convert("RGB"))
     assert sheet.std() > 20  # pictures, not an empty page
 
@@ -117,15 +124,60 @@ def test_folders_without_anything_to_score_are_refused(export: Path, tmp_path: P
         dataclasses.replace(whole, targets=[], conversations=whole.conversations[-2:], id="tiny/r")
     ]
     folder = str(write_records(tmp_path / "reports", reports))
+    silent = str(write_records(tmp_path / "x", [dataclasses.replace(whole, conversations=[])]))
     with pytest.raises(ValueError, match="holds no masks; leave it out of --segmentation"):
         evaluate_model(request(export, tmp_path / "out", segmentation=[folder]))
     with pytest.raises(ValueError, match="holds no questions that are scored"):
-        evaluate_model(request(export, tmp_path / "out", language=[folder]))
+        evaluate_model(request(export, tmp_path / "out", language=[silent]))
+    put = tmp_path / "prepared" / "vqa_rad" / "test"
+    write_records(put, reports)
+    suite = request(export, tmp_path / "out", suite="vqa_rad", data=put.parents[1])
+    with pytest.raises(ValueError, match=r"holds no questions that are scored \(closed, open\)"):
+        evaluate_suite(suite)
     assert not (tmp_path / "out").exists()
     # Training folders without masks give no disc, and no error either.
     masks = str(tiny_record_folder(tmp_path / "test", 2, "test"))
     bare = request(export, tmp_path / "out", segmentation=[masks], train=[folder])
     assert "dice_disc" not in evaluate_model(bare)["segmentation"]
+
+
+def test_reports_are_scored_by_their_words_and_no_accuracy_counts_them(
+    export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("biascare.runs.evaluation_door.prepare_process", lambda: None)
+    records = [dataclasses.replace(tiny_record(2 * i, "test"), targets=[]) for i in range(22)]
+    alone = [dataclasses.replace(r, conversations=r.conversations[-2:]) for r in records]
+    told: list[tuple[int, int]] = []
+    honest = Answerer.generate_batch
+
+    def watched(self: Answerer, batch: Any, *, max_new_tokens: int, **keywords: Any) -> Any:
+        told.append((len(batch.facts), max_new_tokens))
+        return honest(self, batch, max_new_tokens=max_new_tokens, **keywords)
+
+    monkeypatch.setattr(Answerer, "generate_batch", watched)
+    found = {}
+    for name, rows in (("both", records), ("alone", alone)):
+        folder = write_records(tmp_path / name / "test", rows)
+        command = ["evaluate.py", str(export), "--language", str(folder), "--max-report-tokens"]
+        command += ["5", "--max-new-tokens", "2", "--output", str(tmp_path / name / "out")]
+        monkeypatch.setattr(sys, "argv", command)
+        program.main()
+        found[name] = json.loads((tmp_path / name / "out" / "metrics.json").read_text())
+    # 88 questions in batches of 16, then 22 reports in batches of their own.
+    assert told == [(16, 2)] * 5 + [(8, 2), (16, 5), (6, 5), (16, 5), (6, 5)]
+    both = found["both"]
+    assert set(both["answers"]) == {"closed", "choice", "open"} and "answers" not in found["alone"]
+    assert both["reports"] == found["alone"]["reports"] and both["reports"]["num"] == 22
+    assert both["reports"]["by_source"]["tiny"]["num"] == 22
+    assert {"bleu1", "rouge1", "num_empty", "clinical_f1"} <= set(both["reports"])
+    sexes = both["groups"]["rouge1"]["sex"]["groups"]
+    assert sum(group["num"] for group in sexes) == 22
+    assert sum(group["num"] for group in both["groups"]["accuracy"]["sex"]["groups"]) == 88
+    cases = read_cases(tmp_path / "both" / "out" / "cases.jsonl")
+    reports = [case for case in cases.answers if case.facts.kind == "report"]
+    assert all(len(case.token_log_probs) <= 5 and not case.options for case in reports)
+    shown = capsys.readouterr().out
+    assert "reports, BLEU-1" in shown and "ROUGE-1" in shown and "clinical F1" in shown
 
 
 def test_foreign_weights_are_evaluated_from_boxes(test_split: Path, tmp_path: Path) -> None:

@@ -39,13 +39,20 @@ def bleu1_no_bp(predictions: Sequence[str], references: Sequence[str]) -> float:
     )
 
 
+def rouge1_each(
+    predictions: Sequence[str], references: Sequence[str], *, stemmer: bool = False
+) -> list[float]:
+    """F1 of single words of every report by rouge-score, in [0, 1]."""
+    scorer = RougeScorer(["rouge1"], use_stemmer=stemmer)
+    pairs = zip(predictions, references, strict=True)
+    return [float(scorer.score(wanted, said)["rouge1"].fmeasure) for said, wanted in pairs]
+
+
 def rouge1(
     predictions: Sequence[str], references: Sequence[str], *, stemmer: bool = False
 ) -> float:
-    """Mean F1 of single words by rouge-score, in [0, 1]."""
-    scorer = RougeScorer(["rouge1"], use_stemmer=stemmer)
-    pairs = zip(predictions, references, strict=True)
-    return _mean(scorer.score(wanted, said)["rouge1"].fmeasure for said, wanted in pairs)
+    """Mean over reports of `rouge1_each`."""
+    return _mean(rouge1_each(predictions, references, stemmer=stemmer))
 
 
 def report_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
