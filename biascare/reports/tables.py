@@ -93,7 +93,7 @@ def benchmark_table(found: Mapping[str, Any], model: str) -> Table:
         table.add_row(name, "all", f"{score['num']:,}", value, interval)
     for attribute, groups in found["groups"].items():
         # The first score alone: all of them by all groups would bury the rest.
-        first = next(iter(found["scores"]))
+        first = found["first"] or next(iter(found["scores"]))
         for group, cell in groups.items():
             value = cell["scores"].get(first)
             shown = "-" if value is None else _f(value)
