@@ -115,8 +115,9 @@ def none_found(audit: Row, primary: Sequence[Row]) -> str:
         gaps = [row["detectable"] for row in primary if row["metric"] == metric]
         title = _metric(audit, metric)["title"]
         parts.append(f"{title} {min(gaps):.2f} to {max(gaps):.2f}")
+    which = f"None of {len(primary)} comparisons" if len(primary) > 1 else "Not the one comparison"
     return (
-        f"None of {len(primary)} comparisons between groups of patients shows a difference beyond "
+        f"{which} between groups of patients shows a difference beyond "
         f"chance. Only gaps of this size would have been found reliably: {'; '.join(parts)}."
     )
 
