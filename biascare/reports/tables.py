@@ -16,7 +16,9 @@ def evaluation_table(summary: Mapping[str, Any], title: str) -> Table:
     for column in ("what", "group", "n", "score", "reference"):
         table.add_column(column, justify="left" if column in ("what", "group") else "right")
     segmentation = summary.get("segmentation", {})
-    for metric in (name for name in segmentation if name.startswith("dice")):
+    # At the size of a protocol a Dice is for comparison with its tables; metrics.json has it.
+    shown = (n for n in segmentation if n.startswith("dice") and not n.endswith("_256"))
+    for metric in shown:
         scores = segmentation[metric]
         table.add_row(metric, "all masks", str(segmentation["num_masks"]), _f(scores["mean"]), "")
         table.add_row("", "mean over targets", "", _f(scores["mean_over_targets"]), "")
@@ -30,13 +32,11 @@ def evaluation_table(summary: Mapping[str, Any], title: str) -> Table:
     # None without both failed and good masks: 0.5 would read as a measured chance level.
     ranked = sorted((auroc, name) for name, auroc in aurocs.items() if auroc is not None)
     if ranked:
-        what = f"failed masks (Dice below {triage['failure_dice']:g})"
+        what = f"Dice below {triage['failure_dice']:g}"
         found = f"{triage['num_failed']} of {triage['num']}"
         # The range alone: a line for each of a dozen signals would bury the scores.
-        for place, (auroc, name) in (("most", ranked[-1]), ("least", ranked[0])):
-            table.add_row(
-                what, f"AUROC of {name}, {place} telling", found, _f(auroc), "0.500 by chance"
-            )
+        for place, (auroc, name) in (("best", ranked[-1]), ("worst", ranked[0])):
+            table.add_row(what, f"AUROC, {place}: {name}", found, _f(auroc), "0.500 by chance")
             what = found = ""
     for kind, cell in summary.get("answers", {}).items():
         constant = f"{_f(cell['best_constant'])} best constant"

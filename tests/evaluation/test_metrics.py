@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.metrics import compute_hausdorff_distance, compute_iou, compute_surface_dice
 
-from biascare.evaluation.cases import AnswerCase, Header, MaskCase, MaskPrediction
+from biascare.evaluation.cases import AnswerCase, Header, MaskCase, MaskPrediction, SlicePlace
 from biascare.evaluation.metrics.answers import (
     is_correct,
     likeliest,
@@ -37,11 +37,15 @@ from biascare.evaluation.metrics.segmentation import (
     mask_scores,
     mean_by,
     noc,
+    resized_nearest,
     summarise_segmentation,
+    summarise_volumes,
     surface_scores,
 )
 from biascare.records import encode_mask
 from tests.tiny import HEIGHT, WIDTH, tiny_facts
+
+BY_MONAI = pytest.mark.filterwarnings("ignore:monai")  # of an argument that it passes itself
 
 
 def test_the_disc_baseline_takes_the_size_that_scores_best_in_training() -> None:
@@ -189,6 +193,108 @@ def test_unknown_attributes_form_a_group_of_their_own() -> None:
     table = mean_by(["F", "M", None, "F"], [0.9, 0.8, 0.7, 0.2])
     assert table["missing"] == {"num": 1, "mean": pytest.approx(0.7)}
     assert table["F"] == {"num": 2, "mean": pytest.approx(0.55)}
+
+
+def test_a_mean_over_images_counts_an_image_of_many_targets_once() -> None:
+    one = [dataclasses.replace(case, facts=case.facts._replace(image_id="a")) for case in CASES[:3]]
+    other = dataclasses.replace(CASES[3], facts=CASES[3].facts._replace(image_id="b"))
+    summary = summarise_segmentation([*one, other], scores_of([*one, other], HEADER))
+    assert summary["dice"]["mean_over_images"] == pytest.approx((sum(DICE[:3]) / 3 + DICE[3]) / 2)
+
+
+def test_masks_are_scored_at_256_pixels_and_those_that_vanish_there_are_counted() -> None:
+    truth = np.zeros((1024, 512), bool)
+    truth[100:140, 200:240] = True
+    speck = np.zeros((1024, 512), bool)
+    speck[0, 0] = True  # between the centres of pixels of 4 x 2
+    shifted = np.roll(truth, 20, axis=0)
+    cases = [
+        dataclasses.replace(
+            mask_case(10, "liver", "head", 0.1),
+            height=1024,
+            width=512,
+            truth=encode_mask(wanted).decode(),
+            predictions=[
+                dataclasses.replace(CASES[0].predictions[0], mask=encode_mask(found).decode())
+            ],
+        )
+        for wanted, found in ((truth, shifted), (speck, speck))
+    ]
+    large, lost = scores_of(cases, HEADER)
+    assert large["dice_256"] == 0.5 and large["iou_256"] == pytest.approx(1 / 3)
+    assert math.isnan(lost["dice_256"]) and lost["dice"] == 1
+    summary = summarise_segmentation(cases, [large, lost])
+    assert summary["dice_256"]["mean"] == 0.5 and summary["dice_256"]["num_undefined"] == 1
+    assert summary["dice"]["by_pixels"] == {
+        "32 x 32 to 96 x 96": {"num": 1, "mean": 0.5},
+        "under 32 x 32": {"num": 1, "mean": 1},
+    }
+    assert set(summary["dice"]["by_share"]) == {"0.1 to 1 %", "under 0.1 %"}
+    only = summarise_segmentation(cases[1:], [lost])
+    assert only["dice_256"]["mean"] is None and only["dice_256"]["by_target"] == {}
+    assert json.loads(json.dumps(only)) == only
+
+
+def test_masks_of_the_protocols_size_or_smaller_lose_nothing() -> None:
+    mask = np.random.default_rng(0).random((100, 256)) > 0.5
+    assert np.array_equal(resized_nearest(np.ones((256, 256), bool), 256), np.ones((256, 256)))
+    rows = (np.arange(256) + 0.5) * 100 / 256
+    assert np.array_equal(resized_nearest(mask, 256), mask[rows.astype(int)])
+
+
+def slice_case(number: int, truth: np.ndarray, found: np.ndarray, **known: Any) -> MaskCase:
+    prediction = dataclasses.replace(CASES[0].predictions[0], mask=encode_mask(found).decode())
+    place = SlicePlace(volume="v", number=number, num_slices=6, spacing=(5.0, 1.0, 0.5))
+    return dataclasses.replace(
+        mask_case(10, "liver", "head", 0.1, **known),
+        height=truth.shape[0],
+        width=truth.shape[1],
+        truth=encode_mask(truth).decode(),
+        predictions=[prediction],
+        place=place,
+    )
+
+
+@BY_MONAI
+def test_slices_of_a_volume_are_scored_as_one_mask_in_millimetres() -> None:
+    rng = np.random.default_rng(0)
+    truth, found = (np.zeros((6, 20, 30), bool) for _ in range(2))
+    truth[2:5, 5:12, 8:20] = True
+    found[2:5, 6:13, 8:21] = True
+    found[2:5] &= rng.random((3, 20, 30)) > 0.1
+    cases = [slice_case(n, truth[n], found[n]) for n in (4, 2, 3)]
+    (each,) = (summary := summarise_volumes(cases, HEADER))["each"]
+    assert each["dice"] == dice_score(found, truth) and each["iou"] == iou_score(found, truth)
+    pair = [torch.from_numpy(m[None, None].astype(np.float32)) for m in (found, truth)]
+    spacing = (5.0, 1.0, 0.5)
+    distance = compute_hausdorff_distance(
+        *pair, include_background=True, percentile=95, spacing=spacing
+    )
+    assert each["hd95"] == pytest.approx(distance.item(), abs=1e-5)
+    share = compute_surface_dice(
+        *pair, class_thresholds=[2.0], include_background=True, spacing=spacing
+    )
+    assert each["nsd"] == pytest.approx(share.item(), abs=1e-6)
+    assert (summary["num"], summary["num_undefined_hd95"], each["num_slices"]) == (1, 0, 3)
+    assert json.loads(json.dumps(summary)) == summary
+
+
+def test_volumes_of_empty_predictions_images_and_samples_have_defined_scores() -> None:
+    truth, empty = np.ones((4, 4), bool), np.zeros((4, 4), bool)
+    found = summarise_volumes([slice_case(0, truth, empty)], HEADER)
+    assert (found["dice"], found["nsd"], found["hd95"], found["num_undefined_hd95"]) == (
+        0,
+        0,
+        None,
+        1,
+    )
+    assert summarise_volumes(CASES, HEADER) == {}
+    # A limit left slices out, which would count as slices without the target.
+    limited = dataclasses.replace(HEADER, settings={"limit": 10})
+    assert summarise_volumes([slice_case(0, truth, truth)], limited) == {}
+    twice = [slice_case(0, truth, truth), slice_case(0, truth, truth)]
+    with pytest.raises(ValueError, match="expected each slice once"):
+        summarise_volumes(twice, HEADER)
 
 
 def test_without_masks_there_is_nothing_but_their_number() -> None:
@@ -416,9 +522,6 @@ def blob(seed: int) -> np.ndarray:
     center, size = rng.integers(8, 24, 2), rng.integers(3, 9, 2)
     y, x = np.ogrid[:32, :40]
     return ((y - center[0]) / size[0]) ** 2 + ((x - center[1]) / size[1]) ** 2 <= 1
-
-
-BY_MONAI = pytest.mark.filterwarnings("ignore:monai")  # of an argument that it passes itself
 
 
 @BY_MONAI

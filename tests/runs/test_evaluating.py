@@ -54,6 +54,7 @@ def request(model: Path, output: Path | None, **changes: Any) -> EvaluationReque
         "model": str(model),
         "segmentation": [],
         "language": [],
+        "labelled": [],
         "output": output,
         "train": [],
         "prevalence": None,
@@ -211,6 +212,45 @@ def test_two_ranks_write_the_cases_of_one(export: Path, test_split: Path, tmp_pa
     assert not list((tmp_path / "two").glob("*.rank*"))
 
 
+def test_triage_is_fitted_on_validation_cases_and_masks_are_saved(
+    export: Path, test_split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("biascare.runs.evaluation_door.prepare_process", lambda: None)
+    monkeypatch.setattr("biascare.runs.evaluate.contact_sheet", lambda *_: None)  # drawn above
+    others = [tiny_record(index, "val") for index in range(4)]
+    others = [dataclasses.replace(r, patient_id=f"other {r.patient_id}") for r in others]
+    val = write_records(tmp_path / "val", others)
+
+    def run(split: Path, output: str, *more: str) -> dict[str, Any]:
+        command = ["evaluate.py", str(export), "--segmentation", str(split)]
+        command += ["--output", str(tmp_path / output), *more]
+        monkeypatch.setattr(sys, "argv", command)
+        program.main()
+        return dict(json.loads((tmp_path / output / "metrics.json").read_text()))
+
+    assert run(val, "known")["triage"]["why_no_mix"] == "no validation cases were given"
+    known = str(tmp_path / "known" / "cases.jsonl")
+    masks = tmp_path / "masks"
+    found = run(test_split, "judged", "--validation", known, "--save-masks", str(masks))
+    # Of an untrained model every mask fails: there is nothing to fit, and that is said.
+    assert found["triage"]["why_no_mix"] == "every mask of the validation cases failed"
+    assert all(p["threshold"] is None for p in found["triage"]["risk_control"].values())
+    first = read_cases(tmp_path / "judged" / "cases.jsonl").masks[0].predictions[0]
+    dear = {"click_disagreement", "text_disagreement", "size_surprise"}
+    assert dear < set(first.uncertainty) == set(found["triage"]["signals"])
+    assert len(list(masks.glob("*.png"))) == found["segmentation"]["num_masks"]
+    # The patients of the test split, and another model.
+    with pytest.raises(SystemExit, match=r"holds cases of .*expected cases of other patients"):
+        run(test_split, "again", "--validation", str(tmp_path / "judged" / "cases.jsonl"))
+    path = tmp_path / "known" / "cases.jsonl"
+    header, *lines = path.read_text().splitlines()
+    stated = json.loads(header) | {"weights": "of another"}
+    path.write_text("\n".join([json.dumps(stated), *lines, ""]))
+    with pytest.raises(SystemExit, match="is of other weights"):
+        run(test_split, "again", "--validation", known)
+    assert not (tmp_path / "again").exists()
+
+
 def test_cases_are_shown_not_to_depend_on_how_they_are_computed(
     export: Path, test_split: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
@@ -235,6 +275,19 @@ def test_a_case_that_depends_on_its_batch_is_found(
     monkeypatch.setattr(Segmenter, "encode_batch", leaking)
     found = check_model(request(export, None, segmentation=[str(test_split)], limit=4))
     assert not found[1].passed and found[1].num_absent == 0 and found[1].dice < 0.99
+
+
+def test_an_uncertainty_that_depends_on_its_batch_is_found(
+    export: Path, test_split: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = Segmenter.click_disagreement
+
+    def leaking(self: Segmenter, encoded: Any, *rest: Any) -> Any:
+        return honest(self, encoded, *rest) + 0.02 * len(encoded.row_image)
+
+    monkeypatch.setattr(Segmenter, "click_disagreement", leaking)
+    found = check_model(request(export, None, segmentation=[str(test_split)], limit=4))
+    assert not found[0].passed and found[0].doubt > 0.01 and found[0].dice == 1
 
 
 def test_a_folder_to_write_and_a_check_that_writes_nothing_exclude_each_other(
