@@ -169,7 +169,7 @@ def _judged(
                 "low": found.gap_low,
                 "high": found.gap_high,
             }
-            between = f"{found.worst} to {found.best}" if found.gap is not None else "all"
+            between = f"{found.worst} against {found.best}" if found.gap is not None else "all"
             cell = None if found.gap is None else gap
             minimum = thresholds.min_group
             yield _row(metric, attribute, between, "max_gap", limit["max_gap"], cell, minimum)
