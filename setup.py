@@ -37,6 +37,8 @@ REQUIRES = [
     "rich>=13.7",
     "tensorboard>=2.16",
     "matplotlib>=3.8",
+    "Jinja2>=3.1",
+    "MarkupSafe>=2.1",
     # scores
     "scikit-learn>=1.5",
     "sacrebleu>=2.4",
@@ -74,7 +76,7 @@ setup(
     license_files=["LICENSE*"],
     python_requires=">=3.10",
     packages=find_packages(include=["biascare", "biascare.*", "data_prep", "data_prep.*"]),
-    package_data={"biascare": ["py.typed"]},
+    package_data={"biascare": ["py.typed", "reports/*.jinja"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     classifiers=[

@@ -33,6 +33,17 @@ __all__ = [
 ]
 
 
+DATA_SOURCES = (
+    "segmentation",
+    "language",
+    "labelled",
+    "eval_segmentation",
+    "eval_language",
+    "eval_labelled",
+)
+"""Keys of `data` that list record folders."""
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a run from YAML, apply `section.key=value` overrides, check everything.
 
@@ -118,7 +129,9 @@ def _across_keys(config: Config) -> Iterator[_Finding]:
     if shares > 1:
         message = f"head_share + tail_share = {shares:g} is more than the whole; lower one"
         yield ("eval.head_share", "eval.tail_share"), message
-    if not any(dataclasses.asdict(config.train.trainable).values()):
+    trained = dataclasses.asdict(config.train.trainable)
+    trained["label_head"] &= config.train.stage == "labels"
+    if not any(trained.values()):
         yield ("train.trainable",), "nothing is trained; set at least one part to true"
 
 
@@ -141,7 +154,8 @@ def _batch(config: Config) -> Iterator[_Finding]:
 
 
 def _sources(config: Config) -> Iterator[_Finding]:
-    parts = ("segmentation", "language") if config.train.stage == "joint" else ("segmentation",)
+    image_task = "labelled" if config.train.stage == "labels" else "segmentation"
+    parts = (image_task, "language") if config.train.stage == "joint" else (image_task,)
     for part, name in enumerate(parts):
         if config.data.ratio[part] > 0 and not getattr(config.data, name):
             message = f"empty, but data.ratio = {list(config.data.ratio)} asks for {name} items"
@@ -158,11 +172,22 @@ def _stage(config: Config) -> Iterator[_Finding]:
             message = "not set, but train.stage = joint trains it; name an HF folder or a Hub id"
             yield ("model.mllm", "train.stage"), message
         return
+    stage = config.train.stage
     if data.ratio[1] > 0:
-        message = f"data.ratio = {list(data.ratio)}, but the vision stage has no language items"
+        message = f"data.ratio = {list(data.ratio)}, but the {stage} stage has no language items"
         yield ("data.ratio", "train.stage"), f"{message}; use [1, 0]"
     if data.language:
-        yield ("data.language", "train.stage"), "the vision stage has no language items; remove it"
+        message = f"the {stage} stage has no language items; remove it"
+        yield ("data.language", "train.stage"), message
+    if stage == "labels":
+        if data.segmentation:
+            message = "the labels stage has no masks; name the folders under data.labelled"
+            yield ("data.segmentation", "train.stage"), message
+        trained = config.train.trainable
+        if not trained.label_head and not trained.vision_encoder:
+            message = "neither label_head nor vision_encoder is true: nothing is trained"
+            yield ("train.trainable", "train.stage"), message
+        return
     # Without an LLM nothing reads the text, so a row with text alone has no prompt at all.
     if prompts.text > 0 and not prompts.point + prompts.box + prompts.point_and_box:
         message = "text alone cannot prompt the vision stage; give a point or box a share"
@@ -170,7 +195,7 @@ def _stage(config: Config) -> Iterator[_Finding]:
 
 
 def _paths(config: Config) -> Iterator[_Finding]:
-    for name in ("segmentation", "language", "eval_segmentation", "eval_language"):
+    for name in DATA_SOURCES:
         task = name.removeprefix("eval_")
         seen: set[Path] = set()
         for index, source in enumerate(getattr(config.data, name)):
@@ -256,7 +281,14 @@ def _skipped_settings(config: Config) -> Iterator[str]:
     for part, name in enumerate(("segmentation", "language")):
         if data.ratio[part] == 0 and getattr(data, name):
             yield f"data.{name} is not used: its part of data.ratio is 0"
-    if config.train.stage == "vision" and config.model.mllm is not None:
-        yield "model.mllm is not loaded: train.stage is vision"
-    if config.train.stage == "vision" and data.eval_language:
-        yield "data.eval_language is not used: train.stage is vision"
+    stage = config.train.stage
+    if stage != "joint" and config.model.mllm is not None:
+        yield f"model.mllm is not loaded: train.stage is {stage}"
+    unused = {
+        "labelled": stage != "labels" and data.labelled,
+        "eval_labelled": stage != "labels" and data.eval_labelled,
+        "eval_language": stage != "joint" and data.eval_language,
+        "eval_segmentation": stage == "labels" and data.eval_segmentation,
+    }
+    for name in (name for name, is_unused in unused.items() if is_unused):
+        yield f"data.{name} is not used: train.stage is {stage}"

@@ -9,6 +9,7 @@ Shape legend
     S  distinct images that carry masks
     R  rows of the segmentation pathway, one per (image, target)
     N  prompt points of a row, padding included
+    K  labels of a label head
     Q  pooled query tokens per sequence (``num_queries``)
     T  supervised answer tokens of a micro-batch
     C  prompt dimension of the segmentation backbone
@@ -74,6 +75,7 @@ class Sample(NamedTuple):
     point_coords: Tensor | None  # [K, N, 2] float32
     point_labels: Tensor | None  # [K, N] int64
     facts: list[Facts]  # per sequence
+    labels: Tensor | None = None  # [K] float32 in the labels stage: 1, 0, NaN where not judged
     position: int | None = None  # in the training stream; None where nothing is drawn
     replaced: tuple[str, ...] = ()  # why samples before this one could not be used
 
@@ -96,6 +98,7 @@ class Batch(NamedTuple):
     facts: list[Facts]  # one per sequence, segmentation rows first
     replaced: dict[int, tuple[str, ...]]  # stream position -> why its own samples were unusable
     num_samples: int  # items of the stream in it
+    labels: Tensor | None = None  # [S, K] float32 in the labels stage: 1, 0, NaN where not judged
 
 
 class Features(NamedTuple):
@@ -152,3 +155,5 @@ class DualPathModel(Protocol):
         rows: Tensor | None = None,
         mask_prompt: Tensor | None = None,
     ) -> Prediction: ...
+
+    def label_logits(self, features: Features) -> tuple[Tensor, bool]: ...

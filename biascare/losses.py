@@ -191,6 +191,28 @@ def quality_loss(predicted_dice: Tensor, dice_loss: Tensor, valid: Tensor) -> Te
     return _reduce(torch.where(valid, error, 0.0).square(), valid, "mean")
 
 
+def label_loss(logits: Tensor, labels: Tensor, *, exclusive: bool) -> Tensor:
+    """Of a label head: cross entropy of exclusive labels, else the mean binary cross entropy over
+    the labels that were judged. Not in the paper.
+
+    Args:
+        logits: `[S, K]`, any float dtype.
+        labels: `[S, K]`, 1 or 0, NaN where nobody judged.
+        exclusive: whether exactly one label holds.
+
+    Returns:
+        Scalar fp32; 0 with a graph where nothing was judged.
+    """
+    logits, labels = logits.float(), labels.float()
+    if exclusive:
+        return torch.nn.functional.cross_entropy(logits, labels)
+    judged = ~labels.isnan()
+    each = torch.nn.functional.binary_cross_entropy_with_logits(
+        logits, torch.where(judged, labels, 0.0), reduction="none"
+    )
+    return torch.where(judged, each, 0.0).sum() / judged.sum().clamp_min(1)
+
+
 def token_nll_sum(logits: Tensor, tokens: Tensor) -> Tensor:
     """The sum inside Eq. 11: negative log-likelihood of the answer tokens, a scalar in fp32.
 

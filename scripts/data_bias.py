@@ -51,7 +51,7 @@ def sources_of(config: Config) -> list[SourceUse]:
     segmentation = open_sources(config.data.segmentation)
     language = open_sources(config.data.language)
     # The mixture of the run itself: shares worked out here could differ from what is trained on.
-    mixture = build_mixture(config.data, segmentation, language, config.train.seed)
+    mixture = build_mixture(config, segmentation, language)
     drawn = mixture.num_drawn(config.train.max_steps * config.train.global_batch)
     segmented = zip(segmentation, drawn["segmentation"], strict=True)
     read = zip(language, drawn["language"], strict=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from biascare.config import describe_config, load_config
+from biascare.config import DATA_SOURCES, describe_config, load_config
 from biascare.settings.strict_yaml import read_tree
 
 ROOT = Path(__file__).parents[1]
@@ -173,7 +173,7 @@ def test_the_import_walk_sees_relative_and_function_level_imports(tmp_path: Path
     assert imports("biascare.hitl.clicks", source, known) == set(known)
 
 
-DOORS = ("train", "export", "preview", "evaluate")
+DOORS = ("train", "export", "preview", "evaluate", "audit")
 DOOR_LINES = 90
 
 
@@ -250,8 +250,7 @@ def local_paths(path: Path, folder: Path) -> list[str]:
     """Overrides that point every path of a YAML, left open or not, at an existing folder."""
     values = read_tree(path).values
     data, model = values.get("data", {}), values.get("model", {})
-    sources = [key for key in ("segmentation", "language") if data.get(key)]
-    sources += [f"eval_{key}" for key in ("segmentation", "language") if data.get(f"eval_{key}")]
+    sources = [key for key in DATA_SOURCES if data.get(key)]
     paths = [key for key in ("mllm", "vision_weights") if model.get(key)]
     return [
         *(f"data.{key}=[{{path: {folder}}}]" for key in sources),

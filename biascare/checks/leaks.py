@@ -61,8 +61,8 @@ def shared_with_training(
     by columns alone, so copies of an image under another name are not seen."""
     counts = {}
     for column in _ID_KINDS:
-        trained = np.unique(np.concatenate([_id_keys(r, column) for r in training]))
-        keys = [_id_keys(r, column) for r in held_out]
+        trained = np.unique(np.concatenate([id_keys(r, column) for r in training]))
+        keys = [id_keys(r, column) for r in held_out]
         counts[column] = sum(int((np.isin(k, trained) & (k != 0)).sum()) for k in keys)
     return counts
 
@@ -90,7 +90,7 @@ def cross_findings(
     report = _Shared(records, names, rows, settings.num_examples)
     # Ids before pixels: where a release names its patients, that is the leak to mend first.
     for column, code in _ID_KINDS.items():
-        keys = np.concatenate([_id_keys(r, column) for r in records])
+        keys = np.concatenate([id_keys(r, column) for r in records])
         report.leak(code, keys, keys != 0, rows.split)
     # Again whatever the source, 0 for short ones: unrelated releases may share patients unknown to
     # ID_FAMILIES, and a person decides whether equal ids mean that.
@@ -261,19 +261,21 @@ def _plain(text: str | None) -> str:
     return " ".join((text or "").lower().split()).rstrip(" .?!")
 
 
-def _id_keys(records: Records, column: str) -> NDArray[np.uint64]:
-    """[rows] key of an id within its family; 0 where it is unknown."""
-    source = records.manifest["source"]
+def id_key(source: str, column: str, value: str) -> int:
+    """Key of an id within the family of its source."""
     # The source itself for most: "patient 12" of two unrelated releases are two people.
     family = next(
         (f for f, starts in ID_FAMILIES.items() if source.lower().startswith(starts)),
         f"source {source}",
     )
-    shared = family in ID_FAMILIES
     # Only in a family are ids stripped: elsewhere p12 and q12 may well be two patients.
-    return _keys(
-        records, column, lambda v: key_of(family, column, plain_id(v, column) if shared else v)
-    )
+    return key_of(family, column, plain_id(value, column) if family in ID_FAMILIES else value)
+
+
+def id_keys(records: Records, column: str) -> NDArray[np.uint64]:
+    """[rows] `id_key` of a column; 0 where it is unknown."""
+    source = records.manifest["source"]
+    return _keys(records, column, lambda value: id_key(source, column, value))
 
 
 def _keys(records: Records, column: str, key: Callable[[str], int]) -> NDArray[np.uint64]:

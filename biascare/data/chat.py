@@ -80,6 +80,11 @@ def segmentation_instruction(target: str, modality: str | None, key: int | None 
     return SEGMENTATION_INSTRUCTIONS[phrasing].format(target=target, modality=written)
 
 
+def label_question(label: str) -> str:
+    """What is asked about a label, yes or no, of a model without a head for it."""
+    return f"Does this image show {label}?"
+
+
 class ChatBuilder:
     """Token ids, labels and pixel inputs for one processor."""
 

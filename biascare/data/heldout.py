@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from biascare.data.chat import ChatBuilder, segmentation_instruction
+from biascare.data.chat import ChatBuilder, label_question, segmentation_instruction
+from biascare.data.labels import LabelSpace, presence
 from biascare.data.loader import READ_TIMEOUT, collate, facts_of, first, mask_facts
 from biascare.data.prompts import box_from_mask, first_point
 from biascare.data.transforms import Geometry, apply_mask, apply_points, read_image
@@ -235,6 +236,54 @@ class HeldOutImages(HeldOut):
             facts=[item.facts for item in items],
         )
         return sample, items
+
+
+class LabelItem(NamedTuple):
+    """An image whose labels are to be found."""
+
+    id: str  # record
+    facts: Facts
+    present: list[bool | None]  # of the labels that are asked for; None: not judged
+
+
+class HeldOutLabels(HeldOut):
+    """Images with their labels: shown to a label head, or asked for label by label."""
+
+    padding_side = "left"
+
+    def __init__(self, *arguments: Any, space: LabelSpace, asked: bool, **keywords: Any):
+        """`space`: the labels; `asked`: one yes-or-no question for each, about the same image."""
+        self.space, self.asked = space, asked
+        super().__init__(*arguments, **keywords)
+
+    def _units(self, source: Records) -> Sequence[int]:
+        return [int(row) for row in source.labelled_units]
+
+    def case_keys(self) -> list[list[str]]:
+        ids = self._key_starts()
+        return [[f"{ids[r][row]}/labels"] for r, row in self.units]
+
+    def _sample(self, source: Records, unit: int) -> tuple[Sample, list[LabelItem]]:
+        row = source[unit]
+        image, _ = self._image(row)
+        facts = facts_of(row, task="labels", kind="labels")
+        sequences = []
+        if self.asked:
+            assert self.chat is not None, "questions need an MLLM"
+            # One object for all questions: the collator knows by it that the image is the same.
+            pixels = self.chat.image_inputs(image)
+            for name in self.space.names:
+                turn = Turn("user", label_question(name), "closed")
+                sequences.append(self.chat.sequence([turn]) | {"image": pixels})
+        sample = Sample(
+            sequences=sequences,
+            image=None if self.asked else torch.from_numpy(image).permute(2, 0, 1),
+            masks=None,
+            point_coords=None,
+            point_labels=None,
+            facts=[facts],
+        )
+        return sample, [LabelItem(f"{row['id']}/labels", facts, presence(row, self.space))]
 
 
 class HeldOutQuestions(HeldOut):

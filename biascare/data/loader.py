@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset
 
 from biascare.data.chat import ChatBuilder, segmentation_instruction, written
+from biascare.data.labels import LabelSpace, presence
 from biascare.data.mixture import GlobalBatchSampler, Mixture, StreamItem, sample_key
 from biascare.data.prevalence import total_counts
 from biascare.data.prompts import draw_prompts
@@ -63,9 +64,12 @@ class TrainingStream(Dataset):
         chat: ChatBuilder | None,
         groups: dict[str, str],
         settings: StreamSettings,
+        labels: LabelSpace | None = None,
     ):
-        """`chat` is None in the vision stage; `groups`: target -> head, medium or tail."""
+        """`chat` is None without a language model; `groups`: target -> head, medium or tail.
+        With `labels`, the images of `segmentation` show what they are told to, not masks."""
         self.sources = {"segmentation": list(segmentation), "language": list(language)}
+        self.labels = labels
         self.mixture = mixture
         self.chat = chat
         self.groups = groups
@@ -81,7 +85,9 @@ class TrainingStream(Dataset):
             number, turn = self._unit(source, item, attempt)
             try:
                 row = source[number]
-                if item.task == "segmentation":
+                if item.task == "segmentation" and self.labels is not None:
+                    sample = self._labelled_sample(row, self.labels, item.key)
+                elif item.task == "segmentation":
                     sample = self._segmentation_sample(row, item.key)
                 else:
                     sample = self._language_sample(row, turn, item.key)
@@ -107,7 +113,7 @@ class TrainingStream(Dataset):
     def _unit(self, source: Records, item: StreamItem, attempt: int) -> tuple[int, int]:
         """Row number of an item, or of the unit `attempt` places after it, and its user turn."""
         if item.task == "segmentation":
-            rows = source.segmentation_units
+            rows = source.segmentation_units if self.labels is None else source.labelled_units
             return int(rows[(item.unit + attempt) % len(rows)]), 0
         units = source.language_units
         number, turn = units[(item.unit + attempt) % len(units)]
@@ -178,18 +184,34 @@ class TrainingStream(Dataset):
             ]
         ]
 
-    def _language_sample(self, row: dict[str, Any], turn: int, key: int) -> Sample:
-        assert self.chat is not None, "a language sample needs an MLLM"
-        pair = [Turn(**t) for t in row["conversations"][turn : turn + 2]]
+    def _labelled_sample(self, row: dict[str, Any], labels: LabelSpace, key: int) -> Sample:
+        present = [float("nan") if p is None else float(p) for p in presence(row, labels)]
+        image = self._whole_image(row, row["labels"], key)
+        return Sample(
+            sequences=[],
+            image=torch.from_numpy(image).permute(2, 0, 1),
+            masks=None,
+            point_coords=None,
+            point_labels=None,
+            facts=[facts_of(row, task="labels", kind="labels")],
+            labels=torch.tensor(present),
+        )
+
+    def _whole_image(self, row: dict[str, Any], texts: Iterable[str], key: int) -> np.ndarray:
         # Never cropped: what the answer is about might be outside.
-        flip = self.settings.augment and self._may_mirror(row, written(pair))
+        flip = self.settings.augment and self._may_mirror(row, texts)
         geometry = Geometry.full(
             row["height"],
             row["width"],
             self.settings.image_size,
             flip=flip and sample_key(key, "flip") % 2 == 1,
         )
-        image = self._image(row, geometry, key)
+        return self._image(row, geometry, key)
+
+    def _language_sample(self, row: dict[str, Any], turn: int, key: int) -> Sample:
+        assert self.chat is not None, "a language sample needs an MLLM"
+        pair = [Turn(**t) for t in row["conversations"][turn : turn + 2]]
+        image = self._whole_image(row, written(pair), key)
         return Sample(
             sequences=[self.chat.sequence(pair) | {"image": self.chat.image_inputs(image)}],
             image=None,
@@ -246,6 +268,7 @@ def collate(
     rows = [len(s.point_coords) for s in shown if s.point_coords is not None]
     tokens = _collate_tokens(sequences, pad_token_id, padding_side) if sequences else {}
     masks = [s.masks for s in shown if s.masks is not None]  # none where a person asks
+    labels = [s.labels for s in shown if s.labels is not None]
     # By name: two images of one structure are no negatives of each other in the alignment term.
     names = [f.target for s in shown for f in s.facts]
     numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
@@ -270,6 +293,7 @@ def collate(
         facts=[facts for sample in ordered for facts in sample.facts],
         replaced={s.position: s.replaced for s in samples if s.position is not None and s.replaced},
         num_samples=len(samples),
+        labels=torch.stack(labels) if labels else None,
     )
 
 

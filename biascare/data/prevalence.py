@@ -14,6 +14,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from biascare.records import Records
+
 PREVALENCE_GROUPS = ("head", "medium", "tail", "unseen")
 """From most to least frequent; `unseen` is a held-out target without any training mask."""
 
@@ -24,6 +26,12 @@ def total_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     for source in counts:
         total.update(source)
     return dict(total)
+
+
+def drawn_counts(images: Sequence[Records], *, labelled: bool) -> dict[str, int]:
+    """Number of masks per target, or of images per label, in the training folders."""
+    counts = "labels" if labelled else "targets"
+    return total_counts(source.manifest[counts] for source in images)
 
 
 def prevalence_groups(

@@ -30,7 +30,7 @@ from biascare.evaluation.metrics.answers import (
     readings_table,
 )
 from biascare.evaluation.metrics.bootstrap import cluster_numbers, clustered
-from biascare.evaluation.metrics.classification import label_cases, summarise_labels
+from biascare.evaluation.metrics.classification import choices_as_labels, summarise_labels
 from biascare.evaluation.metrics.reports import report_scores
 from biascare.settings.keys import EvalConfig
 
@@ -123,7 +123,7 @@ def class_scores(cases: Sequence[AnswerCase | LabelCase]) -> dict[str, Score]:
     answers = [case for case in cases if isinstance(case, AnswerCase)]
     labels = [case for case in cases if isinstance(case, LabelCase)]
     scores = {}
-    for name, mine in (("by option", label_cases(answers)), ("by head", labels)):
+    for name, mine in (("by option", choices_as_labels(answers)), ("by head", labels)):
         table = summarise_labels(mine)
         if table["num"]:
             for key in ("accuracy", "balanced_accuracy"):

@@ -25,6 +25,9 @@ from pydantic import TypeAdapter, ValidationError
 from biascare.durable import flush
 from biascare.interfaces import Facts
 
+CASES = "cases.jsonl"
+"""Name of the file in the output folder of an evaluation."""
+
 FORMAT = "biascare-cases"
 FORMAT_VERSION = 2
 READABLE = (1, 2)

@@ -25,6 +25,7 @@ from biascare.data.heldout import (
     HeldOut,
     HeldOutBatch,
     HeldOutImages,
+    HeldOutLabels,
     HeldOutQuestions,
     MaskItem,
     QuestionItem,
@@ -34,13 +35,19 @@ from biascare.data.heldout import (
 from biascare.data.loader import to_device
 from biascare.data.transforms import Geometry, invert_points, restore_mask
 from biascare.durable import put_in_place
-from biascare.evaluation.benchmarks import benchmark_of, benchmark_table, scored_items
+from biascare.evaluation.benchmarks import (
+    benchmark_of,
+    benchmark_table,
+    label_groups,
+    scored_items,
+)
 from biascare.evaluation.cases import (
     AnswerCase,
     Cases,
     CaseWriter,
     FinishedCase,
     Header,
+    LabelCase,
     MaskCase,
     MaskPrediction,
     SlicePlace,
@@ -48,6 +55,7 @@ from biascare.evaluation.cases import (
     read_lines,
 )
 from biascare.evaluation.metrics.answers import is_correct, summarise_answers
+from biascare.evaluation.metrics.classification import choices_as_labels, summarise_labels
 from biascare.evaluation.metrics.groups import Measured, summarise_groups
 from biascare.evaluation.metrics.segmentation import (
     mask_area,
@@ -58,13 +66,12 @@ from biascare.evaluation.metrics.segmentation import (
 from biascare.evaluation.metrics.triage import summarise_triage
 from biascare.hitl.clicks import refine_once
 from biascare.inference.answerer import Answerer, spoken
+from biascare.inference.labeller import YES_NO, Labeller
 from biascare.inference.segmenter import Decoded, Segmenter
 from biascare.interfaces import POINT_PADDING, Prediction, Prompts
 from biascare.records import encode_mask
 from biascare.training.ranks import from_rank_zero, gather_objects, rank, world_size
 from biascare.uncertainty import disagreement, size_surprise
-
-YES_NO = ("yes", "no")
 
 
 class EvaluationSettings(NamedTuple):
@@ -87,16 +94,19 @@ def evaluate(
     header: Header,
     settings: EvaluationSettings,
     *,
+    labelled: HeldOutLabels | None = None,
+    labeller: Labeller | None = None,
     overwrite: bool = False,
 ) -> Cases:
-    """Evaluate every target and question once; write `path`, and return what stands in it.
+    """Evaluate every target, question and labelled image once; write `path`, and return what stands
+    in it.
 
     Call on every rank. What an earlier call with the same header left is kept and completed.
 
     Raises ValueError when there is nothing to evaluate, two folders hold a case of one name, or
     `path` holds cases of another header (and `overwrite` is not set).
     """
-    order = _order(images, questions)
+    order = _order(images, questions, labelled)
     # One rank looks: files of a slow network disk may appear to another a moment later, and ranks
     # that disagree about what is left would wait for each other for ever under ZeRO-3.
     done = from_rank_zero(lambda: _begin(path, header, overwrite))
@@ -113,6 +123,10 @@ def evaluate(
                 began = time.perf_counter()
                 answers = answer_cases(answerer, held, settings)
                 writer.append(list(_new(answers, held, done, began)))
+        if labeller is not None and labelled is not None:
+            for held in _batches(labelled, done, labeller.network.device, settings):
+                began = time.perf_counter()
+                writer.append(list(_new(label_cases(labeller, held), held, done, began)))
     gather_objects(None)  # a barrier: only now are all shares on disk
     from_rank_zero(lambda: _join(path, header, order))
     return read_cases(path)
@@ -143,11 +157,18 @@ def summarise(cases: Cases, validation: Cases | None = None) -> dict[str, Any]:
         right = [float(is_correct(case.text, case)) for case in cases.answers]
         mix = [f"{f.modality}, {f.kind}" for f in facts]
         measured.append(Measured("accuracy", facts, right, mix))
+    if cases.labels:
+        summary["labels"] = summarise_labels(cases.labels, cases.header.prevalence)
     if cases.header.benchmark is not None:
         benchmark = benchmark_of(cases.header.benchmark)
         pairs = list(zip(cases.masks, scores, strict=True))
         items = scored_items(benchmark, pairs, cases.answers, cases.labels)
         summary["benchmark"] = benchmark_table(benchmark, items)
+        classes = [*choices_as_labels(cases.answers), *cases.labels]
+        if benchmark.task == "labels" and classes:
+            by_label = label_groups(benchmark, cases.header.prevalence)
+            by_head = cases.labels or classes
+            summary["labels"] = summarise_labels(by_head, by_label)
     groups = summarise_groups(measured)
     return summary | ({"groups": groups} if groups else {})
 
@@ -322,6 +343,25 @@ def answer_cases(
     ]
 
 
+def label_cases(labeller: Labeller, held: HeldOutBatch) -> list[LabelCase]:
+    """The probability of every label of every image."""
+    found = labeller.probabilities(held.batch).tolist()
+    space = labeller.space
+    return [
+        LabelCase(
+            id=item.id,
+            facts=item.facts,
+            labels=list(space.names),
+            probabilities=probabilities,
+            present=item.present,
+            # Asked one by one, answers need not add up.
+            exclusive=space.exclusive and labeller.answerer is None,
+            seconds=0.0,
+        )
+        for item, probabilities in zip(held.items, found, strict=True)
+    ]
+
+
 def options_of(item: QuestionItem) -> tuple[str, ...]:
     """What an answer is chosen from: as the record states, or yes and no."""
     # By the reference and not by the kind: some sources call "left or right?" a closed question.
@@ -339,10 +379,12 @@ def _batches(
     """This rank's batches of the units that are not done."""
     # An image of which one target is missing is encoded again; `_new` keeps the others out.
     left = [i for i, keys in enumerate(items.case_keys()) if not done.issuperset(keys)]
+    # An image with a question for each of its labels is a batch of its own.
+    asked = len(items.space.names) if isinstance(items, HeldOutLabels) and items.asked else 1
     loader = heldout_loader(
         items,
         left,
-        settings.batch_size,
+        max(1, settings.batch_size // asked),
         rank=rank(),
         world_size=world_size(),
         num_workers=settings.num_workers,
@@ -366,13 +408,13 @@ def _key(case: FinishedCase) -> str:
     return case_key(case.facts.source, case.facts.split, case.id)
 
 
-def _order(images: HeldOut, questions: HeldOut | None) -> dict[str, int]:
+def _order(*held_out: HeldOut | None) -> dict[str, int]:
     """Key of every case -> its place in the finished file."""
-    keys = [*chain(*images.case_keys()), *chain(*(questions.case_keys() if questions else []))]
+    keys = [key for items in held_out if items is not None for key in chain(*items.case_keys())]
     if not keys:
         raise ValueError(
-            "nothing to evaluate: the folders hold neither masks nor questions that are scored by "
-            "their answer (reports are not)"
+            "nothing to evaluate: the folders hold neither masks nor labels nor questions that are "
+            "scored by their answer (reports are not)"
         )
     order = {key: place for place, key in enumerate(keys)}
     if len(order) < len(keys):

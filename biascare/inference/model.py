@@ -19,11 +19,15 @@ from typing import NamedTuple
 import torch
 
 from biascare.data.chat import ChatBuilder, segmentation_instruction
+from biascare.data.labels import LabelSpace
+from biascare.data.loader import collate
+from biascare.data.transforms import apply_whole
 from biascare.inference.answerer import DEFAULT_MAX_NEW_TOKENS, Answerer, Case
 from biascare.inference.images import ImageLike, as_pixels
+from biascare.inference.labeller import Labeller
 from biascare.inference.segmenter import Segmenter
 from biascare.inference.session import Box, Segmentation, check_prompts
-from biascare.interfaces import POINT_POSITIVE
+from biascare.interfaces import POINT_POSITIVE, Sample
 from biascare.models.export_folder import TrainingFacts, open_network
 from biascare.models.language.pathway import load_processor
 from biascare.models.network import DualPathNetwork
@@ -58,6 +62,9 @@ class BiasCareVL:
         beta_vl = ObjectiveConfig().beta_vl if facts is None else facts.beta_vl
         self.segmenter = Segmenter(network, chat, image_size=size, beta_vl=beta_vl)
         self.answerer = None if chat is None else Answerer(network, chat, image_size=size)
+        head = network.label_head
+        space = None if head is None else LabelSpace(head.labels, head.exclusive)
+        self.labeller = None if space is None else Labeller(space, network)
 
     @classmethod
     def from_pretrained(
@@ -154,6 +161,23 @@ class BiasCareVL:
             return None
         # Records name structures without an article; the phrasings bring their own.
         return segmentation_instruction(target.strip().removeprefix("the "), modality)
+
+    def classify(self, image: ImageLike) -> dict[str, float]:
+        """Label -> probability, by the label head, the likeliest first.
+
+        Raises ValueError for an unreadable image, or a model without a label head.
+        """
+        if self.labeller is None:
+            raise ValueError(
+                "this model has no label head: it was not trained in the labels stage; ask it with "
+                "options instead"
+            )
+        pixels = apply_whole(as_pixels(image), self.segmenter.image_size)
+        shown = torch.from_numpy(pixels).permute(2, 0, 1)
+        sample = Sample([], shown, None, None, None, facts=[])
+        found = self.labeller.probabilities(collate([sample], seed=0, pad_token_id=0))[0]
+        shares = dict(zip(self.labeller.space.names, found.tolist(), strict=True))
+        return dict(sorted(shares.items(), key=lambda pair: -pair[1]))
 
     def ask(
         self,

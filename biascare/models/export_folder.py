@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from biascare.models.label_head import LabelHead
 from biascare.models.language.merge import FOLDED, fold_adapter, save_plain
 from biascare.models.language.pathway import LoraSettings, MLLMOpener, MLLMPathway, open_mllm
 from biascare.models.network import DualPathNetwork
@@ -36,6 +38,7 @@ MODEL_TYPE = "biascare_vl"
 FORMAT_VERSION = 2
 VISION_FILE = "vision_pathway.safetensors"
 QUERY_FILE = "query_attention.safetensors"
+LABEL_FILE = "label_head.safetensors"
 MERGED_FOLDER = "mllm"
 """Inside a merged export: base model and adapter in one."""
 
@@ -45,7 +48,7 @@ class TrainingFacts(NamedTuple):
 
     beta_vl: float  # share of semantic uncertainty in Eq. 6
     mask_prompt: bool  # whether corrections were trained with the logits of the round before
-    prevalence: dict[str, str]  # target -> head, medium or tail
+    prevalence: dict[str, str]  # target (of a label head: label) -> head, medium or tail
     disc_share: float | None  # disc baseline: the one size, as a share of the image
     disc_share_by_target: dict[str, float]  # and the mean size of each target
     trained_on: list[str]  # content hashes of the record folders
@@ -90,6 +93,10 @@ def save_network(
             "multimask": network.vision.multimask,
         },
     }
+    if network.label_head is not None:
+        save_file(_under(state, "label_head."), folder / LABEL_FILE)
+        labels = list(network.label_head.labels)
+        config["label_head"] = {"labels": labels, "exclusive": network.label_head.exclusive}
     if network.mllm is not None and network.query_attention is not None:
         save_file(_under(state, "query_attention."), folder / QUERY_FILE)
         config["query_attention"] = {
@@ -128,8 +135,13 @@ def open_network(
     # Loaded as stored, cast after: rounding belongs to the reader, not to the file.
     _load_part(vision, folder / VISION_FILE)
     vision.to(dtype)
+    label_head = None
+    if "label_head" in config:
+        label_head = LabelHead(vision.prompt_dim, **config["label_head"])
+        _load_part(label_head, folder / LABEL_FILE)
+        label_head.to(dtype)
     if "mllm" not in config:
-        return DualPathNetwork(vision).eval(), facts
+        return DualPathNetwork(vision, label_head=label_head).eval(), facts
     base = _base_path(folder, config["mllm"], mllm)
     try:
         pathway = MLLMPathway.restore(folder, base, dtype=dtype, attention=attention)
@@ -142,7 +154,8 @@ def open_network(
         pathway.hidden_size, vision.prompt_dim, **config["query_attention"]
     )
     _load_part(query_attention, folder / QUERY_FILE)
-    return DualPathNetwork(vision, pathway, query_attention.to(dtype)).eval(), facts
+    joined = DualPathNetwork(vision, pathway, query_attention.to(dtype), label_head)
+    return joined.eval(), facts
 
 
 def _under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -227,10 +240,12 @@ def build_network(
     dtype: torch.dtype = torch.float32,
     activation_checkpointing: bool = False,
     opener: MLLMOpener = open_mllm,
+    labels: tuple[Sequence[str], bool] | None = None,
 ) -> DualPathNetwork:
     """A model to train: pathways with their initial weights, joined if there is an MLLM.
 
-    Without `lora` the language model has no adapter."""
+    Without `lora` the language model has no adapter. `labels`: those of a label head, and whether
+    exactly one holds."""
     pathway = VisionPathway(vision, image_size, activation_checkpointing, multimask)
     # Without text some of the decoder is never read, and must not count as trainable.
     pathway.reads_text = mllm is not None
@@ -239,7 +254,8 @@ def build_network(
         LOGGER.info("model.vision_weights %s\n%s", vision_weights, report)
     pathway.to(dtype)
     if mllm is None:
-        return DualPathNetwork(pathway)
+        head = None if labels is None else LabelHead(pathway.prompt_dim, *labels).to(dtype)
+        return DualPathNetwork(pathway, label_head=head)
     language = MLLMPathway.load(
         mllm,
         lora=lora,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from biascare.choices import unknown
 from biascare.interfaces import Batch, Features, Prediction, Prompts
+from biascare.models.label_head import LabelHead
 from biascare.models.language.pathway import MLLMPathway
 from biascare.models.query_attention import CrossModalQueryAttention
 from biascare.models.vision.pathway import VisionPathway
@@ -42,6 +43,7 @@ class DualPathNetwork(nn.Module):
         vision: VisionPathway,
         mllm: MLLMPathway | None = None,
         query_attention: CrossModalQueryAttention | None = None,
+        label_head: LabelHead | None = None,
     ):
         super().__init__()
         if (mllm is None) != (query_attention is None):
@@ -49,6 +51,7 @@ class DualPathNetwork(nn.Module):
         self.vision = vision
         self.mllm = mllm
         self.query_attention = query_attention
+        self.label_head = label_head
 
     @property
     def device(self) -> torch.device:
@@ -99,6 +102,11 @@ class DualPathNetwork(nn.Module):
             row_image = row_image[rows]
             text = None if text is None else text[rows]
         return self.vision.decode(features.image_embedding, row_image, prompts, text, mask_prompt)
+
+    def label_logits(self, features: Features) -> tuple[Tensor, bool]:
+        """([S, K] logits of the label head, whether exactly one label holds)."""
+        assert self.label_head is not None and features.image_embedding is not None
+        return self.label_head(features.image_embedding), self.label_head.exclusive
 
     def forward(self, batch: Batch) -> tuple[Features, Prediction | None]:
         """Encode, and decode the batch's own prompts where there are images."""
@@ -170,6 +178,12 @@ PARTS = (
     Part(
         "query_attention",
         lambda n: list(n.query_attention.parameters()) if n.query_attention else [],
+        "vision",
+        exported=True,
+    ),
+    Part(
+        "label_head",
+        lambda n: list(n.label_head.parameters()) if n.label_head else [],
         "vision",
         exported=True,
     ),

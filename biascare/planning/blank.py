@@ -249,6 +249,11 @@ def blank_batch(model: DualPathNetwork, shape: BatchShape) -> Batch:
         replaced={},
         num_samples=shape.num_images + shape.num_questions,
     )
+    if model.label_head is not None:
+        shown = torch.empty(shape.num_images, 3, size, size, dtype=torch.uint8, device="meta")
+        labels = torch.zeros(shape.num_images, len(model.label_head.labels))
+        labels[:, 0] = 1
+        return batch._replace(images=shown, labels=labels)
     if num_rows:
         batch = batch._replace(
             # The meta device lets a step of a large model run on shapes; what the step reads as

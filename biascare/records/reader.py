@@ -6,11 +6,13 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from biascare.records.record import FEATURES, check_row, row_digest, unpacked
 from biascare.records.writer import (
@@ -137,6 +139,12 @@ class Records:
         """[N] id of each row; image pages stay untouched, as by what follows."""
         with self._naming("an id"):
             return [str(name) for name in self.table["id"].to_pylist()]
+
+    @cached_property
+    def labelled_units(self) -> np.ndarray:
+        """[U] numbers of the rows that have at least one label, ascending."""
+        with self._naming("a label"):
+            return np.flatnonzero(np.asarray(pc.list_value_length(self.table["labels"])) > 0)
 
     def target_names(self, index: int) -> list[str]:
         """Names of the masks of row `index`."""

@@ -124,8 +124,12 @@ tokens = model.generate(**inputs, max_new_tokens=32)
 
 def _origin(run: RunFacts, merged: bool) -> Iterator[tuple[Any, ...]]:
     model, train = run.config["model"], run.config["train"]
-    # Switched on by default, but the vision stage has neither.
-    absent = () if train["stage"] == "joint" else ("lora", "query_attention")
+    # Switched on by default, but not every stage has them.
+    absent = {
+        "joint": ("label_head",),
+        "vision": ("label_head", "lora", "query_attention"),
+        "labels": ("lora", "query_attention", "prompt_encoder", "mask_decoder"),
+    }[train["stage"]]
     trained = [part for part, on in train["trainable"].items() if on and part not in absent]
     yield "stage", train["stage"]
     if model["mllm"]:

@@ -19,14 +19,15 @@ import torch
 from biascare.config import resolve_deepspeed
 from biascare.data.chat import ChatBuilder
 from biascare.data.heldout import check_held_out
+from biascare.data.labels import LabelSpace, trained_labels
 from biascare.data.loader import StreamSettings, TrainingStream, training_loader
 from biascare.data.mixture import GlobalBatchSampler, Mixture
-from biascare.data.prevalence import groups_of, total_counts
+from biascare.data.prevalence import drawn_counts, groups_of
 from biascare.models import export_folder
 from biascare.models.language.pathway import LoraSettings, MLLMOpener, load_processor, open_mllm
 from biascare.models.network import PARTS, DualPathNetwork
 from biascare.records import Records
-from biascare.settings.keys import Config, DataConfig, ModelConfig, SourceConfig
+from biascare.settings.keys import Config, ModelConfig, SourceConfig
 from biascare.training import engine
 from biascare.training.optimizer import OptimizerSettings, parameter_groups
 from biascare.training.progress import trainable_table
@@ -44,20 +45,21 @@ def open_sources(sources: tuple[SourceConfig, ...]) -> list[Records]:
 
 
 def open_training(config: Config) -> tuple[list[Records], list[Records], Mixture]:
-    """Segmentation and language records and their mixture; what is held out must be other records.
+    """Records with masks (in the labels stage: with labels), language records and their mixture;
+    what is held out must be other records.
 
     Raises ValueError before a model is built.
     """
-    segmentation = open_sources(config.data.segmentation)
-    language = open_sources(config.data.language)
-    held_out = open_sources(config.data.eval_segmentation + config.data.eval_language)
-    if config.data.verify:
-        verify(segmentation + language + held_out)
+    data = config.data
+    images, language = open_sources(config.image_sources), open_sources(data.language)
+    held_out = open_sources(data.eval_segmentation + data.eval_language + data.eval_labelled)
+    if data.verify:
+        verify(images + language + held_out)
     # Before minutes go into a model: training on the test set cannot be undone afterwards.
-    check_held_out(segmentation + language, held_out)
-    mixture = build_mixture(config.data, segmentation, language, config.train.seed)
+    check_held_out(images + language, held_out)
+    mixture = build_mixture(config, images, language)
     mixture.check_micro_batch(config.train.micro_batch)
-    return segmentation, language, mixture
+    return images, language, mixture
 
 
 def verify(sources: list[Records]) -> None:
@@ -79,28 +81,39 @@ def verify(sources: list[Records]) -> None:
         raise ValueError("\n".join(found))
 
 
-def build_mixture(
-    data: DataConfig, segmentation: list[Records], language: list[Records], seed: int
-) -> Mixture:
-    seen = zip(data.segmentation, segmentation, strict=True)
-    read = zip(data.language, language, strict=True)
+def build_mixture(config: Config, images: list[Records], language: list[Records]) -> Mixture:
+    labelled = config.train.stage == "labels"
+    seen = zip(config.image_sources, images, strict=True)
+    read = zip(config.data.language, language, strict=True)
+    units = [(r.labelled_units if labelled else r.segmentation_units, s.weight) for s, r in seen]
     return Mixture(
-        segmentation=[(len(r.segmentation_units), s.weight) for s, r in seen],
+        segmentation=[(len(rows), weight) for rows, weight in units],
         language=[(len(r.language_units), s.weight) for s, r in read],
-        ratio=data.ratio,
-        seed=seed,
+        ratio=config.data.ratio,
+        seed=config.train.seed,
     )
 
 
-def prevalence(config: Config, segmentation: list[Records]) -> dict[str, str]:
-    """Group of each target: of the file that is named, or from the training sources."""
-    counts = total_counts(source.target_counts for source in segmentation)
+def prevalence(config: Config, images: list[Records]) -> dict[str, str]:
+    """Group of each target or label: of the file that is named, or from the training sources."""
+    counts = drawn_counts(images, labelled=config.train.stage == "labels")
     shares = config.eval.head_share, config.eval.tail_share
     return groups_of(config.eval.prevalence, counts, *shares)
 
 
+def build_labels(config: Config, images: list[Records] | None = None) -> LabelSpace | None:
+    """What the head of the labels stage tells apart; None in the other stages."""
+    if config.train.stage != "labels":
+        return None
+    model = config.model
+    names = model.labels
+    if not names:
+        names = trained_labels(open_sources(config.data.labelled) if images is None else images)
+    return LabelSpace(names, model.exclusive_labels)
+
+
 def build_chat(config: Config) -> ChatBuilder | None:
-    if config.train.stage == "vision":
+    if config.train.stage != "joint":
         return None
     assert config.model.mllm is not None
     return ChatBuilder(
@@ -112,7 +125,7 @@ def build_chat(config: Config) -> ChatBuilder | None:
 
 def build_stream(
     config: Config,
-    segmentation: list[Records],
+    images: list[Records],
     language: list[Records],
     mixture: Mixture,
     chat: ChatBuilder | None,
@@ -130,14 +143,15 @@ def build_stream(
         flip=config.data.flip,
         seed=config.train.seed,
     )
-    return TrainingStream(segmentation, language, mixture, chat, groups, settings)
+    labels = build_labels(config, images)
+    return TrainingStream(images, language, mixture, chat, groups, settings, labels)
 
 
 def training_stream(config: Config) -> tuple[TrainingStream, ChatBuilder | None]:
     """The stream of a run and what its conversations are made with, without any model."""
-    segmentation, language, mixture = open_training(config)
-    groups, chat = prevalence(config, segmentation), build_chat(config)
-    return build_stream(config, segmentation, language, mixture, chat, groups), chat
+    images, language, mixture = open_training(config)
+    groups, chat = prevalence(config, images), build_chat(config)
+    return build_stream(config, images, language, mixture, chat, groups), chat
 
 
 def build_loader(config: Config, stream: TrainingStream, start_step: int) -> Any:
@@ -155,6 +169,10 @@ def build_loader(config: Config, stream: TrainingStream, start_step: int) -> Any
 
 
 # ---------------------------------------------------------------- model
+
+
+LABEL_PARTS = ("vision_encoder", "label_head")
+"""Parts that the labels stage can train."""
 
 
 def lora_settings(model: ModelConfig) -> LoraSettings:
@@ -182,10 +200,15 @@ def build_network(config: Config, opener: MLLMOpener = open_mllm) -> DualPathNet
         dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
         activation_checkpointing=model.activation_checkpointing,
         opener=opener,
+        labels=build_labels(config),
     )
     if network.mllm is not None:
         network.mllm.packing = config.data.pack_sequences
-    network.set_trainable(vars(config.train.trainable))
+    trained = vars(config.train.trainable)
+    if config.train.stage == "labels":
+        # No mask is decoded: a trainable parameter without a gradient would stop DeepSpeed.
+        trained = {part: on and part in LABEL_PARTS for part, on in trained.items()}
+    network.set_trainable(trained)
     if config.train.compile:
         # In place: a wrapper would rename every parameter. The LLM's lengths change at every step.
         network.vision.image_encoder.compile()

@@ -26,19 +26,22 @@ from biascare.data.chat import ChatBuilder
 from biascare.data.heldout import (
     ANSWERED_KINDS,
     HeldOutImages,
+    HeldOutLabels,
     HeldOutQuestions,
     check_held_out,
     refuse_trained,
 )
-from biascare.data.prevalence import groups_of, total_counts
+from biascare.data.labels import LabelSpace, trained_labels
+from biascare.data.prevalence import drawn_counts, groups_of
 from biascare.data.prompts import first_point
 from biascare.durable import write_json
 from biascare.evaluation.benchmarks import BENCHMARKS, Benchmark, benchmark_of, folders_of
-from biascare.evaluation.cases import Cases, Header, read_cases
+from biascare.evaluation.cases import CASES, Cases, Header, read_cases
 from biascare.evaluation.evaluate import EvaluationSettings, evaluate, summarise
 from biascare.evaluation.invariance import Difference, check_invariance
 from biascare.evaluation.metrics.segmentation import DiscBaseline, fit_disc
 from biascare.inference.answerer import Answerer
+from biascare.inference.labeller import Labeller
 from biascare.inference.model import BiasCareVL
 from biascare.inference.segmenter import Segmenter
 from biascare.models.export_folder import build_network
@@ -63,8 +66,6 @@ from biascare.training.ranks import (
     rank,
 )
 
-CASES = "cases.jsonl"
-
 
 class EvaluationRequest(NamedTuple):
     """What scripts/evaluate.py was asked for; its help describes the fields."""
@@ -72,6 +73,7 @@ class EvaluationRequest(NamedTuple):
     model: str
     segmentation: list[str]
     language: list[str]
+    labelled: list[str]
     output: Path | None  # None where nothing is written
     train: list[str]
     prevalence: str | None
@@ -124,6 +126,11 @@ class Job(NamedTuple):
     request: EvaluationRequest  # with the benchmark's choices in it
     segmentation: list[Records]
     language: list[Records]
+    labelled: list[Records]
+
+    @property
+    def held_out(self) -> list[Records]:
+        return [*self.segmentation, *self.language, *self.labelled]
 
     @property
     def benchmark(self) -> Benchmark | None:
@@ -138,6 +145,8 @@ class Prepared(NamedTuple):
     train: list[Records]
     images: HeldOutImages
     questions: HeldOutQuestions | None
+    labelled: HeldOutLabels | None
+    labeller: Labeller | None
     header: Header
     settings: EvaluationSettings
     validation: Cases | None  # what triage is fitted on
@@ -156,8 +165,8 @@ def jobs_of(request: EvaluationRequest) -> list[Job]:
         usual = request._replace(
             prompt=request.prompt or "point", max_new_tokens=request.max_new_tokens or 32
         )
-        masks, questions = [Records(p) for p in usual.segmentation], map(Records, usual.language)
-        jobs = [Job(None, usual, masks, list(questions))]
+        named = (usual.segmentation, usual.language, usual.labelled)
+        jobs = [Job(None, usual, *([Records(path) for path in paths] for paths in named))]
     else:
         jobs = [_benchmark_job(request, entry) for entry in suite_entries(request.suite)]
         names = [job.name for job in jobs]
@@ -165,7 +174,7 @@ def jobs_of(request: EvaluationRequest) -> list[Job]:
         if twice is not None:
             raise ValueError(f"the suite names {twice} twice; name each benchmark once")
     for job in jobs:
-        check_scored(job.segmentation, job.language)
+        check_scored(job.segmentation, job.language, job.labelled)
     return jobs
 
 
@@ -200,14 +209,19 @@ def _benchmark_job(request: EvaluationRequest, entry: Mapping[str, Any]) -> Job:
     if data is None:
         raise ValueError(f"{name}: name the folder of its prepared data after --data")
     records = [Records(folder) for folder in folders_of(benchmark, data)]
-    masks = benchmark.task == "segmentation"
     own = request._replace(
         output=output_of(request, name),
         limit=entry.get("limit", request.limit),
         prompt=request.prompt or "point",
         max_new_tokens=request.max_new_tokens or benchmark.max_new_tokens,
     )
-    return Job(name, own, records if masks else [], [] if masks else records)
+    return Job(
+        name,
+        own,
+        segmentation=records if benchmark.task == "segmentation" else [],
+        language=records if benchmark.kinds else [],
+        labelled=records if benchmark.task == "labels" else [],
+    )
 
 
 def output_of(request: EvaluationRequest, name: str) -> Path | None:
@@ -223,7 +237,7 @@ def prepare(request: EvaluationRequest) -> list[Prepared]:
     train = [Records(path) for path in request.train]
     jobs = jobs_of(request)
     for job in jobs:
-        check_held_out(train, job.segmentation + job.language)
+        check_held_out(train, job.held_out)
     if "RANK" in os.environ:
         init_process_group()
     model = open_model(request)
@@ -232,15 +246,9 @@ def prepare(request: EvaluationRequest) -> list[Prepared]:
     if facts is not None and not request.allow_trained:
         trained = dict.fromkeys(facts.trained_on, "training data")
         for job in jobs:
-            refuse_trained(trained, job.segmentation + job.language)
-    if any(job.language for job in jobs) and model.answerer is None:
-        left_out = [job for job in jobs if not job.segmentation]
-        if left_out:
-            raise ValueError(
-                f"{request.model} answers no questions, and "
-                f"{left_out[0].name or '--language'} holds nothing else"
-            )
-        print(f"{request.model} answers no questions: --language is left out", file=sys.stderr)
+            refuse_trained(trained, job.held_out)
+    for job in jobs:
+        _check_able(job, model)
     groups, discs = _trained_targets(request, train, model)
     digest = weights_hash(Path(request.model))
     validation = _validation(request, jobs, digest)
@@ -272,6 +280,44 @@ def _validation(request: EvaluationRequest, jobs: Sequence[Job], weights: str) -
     return found
 
 
+def _check_able(job: Job, model: BiasCareVL) -> None:
+    """Raises ValueError where a model can do nothing of a job, or its head lacks a label; says what
+    of it is left out."""
+    name, head = job.request.model, model.network.label_head
+    if job.language and model.answerer is None:
+        if not job.segmentation and not (job.labelled and head):
+            raise ValueError(f"{name} answers no questions; leave out {job.name or '--language'}")
+        print(f"{name} answers no questions: they are left out", file=sys.stderr)
+    if not job.labelled:
+        return
+    if head is None and model.answerer is None:
+        raise ValueError(
+            f"{name} has neither a label head nor a language side; train one with "
+            "configs/probe_isic2018.yaml or configs/finetune_cxr_lt.yaml"
+        )
+    if head is not None:
+        lacking = sorted(set(trained_labels(job.labelled)) - set(head.labels))
+        # Left out in silence, the mean would be over the labels that the model happens to know.
+        if lacking:
+            raise ValueError(f"{name}: its label head does not know {', '.join(lacking[:5])}")
+
+
+def _labelled(
+    job: Job, model: BiasCareVL, groups: dict[str, str], common: dict[str, Any]
+) -> tuple[HeldOutLabels | None, Labeller | None]:
+    """Images and who labels them: the head; without one, questions, unless the benchmark has its
+    own."""
+    asks = model.labeller is None
+    if not job.labelled or (asks and job.language):
+        return None, None
+    labeller = model.labeller or Labeller(
+        LabelSpace(trained_labels(job.labelled), exclusive=False), model.network, model.answerer
+    )
+    space = labeller.space
+    images = HeldOutLabels(job.labelled, model.chat, groups, space=space, asked=asks, **common)
+    return images, labeller
+
+
 def _prepared(
     job: Job,
     model: BiasCareVL,
@@ -285,6 +331,7 @@ def _prepared(
     assert request.prompt is not None and request.max_new_tokens is not None
     common: dict[str, Any] = {"image_size": model.segmenter.image_size, "limit": request.limit}
     asked = job.language if model.answerer else []
+    labelled, labeller = _labelled(job, model, groups, common)
     settings = EvaluationSettings(
         batch_size=request.batch_size,
         num_workers=request.num_workers,
@@ -297,7 +344,11 @@ def _prepared(
         model=request.model,
         weights=weights,
         commit=git_commit(),
-        data=[*about_data(segmentation, "segmentation"), *about_data(asked, "language")],
+        data=[
+            *about_data(segmentation, "segmentation"),
+            *about_data(asked, "language"),
+            *about_data(job.labelled if labeller else [], "labels"),
+        ],
         settings=_choices(settings) | {"prompt": request.prompt, "limit": request.limit},
         beta_vl=model.segmenter.beta_vl,
         prevalence=groups,
@@ -312,7 +363,18 @@ def _prepared(
         questions = HeldOutQuestions(asked, model.chat, groups, kinds=kinds, **common)
     if request.save_masks is not None and any(map(_has_volumes, segmentation)):
         import_nibabel()  # before the work, not after it
-    return Prepared(job, model, train, images, questions, header, settings, validation)
+    return Prepared(
+        job,
+        model,
+        train,
+        images,
+        questions,
+        labelled,
+        labeller,
+        header,
+        settings,
+        validation,
+    )
 
 
 def _has_volumes(records: Records) -> bool:
@@ -343,7 +405,9 @@ def evaluate_suite(request: EvaluationRequest) -> dict[str, dict[str, Any]]:
 
 def _carried_out(prepared: Prepared) -> dict[str, Any]:
     """One evaluation, its metrics and its pictures."""
-    job, model, train, images, questions, header, settings, validation = prepared
+    job, model, train, images, questions, labelled, labeller, header, settings, validation = (
+        prepared
+    )
     request = job.request
     assert request.output is not None
     cases = evaluate(
@@ -354,6 +418,8 @@ def _carried_out(prepared: Prepared) -> dict[str, Any]:
         request.output / CASES,
         header,
         settings,
+        labelled=labelled,
+        labeller=labeller,
         overwrite=request.overwrite,
     )
     # Numbers of a large benchmark take minutes: one rank computes them.
@@ -369,8 +435,7 @@ def _numbers(
     if job.request.save_masks is not None:
         save_masks(cases.masks, job.request.save_masks)
     if train:
-        held_out = job.segmentation + job.language
-        summary["also_in_training"] = shared_with_training(held_out, train)
+        summary["also_in_training"] = shared_with_training(job.held_out, train)
     if job.benchmark is not None:
         summary["benchmark"]["also_in_training"] = summary.get("also_in_training")
     write_json(output / "metrics.json", summary)
@@ -390,14 +455,24 @@ def check_model(request: EvaluationRequest) -> list[Difference]:
 
 
 def _check_prepared(prepared: Prepared) -> list[Difference]:
-    _, model, _, images, questions, header, settings, _ = prepared
+    _, model, _, images, questions, labelled, labeller, header, settings, _ = prepared
 
     def compute(path: Path, batch_size: int, backwards: bool) -> Cases:
-        held_out = [held for held in (images, questions) if held is not None]
+        held_out = [held for held in (images, questions, labelled) if held is not None]
         for held in held_out if backwards else ():
             held.units.reverse()
         changed = settings._replace(batch_size=batch_size)
-        cases = evaluate(model.segmenter, model.answerer, images, questions, path, header, changed)
+        cases = evaluate(
+            model.segmenter,
+            model.answerer,
+            images,
+            questions,
+            path,
+            header,
+            changed,
+            labelled=labelled,
+            labeller=labeller,
+        )
         for held in held_out if backwards else ():
             held.units.reverse()
         return cases
@@ -421,11 +496,18 @@ def open_model(request: EvaluationRequest) -> BiasCareVL:
     return BiasCareVL(network.eval().to(local_device()), None)
 
 
-def check_scored(segmentation: Sequence[Records], language: Sequence[Records]) -> None:
+def check_scored(
+    segmentation: Sequence[Records],
+    language: Sequence[Records],
+    labelled: Sequence[Records] = (),
+) -> None:
     """Raises ValueError for a folder without what it was named for: its table would be empty."""
     for source in segmentation:
         if not len(source.segmentation_units):
             raise ValueError(f"{source.folder} holds no masks; leave it out of --segmentation")
+    for source in labelled:
+        if not len(source.labelled_units):
+            raise ValueError(f"{source.folder} holds no labels; leave it out of --labelled")
     for source in language:
         if not set(source.question_kinds()) & set(ANSWERED_KINDS):
             raise ValueError(
@@ -441,9 +523,12 @@ def _trained_targets(
     facts = model.facts
     if train or request.prevalence is not None or facts is None:
         shares = EvalConfig()
-        counts = total_counts(records.target_counts for records in train)
+        # Of labels too: no name is both, and a benchmark of labels has its groups by them.
+        counts = drawn_counts(train, labelled=False)
         groups = groups_of(request.prevalence, counts, shares.head_share, shares.tail_share)
-        return groups, fit_disc(training_masks(train))
+        of_labels = drawn_counts(train, labelled=True)
+        named = groups_of(None, of_labels, shares.head_share, shares.tail_share)
+        return named | groups, fit_disc(training_masks(train))
     if facts.disc_share is None:
         return facts.prevalence, None
     return facts.prevalence, DiscBaseline(facts.disc_share, facts.disc_share_by_target)
@@ -511,8 +596,11 @@ class Evaluator:
         beta_vl = config.objective.beta_vl
         self.segmenter = Segmenter(network, chat, image_size=size, beta_vl=beta_vl)
         self.answerer = None if chat is None else Answerer(network, chat, image_size=size)
-        self.segmentation = [Records(source.path) for source in config.data.eval_segmentation]
+        held_out = () if network.label_head else config.data.eval_segmentation
+        self.segmentation = [Records(source.path) for source in held_out]
         self.language = [Records(s.path) for s in config.data.eval_language] if chat else []
+        head = network.label_head
+        self.labelled = [Records(s.path) for s in config.data.eval_labelled] if head else []
         options = config.eval
         self.images = HeldOutImages(
             self.segmentation, chat, groups, image_size=size, limit=options.max_images
@@ -520,6 +608,19 @@ class Evaluator:
         self.questions = HeldOutQuestions(
             self.language, chat, groups, image_size=size, limit=options.max_questions
         )
+        self.label_images = self.labeller = None
+        if head is not None:
+            space = LabelSpace(head.labels, head.exclusive)
+            self.labeller = Labeller(space, network)
+            self.label_images = HeldOutLabels(
+                self.labelled,
+                None,
+                groups,
+                image_size=size,
+                limit=options.max_images,
+                space=space,
+                asked=False,
+            )
         self.settings = EvaluationSettings(
             batch_size=options.batch_size,
             num_workers=config.data.num_workers,
@@ -532,7 +633,7 @@ class Evaluator:
 
     def __call__(self, step: int) -> dict[str, Any]:
         """Summary of the weights as they are; {} where nothing is held out."""
-        if not len(self.images) and not len(self.questions):
+        if not any(map(len, (self.images, self.questions, self.label_images or ()))):
             return {}
         path = Path(self.config.train.output_dir) / "cases" / f"step_{step:08d}.jsonl"
         cases = evaluate(
@@ -543,6 +644,8 @@ class Evaluator:
             path,
             self.header(step),
             self.settings,
+            labelled=self.label_images,
+            labeller=self.labeller,
             # A resumed run reaches this step again; what stands there is of the same weights only
             # if nothing else changed, which nobody checks.
             overwrite=True,
@@ -558,7 +661,11 @@ class Evaluator:
             model=self.config.train.output_dir,
             weights=f"step {step}",
             commit=self.commit,
-            data=[*about_data(segmentation, "segmentation"), *about_data(language, "language")],
+            data=[
+                *about_data(segmentation, "segmentation"),
+                *about_data(language, "language"),
+                *about_data(self.labelled, "labels"),
+            ],
             settings=_choices(self.settings),
             beta_vl=self.segmenter.beta_vl,
             prevalence=self.groups,

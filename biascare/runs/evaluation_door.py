@@ -52,7 +52,7 @@ def parse(
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.set_defaults(segmentation=[], language=[], suite=None, data=None)
+    parser.set_defaults(segmentation=[], language=[], labelled=[], suite=None, data=None)
     parser.add_argument("model", help="exported folder, or (with --vision) foreign vision weights")
     _add_data(parser, benchmark)
     _add_model(parser)
@@ -62,13 +62,14 @@ def parse(
     del options.local_rank
     if benchmark:
         options.suite = benchmark
-    elif not (options.segmentation or options.language or options.suite):
+    folders = options.segmentation or options.language or options.labelled
+    if not (folders or options.suite):
         parser.error(
-            "nothing to evaluate: name folders after --segmentation or --language, or benchmarks "
-            "after --suite"
+            "nothing to evaluate: name folders after --segmentation, --language or --labelled, or "
+            "benchmarks after --suite"
         )
-    if options.suite and (options.segmentation or options.language):
-        parser.error("--suite has folders of its own: leave out --segmentation and --language")
+    if options.suite and folders:
+        parser.error("--suite has folders of its own: leave out all others")
     if options.suite and options.data is None and not Path(options.suite).is_file():
         parser.error("name the folder that holds the prepared benchmarks after --data")
     if (options.output is None) != bool(options.check_invariance):
@@ -85,6 +86,7 @@ def _add_data(parser: argparse.ArgumentParser, benchmark: str | None) -> None:
         add("--segmentation", nargs="*", default=[], help="record folders with masks")
         add("--language", nargs="*", default=[], help="record folders with questions")
         names = "benchmarks, by their names with commas between, or a YAML file that lists them"
+        add("--labelled", nargs="*", default=[], help="record folders with labels")
         add("--suite", metavar="NAMES|FILE", help=names)
         add("--data", type=Path, help=f"of --suite: {data}")
     add("--output", type=Path, help="folder to write to")

@@ -84,8 +84,9 @@ def export_checkpoint(
     refuse_existing(output)
     folder, checkpoint = locate(source)
     config = read_config(folder, overrides)
-    if merge and config.train.stage == "vision":
-        raise ValueError("--merge: the vision stage has no language model; leave it out")
+    if merge and config.train.stage != "joint":
+        stage = config.train.stage
+        raise ValueError(f"--merge: the {stage} stage has no language model; leave it out")
     manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     origin = read_run(folder, manifest["step"], to_dict(config), manifest.get("code"))
     try:

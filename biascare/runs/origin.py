@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from biascare.config import dump_config, to_dict
-from biascare.data.prevalence import save_prevalence, total_counts
+from biascare.data.prevalence import drawn_counts, save_prevalence
 from biascare.durable import replace_text
 from biascare.records import Records
 from biascare.reports.model_card import RunFacts
@@ -29,8 +29,10 @@ from biascare.version import __version__
 FREE_ON_RESUME = (
     "data.segmentation",  # their contents are compared instead
     "data.language",
+    "data.labelled",
     "data.eval_segmentation",
     "data.eval_language",
+    "data.eval_labelled",
     "data.max_tokens",
     "data.num_workers",
     "data.max_bad_samples",
@@ -61,7 +63,7 @@ def provenance(
     settings = {
         key: value for key, value in _dotted(to_dict(config)) if not key.startswith(FREE_ON_RESUME)
     }
-    weights = [s.weight for s in config.data.segmentation + config.data.language]
+    weights = [s.weight for s in config.image_sources + config.data.language]
     # By content: a folder may move between two starts, its records may not change.
     hashes = [source.manifest["content_hash"] for source in sources]
     settings["data"] = [list(pair) for pair in zip(hashes, weights, strict=True)]
@@ -107,7 +109,7 @@ def code_history(earlier: list[dict[str, Any]], step: int) -> list[dict[str, Any
 def save_run_files(
     config: Config,
     groups: dict[str, str],
-    segmentation: list[Records],
+    images: list[Records],
     language: list[Records],
     *,
     code: list[dict[str, Any]],
@@ -118,10 +120,11 @@ def save_run_files(
     folder = Path(config.train.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     dump_config(config, folder / "config.yaml")
-    save_prevalence_file(config, folder / "prevalence.json", segmentation)
+    save_prevalence_file(config, folder / "prevalence.json", images)
     copied = ("source", "split", "version", "licence")
-    weights = [source.weight for source in config.data.segmentation + config.data.language]
-    tasks = ["segmentation"] * len(segmentation) + ["language"] * len(language)
+    weights = [source.weight for source in config.image_sources + config.data.language]
+    task = "labels" if config.train.stage == "labels" else "segmentation"
+    tasks = [task] * len(images) + ["language"] * len(language)
     about = {
         "code": code,
         "prevalence_groups": groups,
@@ -134,19 +137,19 @@ def save_run_files(
                 "weight": weight,
                 "content": records.manifest["content_hash"],
             }
-            for task, records, weight in zip(tasks, segmentation + language, weights, strict=True)
+            for task, records, weight in zip(tasks, images + language, weights, strict=True)
         ],
     }
     # At once: exported from half a file, the card would lack where its data comes from.
     replace_text(folder / "run.json", json.dumps(about, indent=2) + "\n")
 
 
-def save_prevalence_file(config: Config, path: Path, segmentation: list[Records]) -> None:
+def save_prevalence_file(config: Config, path: Path, images: list[Records]) -> None:
     """The groups of this run, for `scripts/evaluate.py --prevalence` and for later runs."""
     given = config.eval.prevalence
     if given is None:
-        counts = total_counts(source.target_counts for source in segmentation)
-        folders = [str(source.folder) for source in segmentation]
+        counts = drawn_counts(images, labelled=config.train.stage == "labels")
+        folders = [str(source.folder) for source in images]
         shares = config.eval.head_share, config.eval.tail_share
         save_prevalence(path, counts, *shares, folders=folders)
     # A resumed run may name its own file, which cannot be copied onto itself.

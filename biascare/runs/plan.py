@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from rich.console import Console
 
-from biascare.config import Config, load_config, resolve_deepspeed
+from biascare.config import DATA_SOURCES, Config, load_config, resolve_deepspeed
 from biascare.models.language.pathway import open_mllm
 from biascare.planning.blank import BatchShape, blank_batch, mllm_config, weightless
 from biascare.planning.plan import (
@@ -58,7 +58,7 @@ def load_planned(path: str, overrides: list[str]) -> Planned:
     )
     sources: dict[str, list[str]] = {}
     found = ["train.output_dir=."] if isinstance(train.get("output_dir", ""), str) else []
-    for task in ("segmentation", "language", "eval_segmentation", "eval_language"):
+    for task in DATA_SOURCES:
         entries = [{"path": "."}] if data.get(task) == UNSET else data.get(task)
         written = [x for x in entries if isinstance(x, dict)] if isinstance(entries, list) else []
         # Anything else is a mistake, which the check is left to find.
@@ -192,7 +192,8 @@ def _changes(config: Config, zero: ZeroSettings) -> Iterator[tuple[str, Config, 
 def passes(planned: Planned) -> dict[str, float]:
     """Passes over the records of each task, where all its folders are there."""
     config, found = planned.config, {}
-    for part, task in enumerate(("segmentation", "language")):
+    images = "labelled" if config.train.stage == "labels" else "segmentation"
+    for part, task in enumerate((images, "language")):
         folders = planned.sources.get(task, [])
         # With a folder missing, passes over the rest would be told as passes over all.
         if folders and len(folders) == len(getattr(config.data, task)):

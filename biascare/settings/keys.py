@@ -53,8 +53,12 @@ class PromptMixConfig(_Section):
 class DataConfig(_Section):
     segmentation: tuple[SourceConfig, ...] = _key("record folders with masks", ())
     language: tuple[SourceConfig, ...] = _key("record folders with questions or reports", ())
+    labelled: tuple[SourceConfig, ...] = _key(
+        "record folders with labels (labels stage only, where ratio is [1, 0])", ()
+    )
     eval_segmentation: tuple[SourceConfig, ...] = _key("held-out folders with masks", ())
     eval_language: tuple[SourceConfig, ...] = _key("held-out folders with questions", ())
+    eval_labelled: tuple[SourceConfig, ...] = _key("held-out folders with labels", ())
     # The paper's 1 : 1, in every micro-batch: under ZeRO-3 all ranks must make the same calls.
     ratio: tuple[int, int] = _key(
         "segmentation : language items in every micro-batch", (1, 1), ge=0
@@ -118,6 +122,12 @@ class ModelConfig(_Section):
         "attention kernel of the LLM", "sdpa"
     )
     activation_checkpointing: bool = _key("recompute activations in the backward pass", False)
+    labels: tuple[str, ...] = _key(
+        "labels of the head (labels stage); unset: all of data.labelled", ()
+    )
+    exclusive_labels: bool = _key(
+        "exactly one label holds (diagnoses); else any number (findings)", False
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +183,7 @@ class TrainableConfig(_Section):
     prompt_encoder: bool = _key("prompt encoder, click embeddings included", True)
     mask_decoder: bool = _key("mask decoder", True)
     query_attention: bool = _key("cross-modal query attention", True)
+    label_head: bool = _key("linear label head (labels stage only)", True)
     mllm_vision_tower: bool = _key("the LLM's own vision tower", False)
     # Off, as in the paper's recipe: 1.09 billion parameters of a 7B model would need Adam's states.
     embeddings: bool = _key("token embeddings and language head", False)
@@ -180,8 +191,10 @@ class TrainableConfig(_Section):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(_Section):
-    stage: Literal["vision", "joint"] = _key(
-        "vision: the vision pathway alone; joint: everything", "joint"
+    stage: Literal["vision", "joint", "labels"] = _key(
+        "vision: the vision pathway alone; joint: everything; labels: a linear label head on the "
+        "image encoder, which train.trainable freezes (probe) or trains (fine-tuning)",
+        "joint",
     )
     max_steps: int = _key("optimizer steps", ge=1)
     output_dir: str = _key("folder of checkpoints, metrics and the export")
@@ -249,3 +262,8 @@ class Config(_Section):
     optim: OptimConfig = _key("AdamW and its schedule", default_factory=OptimConfig)
     eval: EvalConfig = _key("periodic evaluation", default_factory=EvalConfig)
     train: TrainConfig = _key("the run itself")
+
+    @property
+    def image_sources(self) -> tuple[SourceConfig, ...]:
+        """Folders of the first part of `data.ratio`: with masks, or with labels in their stage."""
+        return self.data.labelled if self.train.stage == "labels" else self.data.segmentation

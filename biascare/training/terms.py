@@ -19,6 +19,7 @@ from biascare.interfaces import Batch, DualPathModel, Features, Prediction, Prom
 from biascare.losses import (
     alignment_loss,
     dice_loss_per_row,
+    label_loss,
     language_loss,
     quality_loss,
     refinement_loss,
@@ -160,6 +161,14 @@ def alignment_term(first: FirstPass) -> Tensor | None:
     )
 
 
+def label_term(first: FirstPass) -> Tensor | None:
+    """The label head, in its stage alone; not in the paper."""
+    if first.batch.labels is None:
+        return None
+    logits, exclusive = first.model.label_logits(first.features)
+    return label_loss(logits, first.batch.labels, exclusive=exclusive)
+
+
 class Term(NamedTuple):
     """One row of the objective; a weight of 0 switches the term off."""
 
@@ -175,4 +184,5 @@ TERMS = (
     Term("vlm", lambda objective: 1.0, answer_term),
     Term("quality", lambda objective: objective.quality_weight, quality_term),
     Term("alignment", lambda objective: objective.alignment_weight, alignment_term),
+    Term("labels", lambda objective: 1.0, label_term),
 )

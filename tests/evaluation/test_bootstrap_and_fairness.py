@@ -25,7 +25,7 @@ from biascare.evaluation.metrics.fairness import (
     esce,
     holm,
     named_groups,
-    permuted_gaps,
+    permuted_means,
     standardised,
 )
 from biascare.evaluation.metrics.groups import Measured, age_band, sex_and_age, summarise_groups
@@ -185,9 +185,9 @@ def test_groups_are_in_the_order_of_their_names_and_missing_is_last() -> None:
     assert names == ["a", "b", "z", MISSING] and number.tolist() == [1, 3, 0, 2]
 
 
-def test_permuted_gaps_of_two_rows_are_always_the_same() -> None:
-    gaps = permuted_gaps(np.array([0.0, 1.0]), np.array([0, 1]), np.arange(2), num_draws=9)
-    assert gaps.tolist() == [1.0] * 9
+def test_permuted_means_of_two_rows_are_always_as_far_apart() -> None:
+    means = permuted_means(np.array([0.0, 1.0]), np.array([0, 1]), np.arange(2), num_draws=9)
+    assert np.ptp(means, axis=1).tolist() == [1.0] * 9
 
 
 def test_holms_adjustment_is_the_published_one() -> None:

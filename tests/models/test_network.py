@@ -27,7 +27,8 @@ from tests.tiny import (
     tiny_model,
 )
 
-NAMES = tuple(part.name for part in PARTS)
+# The label head stands in the labels stage alone, where no mask is decoded.
+NAMES = tuple(part.name for part in PARTS if part.name != "label_head")
 
 
 @pytest.fixture(scope="module")

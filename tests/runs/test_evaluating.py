@@ -54,6 +54,7 @@ def request(model: Path, output: Path | None, **changes: Any) -> EvaluationReque
         "model": str(model),
         "segmentation": [],
         "language": [],
+        "labelled": [],
         "output": output,
         "train": [],
         "prevalence": None,

@@ -49,6 +49,23 @@ def percentile_interval(
     return low, high
 
 
+def widened(
+    drawn: Bootstrap, num_clusters: Sequence[int], level: float = 0.95
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The interval of `drawn`, of values in [0, 1], with what draws cannot show.
+
+    Where all rows of a group are 0, or all are 1, every draw says the same and the interval would
+    be a point. The exact binomial (Clopper-Pearson) end for as many patients stands in: 0 failures
+    of 20 may still be 17 %.
+    """
+    low, high = drawn.interval(level)
+    num = np.maximum(np.asarray(num_clusters, np.float64), 1)
+    end = ((1 - level) / 2) ** (1 / num)
+    sure = (low == high) & np.isin(drawn.estimate, (0.0, 1.0))
+    ones = drawn.estimate == 1
+    return np.where(sure & ones, end, low), np.where(sure & ~ones, 1 - end, high)
+
+
 def p_value(statistic: float, null: NDArray[np.float64]) -> float:
     """Share of null draws at least as large, the data themselves counted: never 0."""
     # What differs in the last bits is a tie, and a tie counts.

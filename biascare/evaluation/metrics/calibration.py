@@ -74,7 +74,7 @@ class RiskCoverage(NamedTuple):
 
 
 def _checked(
-    confidence: ArrayLike, correct: ArrayLike
+    confidence: ArrayLike, correct: ArrayLike, *, scores: bool = False
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     found, right = np.asarray(confidence, np.float64), np.asarray(correct, np.float64)
     if found.shape != right.shape or found.ndim != 1:
@@ -82,7 +82,8 @@ def _checked(
             f"confidence {found.shape} and correct {right.shape} must be of one length"
         )
     # NaN fails too: an unparsed confidence is left out by the caller, and counted there.
-    if not ((found >= 0) & (found <= 1)).all() or not np.isin(right, (0, 1)).all():
+    known = (right >= 0) & (right <= 1) if scores else np.isin(right, (0, 1))
+    if not ((found >= 0) & (found <= 1)).all() or not known.all():
         raise ValueError(
             "confidences must lie in [0, 1] and correct be 0 or 1; leave out what could not be "
             "parsed and count it"
@@ -108,8 +109,9 @@ def _bin_means(
 def reliability_bins(
     confidence: ArrayLike, correct: ArrayLike, num_bins: int = NUM_BINS
 ) -> ReliabilityBins:
-    """The bins that every error here is computed from."""
-    found, right = _checked(confidence, correct)
+    """The bins that every error here is computed from; a score in [0, 1] may stand for `correct`,
+    and the "accuracy" is its mean."""
+    found, right = _checked(confidence, correct, scores=True)
     index = bin_index(found, num_bins)
     return ReliabilityBins(
         num=np.bincount(index, minlength=num_bins),
@@ -186,6 +188,41 @@ def excess_ece(
         hits = np.add.reduceat(rng.random(size) < found[order], starts, axis=1, dtype=np.float64)
         drawn.append(np.abs(hits - claimed[filled]).sum(1) / len(found))
     null = np.concatenate(drawn)
+    return ExcessECE(
+        num=len(found),
+        ece=ece,
+        null_mean=float(null.mean()),
+        null_95=float(np.quantile(null, 0.95)),
+        excess=float(ece - null.mean()),
+        p=p_value(ece, null),
+    )
+
+
+def excess_score_error(
+    predicted: ArrayLike,
+    score: ArrayLike,
+    clusters: NDArray[np.int64],
+    num_bins: int = NUM_BINS,
+    num_draws: int = 1000,
+    seed: int = 0,
+) -> ExcessECE:
+    """The ECE of a `predicted` score [N] in [0, 1], such as a Dice, against the `score` itself.
+
+    A score is no coin: what a calibrated prediction would show is drawn by turning the sign of
+    each patient's differences (`clusters` [N]), which are as often above 0 as below where the
+    prediction is right on average.
+    """
+    found, real = np.asarray(predicted, np.float64), np.asarray(score, np.float64)
+    if not len(found):
+        return ExcessECE(0, *[float("nan")] * 5)
+    index, differences = bin_index(found, num_bins), real - found
+    gaps = np.abs(np.bincount(index, differences, num_bins))
+    ece = float(gaps.sum() / len(found))
+    rng, num_clusters = np.random.default_rng(seed), int(clusters.max()) + 1
+    null = np.empty(num_draws)
+    for draw in range(num_draws):
+        sign = rng.choice((-1.0, 1.0), num_clusters)[clusters]
+        null[draw] = np.abs(np.bincount(index, sign * differences, num_bins)).sum() / len(found)
     return ExcessECE(
         num=len(found),
         ece=ece,

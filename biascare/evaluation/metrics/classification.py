@@ -1,7 +1,7 @@
 """Label cases to numbers: one of several classes, or any number of findings.
 
     table = summarise_labels(cases, prevalence)          # of the cases of one benchmark
-    rows = label_cases(answers)                          # choices among the classes, as label cases
+    rows = choices_as_labels(answers)
 
 The set of classes is fixed by the cases. A class without a positive (or a negative) case has no
 average precision and no AUROC: it is named and left out of the macro means, never counted as 0.
@@ -33,7 +33,7 @@ BLOCK = 4_000_000
 Table = NDArray[np.float64]
 
 
-def label_cases(answers: Sequence[AnswerCase]) -> list[LabelCase]:
+def choices_as_labels(answers: Sequence[AnswerCase]) -> list[LabelCase]:
     """Answers whose options are the classes, with the probability of each among the options; those
     without scored options are left out."""
     # In one order: each question shows its options in an order of its own.

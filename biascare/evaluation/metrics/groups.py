@@ -15,6 +15,7 @@ import numpy as np
 
 from biascare.evaluation.metrics.bootstrap import NUM_DRAWS, cluster_numbers
 from biascare.evaluation.metrics.fairness import (
+    MISSING,
     adjusted,
     disparity,
     gap_p_value,
@@ -41,6 +42,13 @@ def sex_and_age(facts: Facts) -> str | None:
     return None if facts.sex is None or band is None else f"{facts.sex}, {band}"
 
 
+def group_order(name: str) -> tuple[bool, list[tuple[int, str]]]:
+    """Sorts groups as a reader expects them: ages from young to old, missing last."""
+    bands = [*(band for _, band in AGE_BANDS), OLDEST]
+    parts = [(bands.index(p), "") if p in bands else (-1, p) for p in name.split(", ")]
+    return name == MISSING, parts
+
+
 ATTRIBUTES: dict[str, Callable[[Facts], str | None]] = {
     "sex": lambda facts: facts.sex,
     "age": age_band,
@@ -50,12 +58,13 @@ ATTRIBUTES: dict[str, Callable[[Facts], str | None]] = {
 
 
 class Measured(NamedTuple):
-    """One metric of N cases; higher is better."""
+    """One metric of N cases; NaN where a case does not have it."""
 
     name: str
     facts: Sequence[Facts]
     values: Sequence[float]
     case_mix: Sequence[str]  # what makes a case easy or hard: modality, target, kind of question
+    higher_is_better: bool = True
 
 
 def summarise_groups(
@@ -78,18 +87,28 @@ def summarise_groups(
             if not any(group is not None for group in groups):
                 continue
             mix = metric.case_mix
-            plain = disparity(values, groups, patients, num_draws=num_draws, seed=seed)
+            plain = disparity(
+                values,
+                groups,
+                patients,
+                higher_is_better=metric.higher_is_better,
+                num_draws=num_draws,
+                seed=seed,
+            )
             compared = [group.name for group in plain.groups if group.compared]
             # Its p alone: the bootstrap of the adjusted scores would be drawn for nobody.
-            within = gap_p_value(
-                adjusted(values, mix), groups, patients, compared, num_draws=num_draws, seed=seed
-            )
+            level = adjusted(values, mix)
+            within = gap_p_value(level, groups, patients, compared, num_draws=num_draws, seed=seed)
             common = standardised(values, groups, mix)
-            shown = [group._asdict() for group in plain.groups]
+            shown = [g._asdict() for g in sorted(plain.groups, key=lambda g: group_order(g.name))]
             for group in shown:
+                named = [(MISSING if g is None else g) == group["name"] for g in groups]
+                mine = np.array(named) & ~np.isnan(values)
+                group["adjusted"] = float(level[mine].mean()) if mine.any() else float("nan")
                 group["standardised"], group["mix_covered"] = common[group["name"]]
             result.setdefault(metric.name, {})[name] = plain._asdict() | {
                 "groups": shown,
+                **_adjusted_gap(shown, metric.higher_is_better),
                 "p_case_mix": within,
             }
     family = [found for by_name in result.values() for found in by_name.values()]
@@ -100,3 +119,16 @@ def summarise_groups(
         for found, p in zip(stated, holm([f[key] for f in stated]), strict=True):
             found[f"{key}_holm"] = p
     return result
+
+
+def _adjusted_gap(groups: Sequence[dict[str, Any]], higher_is_better: bool) -> dict[str, Any]:
+    """What `p_case_mix` is the p of: within the case mix the order of groups may be another."""
+    compared = sorted((g for g in groups if g["compared"]), key=lambda g: g["adjusted"])
+    if len(compared) < 2:
+        return dict.fromkeys(("adjusted_gap", "adjusted_worst", "adjusted_best"))
+    worst, best = (compared[0], compared[-1]) if higher_is_better else (compared[-1], compared[0])
+    return {
+        "adjusted_gap": compared[-1]["adjusted"] - compared[0]["adjusted"],
+        "adjusted_worst": worst["name"],
+        "adjusted_best": best["name"],
+    }

@@ -1,0 +1,1 @@
+"""From finished cases to everything that an audit states, as numbers."""
