@@ -105,7 +105,7 @@ def invariance_table(differences: Sequence[Difference]) -> Table:
     """How far cases differ from those in batches of one."""
     table = Table(
         title="The same cases, computed in other ways",
-        caption="text: answers that differ; log p, doubt: largest difference of a log-probability "
+        caption="text: answers that differ; log p, doubt: largest difference of a log-probability\n"
         "and of an uncertainty; Dice: smallest of a mask with its twin",
     )
     table.add_column("computed", no_wrap=True)
