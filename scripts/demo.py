@@ -1,10 +1,10 @@
 """The whole pipeline on a CPU: `make demo`, and with pretrained weights `make demo-real`.
 
 `make demo` prepares the embedded data, makes a tiny base MLLM, trains stage 1 and stage 2 through
-the DeepSpeed launcher with two ranks, evaluates on the test split, and writes a contact sheet and a
-results table to outputs/demo. `make demo-real` (--real) does stage 2 on real MR slices with
-LiteMedSAM and SmolLM2, which Python packages carry, in outputs/demo_real. Every command is printed
-before it runs and can be run by hand.
+the DeepSpeed launcher with two ranks, evaluates on the test split, and writes a contact sheet, a
+results table and an audit to outputs/demo. `make demo-real` (--real) does stage 2 on real MR slices
+with LiteMedSAM and SmolLM2, which Python packages carry, in outputs/demo_real. Every command is
+printed before it runs and can be run by hand.
 """
 
 from __future__ import annotations
@@ -203,6 +203,9 @@ def main() -> None:
     (folder / "results.md").write_text(table + "\n")
     print(f"\n{table}\n\ntable: {folder}/results.md")
     print(f"contact sheet: {folder}/test/stage2/contact_sheet.png")
+    data = f"--records {folder}/data/test --train {folder}/data/train"
+    run("python", *f"scripts/audit.py {folder}/test/stage2 {data} --output {folder}/audit".split())
+    print(f"audit: {folder}/audit/audit.html")
     print(f"the demo took {time.time() - began:.0f} s")
 
 

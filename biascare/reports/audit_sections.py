@@ -147,7 +147,9 @@ def _verdict(audit: Row) -> Iterator[Section]:
         dict(row)
         | {
             "metric": _title(audit, row["metric"]),
-            "group": group_name(row["attribute"], row["group"]),
+            "group": " against ".join(
+                group_name(row["attribute"], group) for group in row["group"].split(" against ")
+            ),
             "limit": ASKED[row["limit"]],
         }
         for row in audit["verdict"]["rows"]

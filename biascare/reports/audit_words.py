@@ -115,8 +115,9 @@ def none_found(audit: Row, primary: Sequence[Row]) -> str:
         gaps = [row["detectable"] for row in primary if row["metric"] == metric]
         title = _metric(audit, metric)["title"]
         parts.append(f"{title} {min(gaps):.2f} to {max(gaps):.2f}")
+    which = f"None of {len(primary)} comparisons" if len(primary) > 1 else "Not the one comparison"
     return (
-        f"None of {len(primary)} comparisons between groups of patients shows a difference beyond "
+        f"{which} between groups of patients shows a difference beyond "
         f"chance. Only gaps of this size would have been found reliably: {'; '.join(parts)}."
     )
 
@@ -252,8 +253,14 @@ def _comparison_headlines(audit: Row) -> Iterator[Headline]:
         return
     for metric, row in audit["metrics"].items():
         if row["primary"]:
-            for text in changes(audit, metric)[:1]:
-                yield Headline(0, text)
+            judged = [r["who"] for r in audit["comparison"]["rows"] if r["metric"] == metric]
+            changed = any(who != "no clear change" for who in judged)
+            for text in changes(audit, metric):
+                yield Headline(0 if changed else 6, text)
+
+
+MOST_NAMED = 4
+"""Groups of one sentence; the table holds all."""
 
 
 def changes(audit: Row, metric: str) -> list[str]:
@@ -265,15 +272,20 @@ def changes(audit: Row, metric: str) -> list[str]:
     if everyone is None:
         return []
     sign = {"gained": "is better", "paid": "is worse"}.get(everyone["who"], "shows no clear change")
-    paid = [r for r in rows if r["who"] == "paid" and r["by"] != "all"]
+    paid = [r for r in rows if r["who"] == "paid" and r["by"] not in ("all", "target")]
+    paid.sort(key=lambda r: -abs(r["difference"]))
+    more = f" and {len(paid) - MOST_NAMED} more" if len(paid) > MOST_NAMED else ""
     text = (
-        f"{title} {sign}: {everyone['baseline']:.2f} in the baseline, {everyone['run']:.2f} now "
+        f"{title[0].upper()}{title[1:]} {sign}: {everyone['baseline']:.2f} in the baseline, "
+        f"{everyone['run']:.2f} now "
         f"({everyone['difference']:+.2f} [{everyone['low']:+.2f}, {everyone['high']:+.2f}]; "
         f"{everyone['num_better']:,} of {everyone['num']:,} cases better, "
         f"{everyone['num_worse']:,} worse)"
     )
-    names = ", ".join(f"{group_name(r['by'], r['group'])} ({r['difference']:+.2f})" for r in paid)
-    text += f". Who paid: {names}." if paid else ". No group is clearly worse."
+    names = "; ".join(
+        f"{group_name(r['by'], r['group'])} ({r['difference']:+.3f})" for r in paid[:MOST_NAMED]
+    )
+    text += f". Who paid: {names}{more}." if paid else ". No group is clearly worse."
     lines.append(text)
     return lines
 

@@ -45,7 +45,8 @@ def compare(run: Sequence[AuditTable], baseline: Sequence[AuditTable], draws: Dr
         _refuse_other_truth(table, other, pairs)
         mine, old = (np.array(side) for side in zip(*pairs, strict=True))
         for metric, values in table.metrics.items():
-            if metric in other.metrics and METRICS[metric].judged:
+            about = METRICS[metric]
+            if metric in other.metrics and about.judged and about.paired:
                 rows += _changes(
                     table, metric, values[mine], other.metrics[metric][old], mine, draws
                 )

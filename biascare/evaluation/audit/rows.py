@@ -49,11 +49,14 @@ class MetricKind(NamedTuple):
     higher_is_better: bool = True
     is_share: bool = False  # of rows that are 0 or 1: shown as k of n too
     judged: bool = True  # better or worse; False for what is only a rate
+    paired: bool = True  # may be compared between runs; not what a run's own scores have chosen
 
 
 METRICS: dict[str, MetricKind] = {
     "dice": MetricKind("Dice", "masks", primary=True),
-    "dice_hard": MetricKind("Dice of targets harder than average", "masks", primary=True),
+    "dice_hard": MetricKind(
+        "Dice of targets harder than average", "masks", primary=True, paired=False
+    ),
     "missed": MetricKind(
         f"masks with a Dice below {MISSED_DICE}", "masks", higher_is_better=False, is_share=True
     ),

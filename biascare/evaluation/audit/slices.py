@@ -71,7 +71,7 @@ def worst_slices(table: AuditTable, metric: str, draws: Draws) -> WorstSlices:
     candidates = list(_candidates(columns, values, valid & searched))
     chosen: list[_Slice] = []
     for found in sorted(candidates, key=lambda s: (-s.deficit, len(s.facts), s.facts)):
-        if len(chosen) == MAX_TESTED or found.deficit <= 0:
+        if len(chosen) == MAX_TESTED or found.deficit < 1e-3:  # equal but for rounding
             break
         if all(_overlap(found.member, other.member) <= MOST_SHARED for other in chosen):
             chosen.append(found)

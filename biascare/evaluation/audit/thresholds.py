@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 from biascare.evaluation.audit.rows import AuditTable
 from biascare.evaluation.audit.tables import Draws, Row, means
@@ -71,6 +72,10 @@ class Thresholds(Limits):
     """A file of thresholds."""
 
     min_group: int = _key("a smaller group has too few cases for a verdict", 20, ge=2)
+    # An intersection has small groups, which would leave every audit without a verdict.
+    attributes: tuple[Literal["sex", "age", "race", "sex and age"], ...] = _key(
+        "whose groups are held against the limits", ("sex", "age", "race", "sex and age")
+    )
     by_attribute: ByAttribute = _key("other limits of one attribute", default_factory=ByAttribute)
 
 
@@ -122,7 +127,7 @@ def _judged(
     table = next((t for t in tables if metric in t.metrics), None)
     specific = {
         name: getattr(getattr(thresholds.by_attribute, name.replace(" ", "_")), metric)
-        for name in ATTRIBUTES
+        for name in thresholds.attributes
     }
     if table is None:
         for attribute, limit in [("all", general), *specific.items()]:
@@ -164,7 +169,7 @@ def _judged(
                 "low": found.gap_low,
                 "high": found.gap_high,
             }
-            between = f"{found.worst} to {found.best}" if found.gap is not None else "all"
+            between = f"{found.worst} against {found.best}" if found.gap is not None else "all"
             cell = None if found.gap is None else gap
             minimum = thresholds.min_group
             yield _row(metric, attribute, between, "max_gap", limit["max_gap"], cell, minimum)
