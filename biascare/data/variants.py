@@ -179,9 +179,7 @@ def _rewritten(found: re.Pattern[str], text: str, new: Callable[[str, str], str]
             put = put[0].upper() + put[1:] if word[0].isupper() and not word.isupper() else put
         following = (put or rest)[:2].lower()
         vowel = following[:1] in tuple("aeio8") or following in ("11", "18") or following == "un"
-        before = re.sub(
-            r"\b([Aa])n?(\s+)$", lambda a, n="n" if vowel else "": f"{a[1]}{n}{a[2]}", before
-        )
+        before = re.sub(r"\b([Aa])n?(\s+)$", rf"\1{'n' if vowel else ''}\2", before)
         parts += [before, put]
         place = put_place
     whole = "".join(parts) + text[place:]
