@@ -30,7 +30,12 @@ from biascare.evaluation.metrics.answers import (
     readings_table,
 )
 from biascare.evaluation.metrics.bootstrap import cluster_numbers, clustered
-from biascare.evaluation.metrics.classification import choices_as_labels, summarise_labels
+from biascare.evaluation.metrics.classification import (
+    choices_as_labels,
+    scored_labels,
+    summarise_labels,
+)
+from biascare.evaluation.metrics.groups import age_band
 from biascare.evaluation.metrics.reports import report_scores
 from biascare.settings.keys import EvalConfig
 
@@ -62,6 +67,7 @@ class Benchmark(NamedTuple):
     training_counts: Mapping[str, int] = {}  # of labels, where the release publishes them
     max_new_tokens: int = 32
     note: str = ""  # what a reader of its numbers has to know
+    first: str | None = None  # the score that groups are shown by; None: the first one
 
 
 # ---------------------------------------------------------------- what is scored
@@ -321,7 +327,13 @@ BENCHMARKS: dict[str, Benchmark] = {
         official=406,
         item="images",
         scores=finding_scores,
-        groups={},
+        # By AUROC, not by average precision: that follows how many of a group have a finding.
+        groups={
+            "sex": lambda case: case.facts.sex,
+            "age": lambda case: age_band(case.facts),
+            "race": lambda case: case.facts.race,
+        },
+        first="macro AUROC",
         note="ranked by macro mAP; thresholds of F1 are chosen on the development split",
     ),
     "imed361m": Benchmark(
@@ -414,9 +426,13 @@ def benchmark_table(benchmark: Benchmark, items: Sequence[Any]) -> dict[str, Any
     table: dict[str, Any] = {
         "title": benchmark.title,
         "item": benchmark.item,
-        "num": len(items),
+        # Of the images that choose thresholds, and of one image by two ways, none is counted twice.
+        "num": len({item.facts.image_id for item in scored_labels(items)})
+        if benchmark.task == "labels"
+        else len(items),
         "num_official": benchmark.official,
         "note": benchmark.note,
+        "first": benchmark.first,
         "scores": {name: score._asdict() for name, score in benchmark.scores(items).items()},
         "groups": {},
     }

@@ -55,7 +55,12 @@ from biascare.evaluation.cases import (
     read_lines,
 )
 from biascare.evaluation.metrics.answers import is_correct, summarise_answers
-from biascare.evaluation.metrics.classification import choices_as_labels, summarise_labels
+from biascare.evaluation.metrics.classification import (
+    case_score,
+    choices_as_labels,
+    scored_labels,
+    summarise_labels,
+)
 from biascare.evaluation.metrics.groups import Measured, summarise_groups
 from biascare.evaluation.metrics.segmentation import (
     mask_area,
@@ -157,18 +162,23 @@ def summarise(cases: Cases, validation: Cases | None = None) -> dict[str, Any]:
         right = [float(is_correct(case.text, case)) for case in cases.answers]
         mix = [f"{f.modality}, {f.kind}" for f in facts]
         measured.append(Measured("accuracy", facts, right, mix))
-    if cases.labels:
-        summary["labels"] = summarise_labels(cases.labels, cases.header.prevalence)
+    labels, prevalence = cases.labels, cases.header.prevalence
     if cases.header.benchmark is not None:
         benchmark = benchmark_of(cases.header.benchmark)
         pairs = list(zip(cases.masks, scores, strict=True))
-        items = scored_items(benchmark, pairs, cases.answers, cases.labels)
+        items = scored_items(benchmark, pairs, cases.answers, labels)
         summary["benchmark"] = benchmark_table(benchmark, items)
-        classes = [*choices_as_labels(cases.answers), *cases.labels]
-        if benchmark.task == "labels" and classes:
-            by_label = label_groups(benchmark, cases.header.prevalence)
-            by_head = cases.labels or classes
-            summary["labels"] = summarise_labels(by_head, by_label)
+        if benchmark.task == "labels":
+            # Without a head, the options of its choices are the classes.
+            labels = labels or choices_as_labels(cases.answers)
+            prevalence = label_groups(benchmark, prevalence)
+    if labels:
+        summary["labels"] = summarise_labels(labels, prevalence)
+        scored = scored_labels(labels)
+        facts = [case.facts for case in scored]
+        name = "class accuracy" if scored[0].exclusive else "1 - brier"
+        values = [case_score(case) for case in scored]
+        measured.append(Measured(name, facts, values, [f.modality for f in facts]))
     groups = summarise_groups(measured)
     return summary | ({"groups": groups} if groups else {})
 

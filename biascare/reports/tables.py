@@ -93,7 +93,7 @@ def benchmark_table(found: Mapping[str, Any], model: str) -> Table:
         table.add_row(name, "all", f"{score['num']:,}", value, interval)
     for attribute, groups in found["groups"].items():
         # The first score alone: all of them by all groups would bury the rest.
-        first = next(iter(found["scores"]))
+        first = found["first"] or next(iter(found["scores"]))
         for group, cell in groups.items():
             value = cell["scores"].get(first)
             shown = "-" if value is None else _f(value)
@@ -105,7 +105,7 @@ def invariance_table(differences: Sequence[Difference]) -> Table:
     """How far cases differ from those in batches of one."""
     table = Table(
         title="The same cases, computed in other ways",
-        caption="text: answers that differ; log p, doubt: largest difference of a log-probability "
+        caption="text: answers that differ; log p, doubt: largest difference of a log-probability\n"
         "and of an uncertainty; Dice: smallest of a mask with its twin",
     )
     table.add_column("computed", no_wrap=True)

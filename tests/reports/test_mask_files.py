@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ from PIL import Image
 from biascare.data.heldout import HeldOutImages
 from biascare.evaluation.cases import MaskCase, MaskPrediction
 from biascare.evaluation.evaluate import place_of
+from biascare.models.export_folder import save_network
 from biascare.records import Records, encode_mask
 from biascare.reports.mask_files import file_name, save_masks
-from tests.tiny import tiny_facts
+from scripts import evaluate as program
+from tests.tiny import tiny_facts, tiny_model
 
 nibabel = pytest.importorskip("nibabel", reason="the extra [medical] is not installed")
 
@@ -104,6 +108,38 @@ def test_a_saved_mask_lies_on_the_structure_of_the_source(
         for a, c in ((source.affine, corners), (saved.affine, there))
     )
     assert ours == pytest.approx(theirs, abs=2e-3)
+
+
+def test_the_program_scores_and_saves_the_slices_of_a_volume_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    affine = oblique((-1, 1, 1))
+    inside = scan(tmp_path, affine)
+    volumes.main(
+        ["--nifti", str(tmp_path / "img"), "--masks", str(tmp_path / "seg"), "--labels", "1=organ",
+         "--modality", "ct", "--name", "mine", "--output", str(tmp_path / "out")]
+    )  # fmt: skip
+    save_network(tiny_model(None), tmp_path / "export")
+    out = tmp_path / "evaluation"
+    monkeypatch.setattr("biascare.runs.evaluation_door.prepare_process", lambda: None)
+    monkeypatch.setattr(
+        sys, "argv",
+        ["evaluate.py", str(tmp_path / "export"), "--output", str(out), "--save-masks",
+         str(out / "masks"), "--segmentation", str(tmp_path / "out" / "mine" / "train")],
+    )  # fmt: skip
+    program.main()
+    found = json.loads((out / "metrics.json").read_text())["volumes"]
+    (each,) = found["each"]
+    assert (each["volume"], each["target"]) == ("mine/case/axial", "organ")
+    assert each["num_slices"] == inside.any((0, 1)).sum()
+    (path,) = (out / "masks").iterdir()
+    saved = nibabel.load(path)
+    # Reading it as a viewer does, on the grid of the source, gives the Dice of the report.
+    ours = np.asarray(nibabel.as_closest_canonical(saved).dataobj) > 0
+    source = nibabel.as_closest_canonical(nibabel.load(tmp_path / "seg" / "case.nii.gz"))
+    truth = np.asarray(source.dataobj) > 0
+    assert nibabel.as_closest_canonical(saved).affine == pytest.approx(source.affine, abs=1e-4)
+    assert each["dice"] == pytest.approx(2 * (ours & truth).sum() / (ours.sum() + truth.sum()))
 
 
 def flat_case(name: str, source: str = "tiny") -> MaskCase:

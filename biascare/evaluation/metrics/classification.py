@@ -70,12 +70,11 @@ def summarise_labels(
     names = cases[0].labels if cases else []
     if any(case.labels != names for case in cases):
         raise ValueError("label cases of one table have the same labels in the same order")
-    scored = [case for case in cases if case.facts.split != DEVELOPMENT]
-    development = [case for case in cases if case.facts.split == DEVELOPMENT]
-    if not scored:  # only the development split was evaluated
-        scored, development = development, []
+    scored = scored_labels(cases)
     if not scored:
         return {"num": 0}
+    development = [case for case in cases if case.facts.split == DEVELOPMENT]
+    development = development if scored[0].facts.split != DEVELOPMENT else []
     table = _exclusive(scored) if scored[0].exclusive else _findings(scored, development)
     groups = {name: (prevalence or {}).get(name) for name in names}
     known = sorted({group for group in groups.values() if group is not None})
@@ -87,6 +86,22 @@ def summarise_labels(
         for group in known
     }
     return table
+
+
+def scored_labels(cases: Sequence[LabelCase]) -> list[LabelCase]:
+    """All but those of the development split, unless there are no others."""
+    return [case for case in cases if case.facts.split != DEVELOPMENT] or list(cases)
+
+
+def case_score(case: LabelCase) -> float:
+    """One number of one image, for comparisons of groups: whether the likeliest class is the true
+    one; of findings, 1 minus the mean squared difference of probability and presence over those
+    that were judged (NaN without any)."""
+    probabilities, present = arrays([case])
+    if case.exclusive:
+        return float(probabilities.argmax() == present.argmax())
+    judged = ~np.isnan(present)
+    return float(1 - ((probabilities - present)[judged] ** 2).mean()) if judged.any() else np.nan
 
 
 def arrays(cases: Sequence[LabelCase]) -> tuple[Table, Table]:

@@ -304,11 +304,10 @@ def _review_table(doubts: Doubts, scores: Sequence[Mapping[str, float]]) -> dict
     def dice(share: Array, mine: NDArray[np.bool_]) -> list[float] | None:
         return (before + share * gain)[:, mine].mean(1).tolist() if mine.any() else None
 
-    best = _area(shares["oracle"], gain)
+    best = float(_worth(shares["oracle"], gain).mean())
     for name, share in shares.items():
-        drawn = clustered(trapezoid(share, REVIEWED, axis=0) * gain - gain / 2, patients)
-        low, high = drawn.interval()
-        area = _area(share, gain)
+        drawn = clustered(_worth(share, gain), patients)
+        area, (low, high) = float(drawn.estimate[0]), drawn.interval()
         table["orders"][name] = {
             "overall": dice(share, np.ones(len(rows), bool)),
             "tail": dice(share, tail),
@@ -326,9 +325,9 @@ def _review_table(doubts: Doubts, scores: Sequence[Mapping[str, float]]) -> dict
     return table
 
 
-def _area(share: Array, gain: Array) -> float:
-    """Mean Dice won over a review in random order, over all shares reviewed."""
-    return float(np.mean((trapezoid(share, REVIEWED, axis=0) - 0.5) * gain))
+def _worth(share: Array, gain: Array) -> Array:
+    """[N] Dice that each case wins over a review in random order, mean over all shares reviewed."""
+    return np.asarray((trapezoid(share, REVIEWED, axis=0) - 0.5) * gain)
 
 
 # ---------------------------------------------------------------- a mix of signals

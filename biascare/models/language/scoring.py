@@ -36,7 +36,9 @@ def read_prefix(mllm: MLLMPathway, inputs: dict[str, Tensor], image_slots: list[
     """Run left-padded prompts through the model; see `MLLMPathway.hidden_states` for arguments."""
     mask = inputs["attention_mask"]
     plain = (mask.cumsum(1) - 1).clamp(min=0)  # padding on the left would be at -1
-    rotary = rotary_positions(mllm.base.model, inputs)
+    # With a grid per placeholder: several questions may be about one image.
+    placed = mllm.with_image_features(inputs, image_slots)
+    rotary = rotary_positions(mllm.base.model, placed)
     positions, following = plain, mask.sum(1)
     if rotary is not None:
         positions = torch.cat([plain[None], rotary])
@@ -44,9 +46,7 @@ def read_prefix(mllm: MLLMPathway, inputs: dict[str, Tensor], image_slots: list[
         # not continue at the number of tokens.
         largest = rotary.amax(0).masked_fill(mask == 0, -1).amax(1)
         following = torch.stack([following, *[largest + 1] * 3])
-    output = mllm.base.model(
-        **mllm.with_image_features(inputs, image_slots), position_ids=positions, use_cache=True
-    )
+    output = mllm.base.model(**placed, position_ids=positions, use_cache=True)
     # The last position of a left-padded row is always real.
     logits = mllm.base.lm_head(output.last_hidden_state[:, -1])
     return Prefix(
