@@ -123,6 +123,8 @@ class Generated(NamedTuple):
     tokens: Tensor  # [B, T] int64
     log_probs: Tensor  # [B, T] fp32, of the full vocabulary at temperature 1
     spoken: Tensor  # [B, T] bool: up to and with the end token; padding follows
+    first_log_probs: Tensor  # [B, V] fp32, of the token after the prompt, before any penalty
+    cache: Any  # keys and values of the L prompt tokens and of all generated ones but the last
 
 
 class AnswerHead(Protocol):

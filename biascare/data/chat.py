@@ -122,8 +122,10 @@ class ChatBuilder:
         bos = self.tokenizer.bos_token
         return bos is None or not text.startswith(bos)
 
-    def _render(self, turns: Sequence[Turn], *, add_generation_prompt: bool) -> str:
-        """Chat-template text; the first user turn shows the image."""
+    def _render(
+        self, turns: Sequence[Turn], *, add_generation_prompt: bool, shows_image: bool = True
+    ) -> str:
+        """Chat-template text; the first user turn shows the image, if any does."""
         messages = []
         for i, (turn, text) in enumerate(zip(turns, written(turns), strict=True)):
             # A control token inside a text would end a turn, or ask for an image that is not there.
@@ -134,21 +136,23 @@ class ChatBuilder:
                     "remove it when preparing the records"
                 )
             content: list[dict[str, str]] = [{"type": "text", "text": text}]
-            if i == 0:
+            if i == 0 and shows_image:
                 content.insert(0, {"type": "image"})
             messages.append({"role": turn.role, "content": content})
         return self.processor.apply_chat_template(
             messages, add_generation_prompt=add_generation_prompt, tokenize=False
         )
 
-    def _pieces(self, turns: Sequence[Turn]) -> list[tuple[str, bool]]:
+    def _pieces(self, turns: Sequence[Turn], shows_image: bool = True) -> list[tuple[str, bool]]:
         """(text, is answer) in order; prompts end where the model starts to speak."""
         pieces, written = [], ""
         for i, turn in enumerate(turns):
             if turn.role != "assistant":
                 continue
-            prompt = self._render(turns[:i], add_generation_prompt=True)
-            answered = self._render(turns[: i + 1], add_generation_prompt=False)
+            prompt = self._render(turns[:i], add_generation_prompt=True, shows_image=shows_image)
+            answered = self._render(
+                turns[: i + 1], add_generation_prompt=False, shows_image=shows_image
+            )
             if not (prompt.startswith(written) and answered.startswith(prompt)):
                 raise ValueError(
                     "this chat template rewrites earlier turns, so answers cannot be located; "
@@ -159,12 +163,12 @@ class ChatBuilder:
             pieces += [(prompt[len(written) :], False), (answer, True)]
             written = prompt + answer
         if turns[-1].role == "user":
-            prompt = self._render(turns, add_generation_prompt=True)
+            prompt = self._render(turns, add_generation_prompt=True, shows_image=shows_image)
             pieces.append((prompt[len(written) :], False))
         return pieces
 
-    def sequence(self, turns: Sequence[Turn]) -> dict[str, Tensor]:
-        """Tokens of one conversation about one image.
+    def sequence(self, turns: Sequence[Turn], *, shows_image: bool = True) -> dict[str, Tensor]:
+        """Tokens of one conversation about one image, or (`shows_image`) about none.
 
         Returns `input_ids` [L], `labels` [L] (answers, `IGNORE_INDEX` elsewhere), `prompt_mask` [L]
         bool (tokens before the first answer) and the processor's extra per-token keys. A
@@ -176,7 +180,7 @@ class ChatBuilder:
         labels: list[int] = []
         # Piece by piece: tokenised as one, the last token of a prompt could merge with the answer,
         # and a prompt would differ between training and inference.
-        for text, is_answer in self._pieces(turns):
+        for text, is_answer in self._pieces(turns, shows_image):
             special = not ids and self._adds_special_tokens(text)
             text = text.replace(self.image_token, self.image_token * self.tokens_per_image)
             tokens = self.tokenizer(text, add_special_tokens=special)["input_ids"]

@@ -301,6 +301,7 @@ class HeldOutQuestions(HeldOut):
 
     def __init__(self, *arguments: Any, kinds: Sequence[str] = ANSWERED_KINDS, **keywords: Any):
         self.kinds = kinds
+        self._shown: tuple[str, int, dict[str, torch.Tensor]] | None = None  # the last image
         super().__init__(*arguments, **keywords)
 
     def _units(self, source: Records) -> Sequence[tuple[int, int]]:
@@ -332,10 +333,14 @@ class HeldOutQuestions(HeldOut):
         assert self.chat is not None, "questions need an MLLM"
         number, turn = unit
         row = source[number]
-        image, _ = self._image(row)
+        # Questions of an image stand one after another. One object for all of them: the collator
+        # knows by it that the image is the same, and the tower encodes it once.
+        if self._shown is None or self._shown[:2] != (str(source.folder), number):
+            pixels = self.chat.image_inputs(self._image(row)[0])
+            self._shown = (str(source.folder), number, pixels)
         question, answer = (Turn(**t) for t in row["conversations"][turn : turn + 2])
         # The question alone: the answer is what the model is asked for.
-        sequence = self.chat.sequence([question]) | {"image": self.chat.image_inputs(image)}
+        sequence = self.chat.sequence([question]) | {"image": self._shown[2]}
         item = QuestionItem(
             id=f"{row['id']}/{turn}",
             facts=facts_of(row, task="language", kind=question.kind),

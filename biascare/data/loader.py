@@ -323,6 +323,8 @@ def _collate_tokens(
     images: list[dict[str, Tensor]] = []
     slots: list[int] = []
     for sequence in sequences:
+        if "image" not in sequence:  # a question without its image
+            continue
         # By identity, not by content: comparing pixels would cost more than encoding them once
         # more.
         identity = id(sequence["image"])
@@ -330,7 +332,7 @@ def _collate_tokens(
             distinct[identity] = len(images)
             images.append(sequence["image"])
         slots.append(distinct[identity])
-    for name in images[0]:
+    for name in images[0] if images else ():
         inputs[name] = torch.cat([image[name] for image in images])
     labels = _pad([s["labels"] for s in sequences], IGNORE_INDEX, side)
     # Positions instead of a mask: the language head then runs on answer tokens alone.

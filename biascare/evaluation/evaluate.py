@@ -345,17 +345,17 @@ def answer_cases(
     """
     items: list[QuestionItem] = held.items
     report = items[0].question.kind == "report"  # `HeldOutQuestions.apart`: then all are
-    answered = answerer.generate_batch(
+    options = [options_of(item) for item in items]
+    said = [spoken(item.question, mine) for item, mine in zip(items, options, strict=True)]
+    # A batch of open questions has nothing to score.
+    score = any(options) and not settings.synced_generation
+    answered, scored = answerer.answer_batch(
         held.batch,
+        said if score else None,
         max_new_tokens=settings.max_report_tokens if report else settings.max_new_tokens,
         synced_gpus=settings.synced_generation,
     )
-    options = [options_of(item) for item in items]
-    scores: Sequence[Tensor | None] = [None] * len(items)
-    # A batch of open questions has nothing to score: its prompts need not be read a second time.
-    if not settings.synced_generation and any(options):
-        said = [spoken(item.question, mine) for item, mine in zip(items, options, strict=True)]
-        scores = answerer.score_batch(held.batch, said)
+    scores: Sequence[Tensor | None] = scored or [None] * len(items)
     return [
         AnswerCase(
             id=item.id,

@@ -22,7 +22,7 @@ from biascare.data.chat import ChatBuilder, answer_text
 from biascare.data.loader import collate, to_device
 from biascare.data.transforms import apply_whole
 from biascare.interfaces import Batch, Sample
-from biascare.models.language.scoring import continuation_log_probs, read_prefix
+from biascare.models.language.scoring import option_log_probs, prefix_of, read_prefix
 from biascare.models.network import DualPathNetwork
 from biascare.records import Turn
 
@@ -103,17 +103,36 @@ class Answerer:
     ) -> list[Answered]:
         """One answer to each prompt of a left-padded batch; greedy unless `keywords` of
         transformers' `generate` say otherwise."""
+        return self.answer_batch(batch, None, max_new_tokens=max_new_tokens, **keywords)[0]
+
+    @torch.inference_mode()
+    def answer_batch(
+        self,
+        batch: Batch,
+        options: Sequence[Sequence[str]] | None,
+        *,
+        max_new_tokens: int,
+        **keywords: Any,
+    ) -> tuple[list[Answered], list[Tensor] | None]:
+        """`generate_batch` and `score_batch` of the same prompts, which are read once for both; no
+        options are scored where they are None."""
         batch = to_device(batch, self.network.device)
         self.network.eval()
-        generated = self.mllm.generate(
-            batch.mllm_inputs, batch.image_slots, max_new_tokens=max_new_tokens, **keywords
-        )
+        inputs, slots = batch.mllm_inputs, batch.image_slots
+        generated = self.mllm.generate(inputs, slots, max_new_tokens=max_new_tokens, **keywords)
         texts = self.chat.decode(generated.tokens)
         rows = zip(texts, generated.log_probs.tolist(), generated.spoken.tolist(), strict=True)
-        return [
+        answered = [
             Answered(text, [p for p, said in zip(log_probs, spoken, strict=True) if said])
             for text, log_probs, spoken in rows
         ]
+        if options is None:
+            return answered, None
+        prefix = prefix_of(self.mllm, inputs, slots, generated)
+        if prefix is None:
+            prefix = read_prefix(self.mllm, inputs, slots)
+        spellings = [self.spellings(said) for said in options]
+        return answered, option_log_probs(self.mllm, prefix, spellings)
 
     @torch.inference_mode()
     def score_batch(self, batch: Batch, options: Sequence[Sequence[str]]) -> list[Tensor]:
@@ -125,23 +144,8 @@ class Answerer:
         """
         batch = to_device(batch, self.network.device)
         self.network.eval()
-        spellings = [self.spellings(said) for said in options]
-        flat = [
-            (row, option, tokens)
-            for row, said in enumerate(spellings)
-            for option, variants in enumerate(said)
-            for tokens in variants
-        ]
-        # All options of all questions go through together: prompts are read once, however many.
         prefix = read_prefix(self.mllm, batch.mllm_inputs, batch.image_slots)
-        scores = continuation_log_probs(
-            self.mllm, prefix, [row for row, _, _ in flat], [tokens for _, _, tokens in flat]
-        ).cpu()
-        found = [torch.full((len(said),), -torch.inf) for said in spellings]
-        for (row, option, _), score in zip(flat, scores, strict=True):
-            # Spellings exclude each other, so probabilities add; in logs, lest they underflow.
-            found[row][option] = torch.logaddexp(found[row][option], score)
-        return found
+        return option_log_probs(self.mllm, prefix, [self.spellings(said) for said in options])
 
     def spellings(self, texts: Sequence[str]) -> list[list[list[int]]]:
         """Per option, the token sequences that say it, as answers begin in training.

@@ -240,6 +240,13 @@ def _performance(audit: Row) -> Section:
         tables=[
             Table("performance", "Main numbers", main, columns),
             Table(
+                "benchmark",
+                "By the protocol of the benchmark",
+                audit["benchmark"],
+                [words("what"), Column("value", "value", _any)],
+                folded=True,
+            ),
+            Table(
                 "performance_details", "By target, and all other numbers", rest, columns
             )._replace(folded=True),
         ],

@@ -320,7 +320,8 @@ ASKED = {"min": "at least", "max": "at most", "max_gap": "a gap of at most"}
 def _who(row: Row) -> str:
     if row["attribute"] == "all":
         return "of all cases"
-    return f"by {row['attribute']} ({group_name(row['attribute'], row['group'])})"
+    groups = (group_name(row["attribute"], group) for group in row["group"].split(" against "))
+    return f"by {row['attribute']} ({' against '.join(groups)})"
 
 
 def _metric_title(audit: Row, name: str) -> str:

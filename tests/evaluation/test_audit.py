@@ -453,3 +453,12 @@ def test_an_unfinished_evaluation_is_not_audited(tmp_path: Path, run: Run) -> No
     done = run(tmp_path)
     assert done.code == 3 and "not finished" in done.err
     assert run("--nope").code == 3
+
+
+def test_a_benchmarks_own_numbers_stand_beside_the_others(tmp_path: Path) -> None:
+    answers = [answer_case(n, "yes", "yes", modality="ct") for n in range(30)]
+    header = replace(HEADER, benchmark="vqa_rad")
+    found = audit(Cases(header, [], answers, []), draws=FEW)
+    assert found["benchmark"] and all(row["what"] for row in found["benchmark"])
+    write_audit(found, tmp_path)
+    assert "By the protocol of the benchmark" in (tmp_path / "audit.html").read_text("utf-8")

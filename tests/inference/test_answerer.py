@@ -203,3 +203,61 @@ def test_a_model_of_the_vision_stage_answers_nothing(tiny_mllm: Path) -> None:
     network: DualPathNetwork = tiny_model(None)
     with pytest.raises(ValueError, match="vision stage"):
         Answerer(network, chat, image_size=IMAGE_SIZE)
+
+
+def test_generation_and_options_of_a_batch_read_prompts_and_images_once(
+    answerer: Answerer, tiny_records: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions = HeldOutQuestions([Records(tiny_records)], answerer.chat, {}, image_size=IMAGE_SIZE)
+    (held,) = heldout_loader(questions, range(6), 6)
+    options = [["yes", "no"], [], ["A: CT", "B: MR"], ["the liver", "the spleen"], [], ["no"]]
+    apart = (
+        answerer.generate_batch(held.batch, max_new_tokens=5),
+        answerer.score_batch(held.batch, options),
+    )
+    features = answerer.mllm.base.model.get_image_features
+    calls: list[dict[str, torch.Tensor]] = []
+
+    def counted(**inputs: torch.Tensor) -> object:
+        calls.append(inputs)
+        return features(**inputs)
+
+    monkeypatch.setattr(answerer.mllm.base.model, "get_image_features", counted)
+    answered, scores = answerer.answer_batch(held.batch, options, max_new_tokens=5)
+    assert len(calls) == 1
+    assert [a.text for a in answered] == [a.text for a in apart[0]]
+    assert scores is not None
+    for one, other in zip(scores, apart[1], strict=True):
+        assert one.tolist() == pytest.approx(other.tolist(), abs=1e-4)
+    # Six questions, and fewer images: what an image's questions share is encoded once.
+    assert len(set(held.batch.image_slots)) == len({item.facts.image_id for item in held.items})
+    assert len(set(held.batch.image_slots)) < 6
+
+
+def test_spellings_that_cannot_change_the_sum_are_not_read_and_the_others_are(
+    answerer: Answerer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = scoring.read_prefix(answerer.mllm, *_inputs(answerer))
+    starts = prefix.log_probs[0].argsort(descending=True)
+    likely, unlikely = int(starts[0]), int(starts[-1])
+    spellings = [[[[likely], [likely, 5], [unlikely, 5]]]]
+    whole = scoring.option_log_probs(answerer.mllm, prefix, spellings)[0]
+    read: list[list[int]] = []
+    continuations = scoring.continuation_log_probs
+
+    def counted(mllm: object, prefix: object, rows: object, texts: list[list[int]]) -> object:
+        read.extend(texts)
+        return continuations(mllm, prefix, rows, texts)  # type: ignore[arg-type]  # as it came
+
+    monkeypatch.setattr(scoring, "continuation_log_probs", counted)
+    log_probs = prefix.log_probs.clone()
+    log_probs[0, unlikely] = log_probs[0, likely] - scoring.NEGLIGIBLE - 1
+    near = scoring.option_log_probs(answerer.mllm, prefix._replace(log_probs=log_probs), spellings)[
+        0
+    ]
+    assert [likely, 5] in read and [unlikely, 5] not in read
+    assert float(near) <= float(whole) + 1e-6
+    read.clear()
+    log_probs[0, unlikely] = log_probs[0, likely] - scoring.NEGLIGIBLE + 1
+    scoring.option_log_probs(answerer.mllm, prefix._replace(log_probs=log_probs), spellings)
+    assert [unlikely, 5] in read

@@ -148,13 +148,13 @@ def test_reports_are_scored_by_their_words_and_no_accuracy_counts_them(
     records = [dataclasses.replace(tiny_record(2 * i, "test"), targets=[]) for i in range(22)]
     alone = [dataclasses.replace(r, conversations=r.conversations[-2:]) for r in records]
     told: list[tuple[int, int]] = []
-    honest = Answerer.generate_batch
+    honest = Answerer.answer_batch
 
-    def watched(self: Answerer, batch: Any, *, max_new_tokens: int, **keywords: Any) -> Any:
-        told.append((len(batch.facts), max_new_tokens))
-        return honest(self, batch, max_new_tokens=max_new_tokens, **keywords)
+    def watched(self: Answerer, batch: Any, *arguments: Any, **keywords: Any) -> Any:
+        told.append((len(batch.facts), keywords["max_new_tokens"]))
+        return honest(self, batch, *arguments, **keywords)
 
-    monkeypatch.setattr(Answerer, "generate_batch", watched)
+    monkeypatch.setattr(Answerer, "answer_batch", watched)
     found = {}
     for name, rows in (("both", records), ("alone", alone)):
         folder = write_records(tmp_path / name / "test", rows)

@@ -29,6 +29,7 @@ from biascare.evaluation.audit.tables import (
 )
 from biascare.evaluation.audit.thresholds import Thresholds, verdict
 from biascare.evaluation.audit.training import training_facts
+from biascare.evaluation.benchmarks import benchmark_of, benchmark_table, scored_items
 from biascare.evaluation.cases import Cases, MaskCase
 from biascare.evaluation.metrics.fairness import MIN_CALIBRATION_GROUP, MIN_GROUP, MISSING
 from biascare.evaluation.metrics.triage import summarise_triage
@@ -88,6 +89,7 @@ def audit(
             if any(name in table.metrics for table in tables)
         },
         "performance": performance(tables, draws),
+        "benchmark": _benchmark(cases, by_unit.get("masks")),
         "disparities": comparisons,
         "groups": groups,
         "error_types": errors,
@@ -117,6 +119,26 @@ def audit(
     }
     found["warnings"] = list(_warnings(tables, found))
     return _plain(found)
+
+
+def _benchmark(cases: Cases, masks: AuditTable | None) -> list[Row]:
+    """Every number of the benchmark's own protocol, by the path to it; [] for record folders."""
+    if cases.header.benchmark is None:
+        return []
+    benchmark = benchmark_of(cases.header.benchmark)
+    pairs = list(zip(cases.masks, masks.scores if masks else [], strict=True))
+    items = scored_items(benchmark, pairs, cases.answers, cases.labels)
+    return [
+        {"what": path, "value": value} for path, value in _leaves(benchmark_table(benchmark, items))
+    ]
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _leaves(item, f"{path} / {key}" if path else str(key))
+    elif not isinstance(value, list | tuple):
+        yield path, value
 
 
 def _triage(masks: AuditTable | None, validation: Cases | None) -> Row | None:

@@ -54,9 +54,7 @@ class MetricKind(NamedTuple):
 
 METRICS: dict[str, MetricKind] = {
     "dice": MetricKind("Dice", "masks", primary=True),
-    "dice_hard": MetricKind(
-        "Dice of targets harder than average", "masks", primary=True, paired=False
-    ),
+    "dice_hard": MetricKind("Dice of hard targets", "masks", primary=True, paired=False),
     "missed": MetricKind(
         f"masks with a Dice below {MISSED_DICE}", "masks", higher_is_better=False, is_share=True
     ),

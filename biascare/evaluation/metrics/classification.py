@@ -195,7 +195,8 @@ def _findings(cases: Sequence[LabelCase], development: Sequence[LabelCase]) -> d
         known = ~np.isnan(present)
         for k, name in enumerate(names):
             truth, mine = present[known[:, k], k], said[known[:, k], k]
-            by_label[name]["threshold"] = float(thresholds[k])
+            # None: nobody had it in the development split, so it is never called.
+            by_label[name]["threshold"] = float(thresholds[k]) if thresholds[k] <= 1 else None
             # A label nobody has: its F1 is 0 / 0, and says nothing of the model.
             f1 = f1_score(truth, mine, zero_division=0) if truth.any() else None
             by_label[name]["f1"] = None if f1 is None else float(f1)

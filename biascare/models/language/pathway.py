@@ -310,19 +310,37 @@ class MLLMPathway(nn.Module):
         `inputs` must be left-padded, as for any decoder-only generation.
         """
         chosen = _ChosenLogProbs()
-        output = self.base.generate(
-            **self.with_image_features(inputs, image_slots),
-            max_new_tokens=max_new_tokens,
-            logits_processor=LogitsProcessorList([chosen]),
-            **({"do_sample": False} | keywords),
-        )
-        tokens = output[:, inputs["input_ids"].shape[1] :]
+        first: list[Tensor] = []
+
+        def keep_first(module: nn.Module, arguments: Any, logits: Tensor) -> None:
+            # Before transformers' penalties, which are of generation and not of what is likely.
+            if not first:
+                first.append(logits[:, -1].float().log_softmax(-1))
+
+        hook = self.base.lm_head.register_forward_hook(keep_first)
+        try:
+            output = self.base.generate(
+                **self.with_image_features(inputs, image_slots),
+                max_new_tokens=max_new_tokens,
+                logits_processor=LogitsProcessorList([chosen]),
+                return_dict_in_generate=True,
+                **({"do_sample": False} | keywords),
+            )
+        finally:
+            hook.remove()
+        tokens = output.sequences[:, inputs["input_ids"].shape[1] :]
         chosen.take(tokens[:, -1:])
         ends = self.base.generation_config.eos_token_id
         ended = torch.isin(tokens, torch.tensor(ends, device=tokens.device)).long().cumsum(1)
         # The first end token is spoken, what follows it is padding.
         spoken = (ended - ended.diff(dim=1, prepend=torch.zeros_like(ended[:, :1]))) == 0
-        return Generated(tokens=tokens, log_probs=torch.cat(chosen.steps, 1), spoken=spoken)
+        return Generated(
+            tokens=tokens,
+            log_probs=torch.cat(chosen.steps, 1),
+            spoken=spoken,
+            first_log_probs=first[0],
+            cache=output.past_key_values,
+        )
 
     def save(self, folder: Path, state: dict[str, Tensor]) -> None:
         """Write the adapter (PEFT format) and any other trained weights of this pathway.
