@@ -11,8 +11,10 @@ that are marked.
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +26,7 @@ from biascare.data.labels import LabelSpace, presence
 from biascare.data.loader import READ_TIMEOUT, collate, facts_of, first, mask_facts
 from biascare.data.prompts import box_from_mask, first_point
 from biascare.data.transforms import Geometry, apply_mask, apply_points, read_image
+from biascare.data.variants import MAX_BLIND, MAX_COUNTERFACTUAL, variants_of
 from biascare.interfaces import (
     BOX_BOTTOM_RIGHT,
     BOX_TOP_LEFT,
@@ -83,6 +86,7 @@ class QuestionItem(NamedTuple):
     question: Turn
     answer: Turn
     labels: list[str]  # findings of the record
+    otherwise: dict[str, Turn]  # the same asked otherwise, by name; a row each, after its own
 
 
 class HeldOutBatch(NamedTuple):
@@ -97,6 +101,8 @@ class HeldOut(Dataset, ABC):
     """Items of several record folders, in order; a limit takes evenly spaced ones."""
 
     padding_side = "right"
+    rows_per_unit = 1
+    """Prompts that a unit becomes at most; a batch holds fewer units where they are several."""
 
     def __init__(
         self,
@@ -261,6 +267,7 @@ class HeldOutLabels(HeldOut):
     def __init__(self, *arguments: Any, space: LabelSpace, asked: bool, **keywords: Any):
         """`space`: the labels; `asked`: one yes-or-no question for each, about the same image."""
         self.space, self.asked = space, asked
+        self.rows_per_unit = len(space.names) if asked else 1
         super().__init__(*arguments, **keywords)
 
     def _units(self, source: Records) -> Sequence[int]:
@@ -299,9 +306,21 @@ class HeldOutQuestions(HeldOut):
     # Generation goes on at the end of every row, so padding cannot stand there.
     padding_side = "left"
 
-    def __init__(self, *arguments: Any, kinds: Sequence[str] = ANSWERED_KINDS, **keywords: Any):
+    def __init__(
+        self,
+        *arguments: Any,
+        kinds: Sequence[str] = ANSWERED_KINDS,
+        blind: bool = False,
+        counterfactual: bool = False,
+        **keywords: Any,
+    ):
+        """`blind`, `counterfactual`: which `variants_of` each question to ask too."""
         self.kinds = kinds
-        self._shown: tuple[str, int, dict[str, torch.Tensor]] | None = None  # the last image
+        self.blind, self.counterfactual = blind, counterfactual
+        self.rows_per_unit = 1 + MAX_BLIND * blind + MAX_COUNTERFACTUAL * counterfactual
+        self._rings: dict[Path, tuple[list[int], dict[int, int]]] = {}
+        self._patients: dict[Path, list[str | None]] = {}
+        self._shown: tuple[str, int, dict[str, Any]] | None = None  # of the last image
         super().__init__(*arguments, **keywords)
 
     def _units(self, source: Records) -> Sequence[tuple[int, int]]:
@@ -331,25 +350,33 @@ class HeldOutQuestions(HeldOut):
 
     def _sample(self, source: Records, unit: tuple[int, int]) -> tuple[Sample, list[QuestionItem]]:
         assert self.chat is not None, "questions need an MLLM"
-        number, turn = unit
+        number, place = unit
         row = source[number]
         # Questions of an image stand one after another. One object for all of them: the collator
         # knows by it that the image is the same, and the tower encodes it once.
         if self._shown is None or self._shown[:2] != (str(source.folder), number):
-            pixels = self.chat.image_inputs(self._image(row)[0])
-            self._shown = (str(source.folder), number, pixels)
-        question, answer = (Turn(**t) for t in row["conversations"][turn : turn + 2])
+            self._shown = (str(source.folder), number, self._pixels(source, number, row))
+        pixels = self._shown[2]
+        question, answer = (Turn(**t) for t in row["conversations"][place : place + 2])
         # The question alone: the answer is what the model is asked for.
-        sequence = self.chat.sequence([question]) | {"image": self._shown[2]}
+        asked = variants_of(question, blind=self.blind, counterfactual=self.counterfactual)
+        # A folder of one image has no other to show.
+        asked = {n: way for n, way in asked.items() if way.image in ("none", *pixels)}
+        sequences: list[dict[str, Any]] = []
+        for turn, image in [(question, "own"), *asked.values()]:
+            shows_image = image != "none"
+            sequence = self.chat.sequence([turn], shows_image=shows_image)
+            sequences.append(sequence | ({"image": pixels[image]} if shows_image else {}))
         item = QuestionItem(
-            id=f"{row['id']}/{turn}",
+            id=f"{row['id']}/{place}",
             facts=facts_of(row, task="language", kind=question.kind),
             question=question,
             answer=answer,
             labels=row["labels"],
+            otherwise={name: way.turn for name, way in asked.items()},
         )
         sample = Sample(
-            sequences=[sequence],
+            sequences=sequences,
             image=None,  # a question costs the segmentation pathway nothing
             masks=None,
             point_coords=None,
@@ -357,6 +384,47 @@ class HeldOutQuestions(HeldOut):
             facts=[item.facts],
         )
         return sample, [item]
+
+    def _pixels(
+        self, source: Records, number: int, row: dict[str, Any]
+    ) -> dict[str, dict[str, torch.Tensor]]:
+        """What questions about a record show: the keys of `Asked.image`, without "none"."""
+        assert self.chat is not None
+        images = {"own": self._image(row)[0]}
+        if self.blind:
+            images["black"] = np.zeros_like(images["own"])
+            another = self._another_image(source, number)
+            if another is not None:
+                images["another"] = self._image(source[another])[0]
+        return {name: self.chat.image_inputs(image) for name, image in images.items()}
+
+    def _another_image(self, source: Records, number: int) -> int | None:
+        """A row of the folder with another image, of another patient where there is one; always
+        the same for the same record. None where all images are one."""
+        ring, place = self._ring(source)
+        start, mine = place[number], source[number]
+        fallback = None
+        for step in range(1, len(ring)):
+            candidate = ring[(start + step) % len(ring)]
+            patient = self._patients[source.folder][candidate]
+            same = patient is not None and patient == mine["patient_id"]
+            if (same and fallback is not None) or source[candidate]["image"] == mine["image"]:
+                continue
+            if not same:
+                return candidate
+            fallback = candidate
+        return fallback
+
+    def _ring(self, source: Records) -> tuple[list[int], dict[int, int]]:
+        """Rows with questions in the order of a hash of their ids, and the place of each there."""
+        if source.folder not in self._rings:
+            rows = sorted(
+                {int(row) for row, _ in source.language_units},
+                key=lambda row: hashlib.sha256(source.id_of(row).encode()).digest(),
+            )
+            self._rings[source.folder] = rows, {row: place for place, row in enumerate(rows)}
+            self._patients[source.folder] = source.table["patient_id"].to_pylist()
+        return self._rings[source.folder]
 
 
 def case_key(source: str, split: str, case_id: str) -> str:

@@ -13,7 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +52,7 @@ from biascare.evaluation.cases import (
     MaskCase,
     MaskPrediction,
     SlicePlace,
+    Variant,
     read_cases,
     read_lines,
 )
@@ -339,40 +340,60 @@ def _clicks(
 def answer_cases(
     answerer: Answerer, held: HeldOutBatch, settings: EvaluationSettings
 ) -> list[AnswerCase]:
-    """The greedy answer to every question, and the log-probabilities of its options.
+    """The greedy answer to every question, and the log-probabilities of its options; likewise for
+    each other way to ask it.
 
     Under ZeRO-3 options are not scored: how often the model is called would differ between ranks.
     """
     items: list[QuestionItem] = held.items
     report = items[0].question.kind == "report"  # `HeldOutQuestions.apart`: then all are
-    options = [options_of(item) for item in items]
-    said = [spoken(item.question, mine) for item, mine in zip(items, options, strict=True)]
+    # A question is a row, and each other way to ask it one more.
+    asked = [(item, turn) for item in items for turn in (item.question, *item.otherwise.values())]
+    options = [options_of(item) for item, _ in asked]
+    said = [spoken(turn, mine) for (_, turn), mine in zip(asked, options, strict=True)]
     # A batch of open questions has nothing to score.
-    score = any(options) and not settings.synced_generation
+    by_option = any(options) and not settings.synced_generation
     answered, scored = answerer.answer_batch(
         held.batch,
-        said if score else None,
+        said if by_option else None,
         max_new_tokens=settings.max_report_tokens if report else settings.max_new_tokens,
         synced_gpus=settings.synced_generation,
     )
-    scores: Sequence[Tensor | None] = scored or [None] * len(items)
-    return [
-        AnswerCase(
-            id=item.id,
-            facts=item.facts,
-            question=item.question.text,
-            question_facts=dict(item.question.facts),
-            prompt=question_text(item.question),
-            options=list(mine),
-            option_log_probs=score.tolist() if score is not None and mine else None,
-            text=answer.text,
-            token_log_probs=answer.token_log_probs,
-            reference=item.answer.text,
-            labels=item.labels,
-            seconds=0.0,
-        )
-        for item, mine, answer, score in zip(items, options, answered, scores, strict=True)
+    scores: Sequence[Tensor | None] = scored or [None] * len(asked)
+    log_probs = [
+        score.tolist() if score is not None and mine else None
+        for score, mine in zip(scores, options, strict=True)
     ]
+    rows = zip(asked, options, answered, log_probs, strict=True)  # taken item by item
+    cases = []
+    for item in items:
+        (_, turn), mine, answer, score = next(rows)
+        others = list(islice(rows, len(item.otherwise)))
+        cases.append(
+            AnswerCase(
+                id=item.id,
+                facts=item.facts,
+                question=turn.text,
+                question_facts=dict(turn.facts),
+                prompt=question_text(turn),
+                options=list(mine),
+                option_log_probs=score,
+                text=answer.text,
+                token_log_probs=answer.token_log_probs,
+                reference=item.answer.text,
+                labels=item.labels,
+                variants={
+                    name: Variant(
+                        prompt=question_text(turn), text=answer.text, option_log_probs=score
+                    )
+                    for name, ((_, turn), _, answer, score) in zip(
+                        item.otherwise, others, strict=True
+                    )
+                },
+                seconds=0.0,
+            )
+        )
+    return cases
 
 
 def label_cases(labeller: Labeller, held: HeldOutBatch) -> list[LabelCase]:
@@ -412,13 +433,12 @@ def _batches(
     # An image of which one target is missing is encoded again; `_new` keeps the others out.
     keys = items.case_keys()
     parts = [[i for i in part if not done.issuperset(keys[i])] for part in items.apart()]
-    # An image with a question for each of its labels is a batch of its own.
-    asked = len(items.space.names) if isinstance(items, HeldOutLabels) and items.asked else 1
     for left in parts:
         loader = heldout_loader(
             items,
             left,
-            max(1, settings.batch_size // asked),
+            # An image with a question for each of its labels is a batch of its own.
+            max(1, settings.batch_size // items.rows_per_unit),
             rank=rank(),
             world_size=world_size(),
             num_workers=settings.num_workers,

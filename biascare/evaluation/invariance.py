@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from biascare.evaluation.cases import AnswerCase, Cases, FinishedCase, MaskCase
+from biascare.evaluation.cases import AnswerCase, Cases, FinishedCase, MaskCase, Variant
 from biascare.evaluation.metrics.segmentation import dice_score
 from biascare.records import decode_mask
 from biascare.training.ranks import from_rank_zero
@@ -79,9 +79,14 @@ def _difference(how: str, one: Cases, other: Cases) -> Difference:
     num_texts, log_probs, doubts, dices = 0, [0.0], [0.0], [1.0]
     for a, b in pairs:
         if isinstance(a, AnswerCase) and isinstance(b, AnswerCase):
-            num_texts += a.text != b.text
+            # A variant that only one of the two has is a text that differs.
+            names = a.variants.keys() & b.variants.keys()
+            both: list[tuple[AnswerCase | Variant, AnswerCase | Variant]] = [(a, b)]
+            both += [(a.variants[name], b.variants[name]) for name in names]
+            num_texts += len(a.variants.keys() ^ b.variants.keys())
+            num_texts += sum(x.text != y.text for x, y in both)
             stated = [
-                (a.option_log_probs or [], b.option_log_probs or []),
+                *((x.option_log_probs or [], y.option_log_probs or []) for x, y in both),
                 # Of other texts the tokens are others.
                 (a.token_log_probs, b.token_log_probs) if a.text == b.text else ([], []),
             ]

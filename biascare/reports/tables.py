@@ -56,6 +56,44 @@ def evaluation_table(summary: Mapping[str, Any], title: str) -> Table:
     return table
 
 
+def variants_table(answers: Mapping[str, Mapping[str, Any]]) -> Table | None:
+    """Answers to questions asked otherwise; None where none were."""
+    table = Table(
+        title="Questions asked otherwise",
+        caption="image reliance: less the best of the three without the image; flips: answers that\n"
+        "other words about the patient change, beside neutral words; 95 %: patients drawn anew",
+    )
+    for column in ("answers", "otherwise"):
+        table.add_column(column)
+    for column in ("n", "as asked", "otherwise", "difference", "95 %"):
+        table.add_column(column, justify="right")
+
+    def add(what: str, name: str, found: Mapping[str, Any], numbers: Sequence[str]) -> None:
+        interval = f"{_f(found['low'])} to {_f(found['high'])}"
+        table.add_row(what, name, f"{found['num']:,}", *numbers, interval)
+
+    for kind, cell in answers.items():
+        blind = cell.get("blind", {"variants": {}, "image_reliance": {}})
+        for measure, reliance in blind["image_reliance"].items():
+            what = f"{kind}, by {measure}"
+            for name, by_measure in blind["variants"].items():
+                if measure in by_measure:
+                    found = by_measure[measure]
+                    keys = ("with_image", "blind", "difference")
+                    add(what, name, found, [_f(found[key]) for key in keys])
+                    what = ""
+            add(what, "image reliance", reliance, ["", "", _f(reliance["value"])])
+        what = f"{kind}, flips"
+        for attribute, changed in cell.get("counterfactual", {}).items():
+            # How far probabilities move stands in metrics.json.
+            if "flipped" in changed:
+                found = changed["flipped"]
+                keys = ("neutral", "words", "difference")
+                add(what, attribute, found, [_f(found[key]) for key in keys])
+                what = ""
+    return table if table.row_count else None
+
+
 def groups_table(groups: Mapping[str, Mapping[str, Any]]) -> Table:
     """The gap between the worst and the best group of patients, by metric and attribute."""
     table = Table(

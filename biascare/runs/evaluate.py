@@ -53,6 +53,7 @@ from biascare.reports.tables import (
     evaluation_table,
     groups_table,
     invariance_table,
+    variants_table,
 )
 from biascare.runs.origin import git_commit
 from biascare.settings.keys import EvalConfig
@@ -94,6 +95,8 @@ class EvaluationRequest(NamedTuple):
     validation: Path | None = None  # cases that triage is fitted on
     save_masks: Path | None = None  # folder for predicted masks
     max_report_tokens: int = 256
+    blind: bool | None = None  # None: the benchmark's, else not
+    counterfactual: bool = False
 
 
 def carry_out(request: EvaluationRequest) -> tuple[list[Table | str], bool]:
@@ -107,17 +110,20 @@ def carry_out(request: EvaluationRequest) -> tuple[list[Table | str], bool]:
     if request.suite is not None:
         shown: list[Table | str] = []
         for name, summary in evaluate_suite(request).items():
-            shown += [benchmark_table(summary["benchmark"], request.model)]
-            if "groups" in summary:
-                shown.append(groups_table(summary["groups"]))
+            shown += [benchmark_table(summary["benchmark"], request.model), *_further(summary)]
             shown.append(f"cases and metrics are in {output_of(request, name)}")
         return shown, True
     summary = evaluate_model(request)
     sheet = " and a contact sheet" if "segmentation" in summary else ""
-    shown = [evaluation_table(summary, request.model)]
-    if "groups" in summary:
-        shown.append(groups_table(summary["groups"]))
+    shown = [evaluation_table(summary, request.model), *_further(summary)]
     return [*shown, f"cases, metrics{sheet} are in {request.output}"], True
+
+
+def _further(summary: Mapping[str, Any]) -> list[Table | str]:
+    """Tables below the first one, each where there is something in it."""
+    otherwise = variants_table(summary.get("answers", {}))
+    shown: list[Table | str] = [] if otherwise is None else [otherwise]
+    return [*shown, groups_table(summary["groups"])] if "groups" in summary else shown
 
 
 class Job(NamedTuple):
@@ -216,6 +222,7 @@ def _benchmark_job(request: EvaluationRequest, entry: Mapping[str, Any]) -> Job:
         limit=entry.get("limit", request.limit),
         prompt=request.prompt or "point",
         max_new_tokens=request.max_new_tokens or benchmark.max_new_tokens,
+        blind=benchmark.blind if request.blind is None else request.blind,
     )
     return Job(
         name,
@@ -352,7 +359,10 @@ def _prepared(
             *about_data(asked, "language"),
             *about_data(job.labelled if labeller else [], "labels"),
         ],
-        settings=_choices(settings) | {"prompt": request.prompt, "limit": request.limit},
+        settings=_choices(settings)
+        | {"prompt": request.prompt, "limit": request.limit}
+        # Rows that a finished case has or lacks: one asked otherwise is another evaluation.
+        | {"blind": bool(request.blind), "counterfactual": request.counterfactual},
         beta_vl=model.segmenter.beta_vl,
         prevalence=groups,
         disc_share=None if discs is None else discs.share,
@@ -363,7 +373,8 @@ def _prepared(
     questions = None
     if asked:
         kinds = job.benchmark.kinds if job.benchmark else SCORED_KINDS
-        questions = HeldOutQuestions(asked, model.chat, groups, kinds=kinds, **common)
+        ways = {"blind": bool(request.blind), "counterfactual": request.counterfactual}
+        questions = HeldOutQuestions(asked, model.chat, groups, kinds=kinds, **ways, **common)
     if request.save_masks is not None and any(map(_has_volumes, segmentation)):
         import_nibabel()  # before the work, not after it
     return Prepared(

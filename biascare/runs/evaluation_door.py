@@ -122,5 +122,12 @@ def _add_protocol(parser: argparse.ArgumentParser, benchmark: str | None) -> Non
     length = "as the benchmark states" if benchmark else "32"
     add("--max-new-tokens", type=int, help=f"of an answer that is no report ({length})")
     add("--max-report-tokens", type=int, default=256, help="of a report (256)")
+    blind = (
+        "ask every question also without its image, with a black and with another image "
+        f"({'as the benchmark states' if benchmark else 'benchmarks: as they state; else no'})"
+    )
+    add("--blind", action=argparse.BooleanOptionalAction, default=None, help=blind)
+    words = "ask every question also with other words about the patient's sex, age and race (no)"
+    add("--counterfactual", action="store_true", help=words)
     check = "compute N images and questions in other batches, backwards and interrupted; compare"
     add("--check-invariance", type=int, metavar="N", default=0, help=check)

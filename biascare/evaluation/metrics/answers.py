@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import precision_recall_fscore_support
 
-from biascare.evaluation.cases import AnswerCase
+from biascare.evaluation.cases import AnswerCase, Variant
 from biascare.evaluation.metrics.calibration import calibration_errors, excess_ece, ranking
+from biascare.evaluation.metrics.variants import blind_table, counterfactual_table
 
 
 def normalise_answer(text: str) -> str:
@@ -46,6 +47,23 @@ def read_choice(text: str, options: Sequence[str]) -> str | None:
         place = ascii_lowercase.index(lettered.group(1))
         return options[place] if place < len(options) else None
     return next((option for option in options if normalise_answer(option) == text), None)
+
+
+def read_choice_leniently(text: str, options: Sequence[str]) -> str | None:
+    """The only option that a text names, by letter ("B: MR", "the answer is B") or by its words as
+    in `read_closed`; None where a letter and the words name different ones."""
+    plain = normalise_answer(text)
+    letter = re.match(r"\(?([a-z])(?:[:.)](.*))?$", plain, re.DOTALL)
+    letter = letter or re.search(
+        r"\b(?:answer|option|choice)(?: is)?:? \(?([a-z])(?:[:.)](.*))?$", plain
+    )
+    if letter is None:
+        return read_closed(text, options, "lenient")
+    place, after = ascii_lowercase.index(letter[1]), (letter[2] or "")
+    named = {option for _, _, option in _mentions(words(after), options)}
+    if place >= len(options) or named - {options[place]}:
+        return None
+    return options[place]
 
 
 WORD = re.compile(r"[^\W_]+(?:[-./'][^\W_]+)*")
@@ -130,11 +148,25 @@ def is_correct(text: str, case: AnswerCase) -> bool:
     return normalise_answer(text) == normalise_answer(case.reference)
 
 
-def likeliest(case: AnswerCase) -> str | None:
-    """The option of highest log-probability; None where none was scored."""
-    if case.option_log_probs is None:
+def likeliest(case: AnswerCase, answered: AnswerCase | Variant | None = None) -> str | None:
+    """The option of highest log-probability, of the case or of a variant of it; None where none was
+    scored."""
+    log_probs = (answered or case).option_log_probs
+    if log_probs is None:
         return None
-    return max(zip(case.option_log_probs, case.options, strict=True))[1]
+    return max(zip(log_probs, case.options, strict=True))[1]
+
+
+def _right_option(case: AnswerCase, answered: AnswerCase | Variant) -> float:
+    chosen = likeliest(case, answered)
+    if chosen is None:
+        return math.nan
+    return float(normalise_answer(chosen) == normalise_answer(case.reference))
+
+
+def chosen_answer(case: AnswerCase, answered: AnswerCase | Variant) -> str:
+    """What counts as one answer: the likeliest option where options were scored, else the text."""
+    return normalise_answer(likeliest(case, answered) or answered.text)
 
 
 def summarise_answers(cases: Sequence[AnswerCase]) -> dict[str, Any]:
@@ -176,8 +208,20 @@ def _accuracy_table(cases: Sequence[AnswerCase]) -> dict[str, Any]:
             for case in scored
         )
     table["calibration"] = _calibration_table(cases)
+    measures: dict[str, Callable[[AnswerCase, AnswerCase | Variant], float]] = {
+        "text": lambda case, answered: float(is_correct(answered.text, case)),
+        "option": _right_option,
+    }
     if cases[0].facts.kind == "open":
         table["recall"] = float(np.mean([open_recall(c.text, c.reference) for c in cases]))
+        measures["recall"] = lambda case, answered: open_recall(answered.text, case.reference)
+    for name, found in (
+        ("blind", blind_table(cases, measures)),
+        ("counterfactual", counterfactual_table(cases, chosen_answer)),
+    ):
+        table |= {name: found} if found else {}
+    if cases[0].facts.kind == "choice":
+        table["readings"] = choice_readings_table(cases)
     if cases[0].facts.kind == "closed":
         table["readings"] = readings_table(cases)
         # Beside the best constant, which may be "no": to agree with every question is a failure of
@@ -220,6 +264,24 @@ def readings_table(cases: Sequence[AnswerCase]) -> dict[str, Any]:
                     strict=True,
                 )
             ),
+        }
+    return table
+
+
+def choice_readings_table(cases: Sequence[AnswerCase]) -> dict[str, Any]:
+    """Choices by each reading; no macro scores, because options differ between questions."""
+    shown = [case for case in cases if case.options]
+    read: dict[str, list[str | None]] = {
+        "strict": [read_choice(case.text, case.options) for case in shown],
+        "lenient": [read_choice_leniently(case.text, case.options) for case in shown],
+    }
+    if shown and all(case.option_log_probs is not None for case in shown):
+        read["option"] = [likeliest(case) for case in shown]
+    table: dict[str, Any] = {"num": len(shown)}
+    for reading, said in read.items() if shown else ():
+        table[reading] = {
+            "accuracy": _share(a == c.reference for a, c in zip(said, shown, strict=True)),
+            "num_unread": sum(answer is None for answer in said),
         }
     return table
 
