@@ -173,7 +173,8 @@ def _rewritten(found: re.Pattern[str], text: str, new: Callable[[str, str], str]
             rest = rest.lstrip()
             put_place = len(text) - len(rest)
             # Before a mark nothing may stand alone: "a man aged 70?"
-            before = before.rstrip() if rest[:1] in tuple(".,;:?!") or not rest else before
+            alone = not rest or rest[0] in ".,;:?!"
+            before = before.rstrip(" ,") if alone else before
         else:
             put_place = match.end()
             put = put[0].upper() + put[1:] if word[0].isupper() and not word.isupper() else put

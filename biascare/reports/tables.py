@@ -60,10 +60,10 @@ def variants_table(answers: Mapping[str, Mapping[str, Any]]) -> Table | None:
     """Answers to questions asked otherwise; None where none were."""
     table = Table(
         title="Questions asked otherwise",
-        caption="image reliance: less the best of the three without the image; flips: answers that\n"
-        "other words about the patient change, beside neutral words; 95 %: patients drawn anew",
+        caption="image reliance: less the best without the image; flips: answers that other\n"
+        "words about the patient change, beside neutral ones; 95 %: patients drawn anew",
     )
-    for column in ("answers", "otherwise"):
+    for column in ("answers", "asked"):
         table.add_column(column)
     for column in ("n", "as asked", "otherwise", "difference", "95 %"):
         table.add_column(column, justify="right")

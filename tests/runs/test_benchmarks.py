@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from biascare.data.variants import BLIND
 from biascare.evaluation.benchmarks import BENCHMARKS, benchmark_of, folders_of
 from biascare.evaluation.cases import read_cases
 from biascare.inference.model import BiasCareVL
@@ -16,7 +17,7 @@ from biascare.models.export_folder import save_network
 from biascare.records import Record
 from biascare.runs import evaluate as module
 from biascare.runs.evaluate import evaluate_suite, suite_entries
-from biascare.runs.evaluation_door import parse
+from biascare.runs.evaluation_door import evaluate, parse
 from tests.runs.test_evaluating import request
 from tests.tiny import tiny_chat, tiny_model, tiny_record, write_records
 
@@ -184,3 +185,42 @@ def test_every_benchmark_has_its_door(name: str, capsys: pytest.CaptureFixture[s
 
 def test_folders_may_be_named_by_a_pattern(prepared: Path) -> None:
     assert folders_of(benchmark_of("imed361m"), prepared) == [prepared / "imed361m/btcv/test"]
+
+
+def test_questions_of_a_vqa_benchmark_are_also_asked_blindly_unless_told(
+    export: Path,
+    prepared: Path,
+    tmp_path: Path,
+    suite: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output, summaries, _ = suite
+    for name, benchmark in BENCHMARKS.items():
+        found = read_cases(output / name / "cases.jsonl")
+        assert found.header.settings["blind"] == benchmark.blind
+        variants = {frozenset(case.variants) for case in found.answers}
+        assert variants <= {frozenset(BLIND) if benchmark.blind else frozenset()}
+    assert set(summaries["pmc_vqa"]["answers"]["choice"]["blind"]["image_reliance"]) == {
+        "text",
+        "option",
+    }
+    monkeypatch.setattr("biascare.runs.evaluation_door.prepare_process", lambda: None)
+    command = ["eval_vqa_rad.py", str(export), "--data", str(prepared), "--max-new-tokens", "3"]
+    for more, blind, others in (
+        ([], True, 3),
+        (["--no-blind"], False, 0),
+        (["--no-blind", "--counterfactual"], False, 8),
+    ):
+        folder = tmp_path / f"{blind}{others}"
+        monkeypatch.setattr("sys.argv", [*command, "--output", str(folder), *more])
+        evaluate(None, benchmark="vqa_rad")
+        shown = capsys.readouterr().out
+        assert ("image reliance" in shown) == blind and ("flips" in shown) == (others == 8)
+        found = read_cases(folder / "cases.jsonl")
+        assert found.header.settings["blind"] == blind
+        assert {len(case.variants) for case in found.answers} == {others}
+    # Rows with and without do not mix.
+    monkeypatch.setattr("sys.argv", [*command, "--output", str(folder)])
+    with pytest.raises(SystemExit, match="holds another evaluation, which differs in settings"):
+        evaluate(None, benchmark="vqa_rad")

@@ -308,6 +308,7 @@ def test_cases_are_shown_not_to_depend_on_how_they_are_computed(
 ) -> None:
     both = ["--segmentation", str(test_split), "--language", str(test_split)]
     command = ["evaluate.py", str(export), *both, "--check-invariance", "4"]
+    command += ["--blind", "--counterfactual"]
     monkeypatch.setattr(sys, "argv", command)
     program.main()  # exits with 1 where something differs
     shown = capsys.readouterr().out
