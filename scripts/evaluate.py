@@ -11,7 +11,7 @@
         --output outputs/suite
 
 The second form takes foreign vision weights as they are; the third runs benchmarks, each as
-scripts/eval_NAME.py does, and loads the model once. Writes cases.jsonl, metrics.json and
+its own program does, and loads the model once. Writes cases.jsonl, metrics.json and
 contact_sheet.png to the output folder (of a suite, to a folder per benchmark); numbers can be
 computed again from cases.jsonl without the model. The same command goes on where it was
 interrupted; `deepspeed scripts/evaluate.py` divides the work among ranks.
