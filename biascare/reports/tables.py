@@ -60,12 +60,12 @@ def variants_table(answers: Mapping[str, Mapping[str, Any]]) -> Table | None:
     """Answers to questions asked otherwise; None where none were."""
     table = Table(
         title="Questions asked otherwise",
-        caption="image reliance: less the best without the image; flips: answers that other\n"
-        "words about the patient change, beside neutral ones; 95 %: patients drawn anew",
+        caption="control: with the image, or neutral words; image reliance: less the best without\n"
+        "the image; flips: answers that words about the patient change; 95 %: patients drawn anew",
     )
     for column in ("answers", "asked"):
         table.add_column(column)
-    for column in ("n", "as asked", "otherwise", "difference", "95 %"):
+    for column in ("n", "control", "otherwise", "difference", "95 %"):
         table.add_column(column, justify="right")
 
     def add(what: str, name: str, found: Mapping[str, Any], numbers: Sequence[str]) -> None:
@@ -75,7 +75,7 @@ def variants_table(answers: Mapping[str, Mapping[str, Any]]) -> Table | None:
     for kind, cell in answers.items():
         blind = cell.get("blind", {"variants": {}, "image_reliance": {}})
         for measure, reliance in blind["image_reliance"].items():
-            what = f"{kind}, by {measure}"
+            what = f"{kind}, {measure}"
             for name, by_measure in blind["variants"].items():
                 if measure in by_measure:
                     found = by_measure[measure]

@@ -216,7 +216,9 @@ def test_questions_of_a_vqa_benchmark_are_also_asked_blindly_unless_told(
         monkeypatch.setattr("sys.argv", [*command, "--output", str(folder), *more])
         evaluate(None, benchmark="vqa_rad")
         shown = capsys.readouterr().out
-        assert ("image reliance" in shown) == blind and ("flips" in shown) == (others == 8)
+        assert ("Questions asked otherwise" in shown) == (others > 0)
+        closed = json.loads((folder / "metrics.json").read_text())["answers"]["closed"]
+        assert ("blind" in closed, "counterfactual" in closed) == (blind, others == 8)
         found = read_cases(folder / "cases.jsonl")
         assert found.header.settings["blind"] == blind
         assert {len(case.variants) for case in found.answers} == {others}
