@@ -135,17 +135,22 @@ def benchmark_table(found: Mapping[str, Any], model: str) -> Table:
     for column in ("n", "value", "95 %"):
         table.add_column(column, justify="right")
     for name, score in found["scores"].items():
-        interval = "" if score["low"] is None else f"{_f(score['low'])} to {_f(score['high'])}"
-        value = "-" if score["value"] is None else _f(score["value"])
-        table.add_row(name, "all", f"{score['num']:,}", value, interval)
+        table.add_row(name, "all", *_score_cells(score))
     for attribute, groups in found["groups"].items():
-        # The first score alone: all of them by all groups would bury the rest.
-        first = found["first"] or next(iter(found["scores"]))
-        for group, cell in groups.items():
-            value = cell["scores"].get(first)
-            shown = "-" if value is None else _f(value)
-            table.add_row(f"{first} by {attribute}", group, f"{cell['num']:,}", shown, "")
+        # Chosen scores alone: all of them by all groups would bury the rest.
+        for name in found["shown"]:
+            for group, cell in groups.items():
+                score = cell["scores"].get(name)
+                # A group may have no question of the kind.
+                if score is not None and score["num"]:
+                    table.add_row(f"{name} by {attribute}", group, *_score_cells(score))
     return table
+
+
+def _score_cells(score: Mapping[str, Any]) -> tuple[str, str, str]:
+    interval = "" if score["low"] is None else f"{_f(score['low'])} to {_f(score['high'])}"
+    value = "-" if score["value"] is None else _f(score["value"])
+    return f"{score['num']:,}", value, interval
 
 
 def invariance_table(differences: Sequence[Difference]) -> Table:
