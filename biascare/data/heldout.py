@@ -102,7 +102,6 @@ class HeldOut(Dataset, ABC):
 
     padding_side = "right"
     rows_per_unit = 1
-    """Prompts that a unit becomes at most; a batch holds fewer units where they are several."""
 
     def __init__(
         self,
@@ -135,9 +134,10 @@ class HeldOut(Dataset, ABC):
     def _sample(self, source: Records, unit: Any) -> tuple[Sample, list[Any]]:
         """The sample of one unit and its items."""
 
-    def apart(self) -> list[list[int]]:
-        """Numbers of the units, in order, by what may share a batch."""
-        return [list(range(len(self.units)))]
+    def apart(self) -> list[tuple[list[int], int]]:
+        """Numbers of the units, in order, by what may share a batch; with the prompts that each
+        becomes at most."""
+        return [(list(range(len(self.units))), self.rows_per_unit)]
 
     def __len__(self) -> int:
         return len(self.units)
@@ -335,18 +335,19 @@ class HeldOutQuestions(HeldOut):
         ids = self._key_starts()
         return [[f"{ids[r][row]}/{turn}"] for r, (row, turn) in self.units]
 
-    def apart(self) -> list[list[int]]:
+    def apart(self) -> list[tuple[list[int], int]]:
         if "report" not in self.kinds:
             return super().apart()
         # A batch is generated until its longest answer ends: questions would wait for reports.
-        parts: tuple[list[int], list[int]] = ([], [])
+        answers: list[int] = []
+        reports: list[int] = []
         kinds = [
             dict(zip(map(tuple, s.language_units.tolist()), s.question_kinds(), strict=True))
             for s in self.records
         ]
         for number, (r, unit) in enumerate(self.units):
-            parts[kinds[r][unit] == "report"].append(number)
-        return [part for part in parts if part]
+            (reports if kinds[r][unit] == "report" else answers).append(number)
+        return [(answers, self.rows_per_unit), (reports, 1)]
 
     def _sample(self, source: Records, unit: tuple[int, int]) -> tuple[Sample, list[QuestionItem]]:
         assert self.chat is not None, "questions need an MLLM"

@@ -432,13 +432,13 @@ def _batches(
     """This rank's batches of the units that are not done."""
     # An image of which one target is missing is encoded again; `_new` keeps the others out.
     keys = items.case_keys()
-    parts = [[i for i in part if not done.issuperset(keys[i])] for part in items.apart()]
-    for left in parts:
+    for numbers, rows_per_unit in items.apart():
+        left = [i for i in numbers if not done.issuperset(keys[i])]
         loader = heldout_loader(
             items,
             left,
             # An image with a question for each of its labels is a batch of its own.
-            max(1, settings.batch_size // items.rows_per_unit),
+            max(1, settings.batch_size // rows_per_unit),
             rank=rank(),
             world_size=world_size(),
             num_workers=settings.num_workers,

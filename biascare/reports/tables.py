@@ -82,6 +82,9 @@ def variants_table(answers: Mapping[str, Mapping[str, Any]]) -> Table | None:
                     keys = ("with_image", "blind", "difference")
                     add(what, name, found, [_f(found[key]) for key in keys])
                     what = ""
+            if measure == "text":
+                numbers = [f"{cell['num']:,}", _f(cell["accuracy"]), _f(cell["best_constant"])]
+                table.add_row(what, "best constant", *numbers)
             add(what, "image reliance", reliance, ["", "", _f(reliance["value"])])
         what = f"{kind}, flips"
         for attribute, changed in cell.get("counterfactual", {}).items():

@@ -475,7 +475,9 @@ def _check_prepared(prepared: Prepared) -> list[Difference]:
         held_out = [held for held in (images, questions, labelled) if held is not None]
         for held in held_out if backwards else ():
             held.units.reverse()
-        changed = settings._replace(batch_size=batch_size)
+        # So many questions, in all the ways they are asked: a batch of one would show nothing.
+        ways = 1 if questions is None else questions.rows_per_unit
+        changed = settings._replace(batch_size=batch_size * ways)
         cases = evaluate(
             model.segmenter,
             model.answerer,

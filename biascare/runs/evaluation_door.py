@@ -111,7 +111,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     size = ModelConfig().image_size
     add("--image-size", type=int, default=size, help="of foreign weights; pixels (%(default)s)")
     add("--mllm", help="where the base image-text model lies, if it has moved")
-    add("--batch-size", type=int, default=16, help="images, or questions (16)")
+    add("--batch-size", type=int, default=16, help="images, or prompts (16)")
     add("--num-workers", type=int, default=0, help="processes that read (0)")
 
 

@@ -93,28 +93,32 @@ def test_a_variant_is_what_the_model_answers_when_asked_so_alone(
 
 
 class Deaf:
-    """Answers by the image alone, or (`blind`) by the words alone."""
+    """Answers by the image, whatever the words; "no" without one."""
 
-    def __init__(self, *, blind: bool):
+    def __init__(self, image_token: int):
         self.network = NOBODY.network
-        self.blind = blind
+        self.image_token = image_token
 
     def answer_batch(self, batch: Batch, options: Any, **_: Any) -> Any:
-        tokens = batch.mllm_inputs["input_ids"]
-        sums = [int(row.sum()) if self.blind else 0 for row in tokens]
-        if self.blind:
-            # Of the text: padding and image tokens left out.
-            text = [row[row > 20] for row in tokens]
-            sums = [len(row.unique()) for row in text]
-        answers = ["yes" if number % 2 == 0 else "no" for number in sums]
-        scores = [torch.tensor([-0.2, -1.8])[: len(said)] for said in options or ()]
-        return [Answered(text, [-0.1]) for text in answers], scores or None
+        images = batch.mllm_inputs["pixel_values"].chunk(max(batch.image_slots) + 1)
+        slots = iter(batch.image_slots)
+        shares = [
+            float(images[next(slots)].mean().sigmoid()) if (row == self.image_token).any() else 0.1
+            for row in batch.mllm_inputs["input_ids"]
+        ]
+        scores = [
+            torch.tensor([p, 1 - p]).log()[: len(said)]
+            for p, said in zip(shares, options or (), strict=False)
+        ]
+        return [Answered("yes" if p > 0.4 else "no", [-0.1]) for p in shares], scores or None
 
 
 def test_a_model_that_does_not_read_the_prompt_never_flips(
     records: Records, tiny_mllm: Path, tmp_path: Path
 ) -> None:
-    cases = asked(records, tiny_mllm, Deaf(blind=False), tmp_path / "cases.jsonl")
+    cases = asked(
+        records, tiny_mllm, Deaf(tiny_chat(tiny_mllm).image_token_id), tmp_path / "cases.jsonl"
+    )
     for kind, table in summarise(cases)["answers"].items():
         for attribute in ("sex", "age", "race"):
             found = table["counterfactual"][attribute]
@@ -124,8 +128,12 @@ def test_a_model_that_does_not_read_the_prompt_never_flips(
                 assert numbers == {"words": 0.0, "neutral": 0.0, "difference": 0.0}
                 assert found[name]["low"] == found[name]["high"] == 0.0
             assert ("moved" in found) == (kind != "open")
-        reliance = table["blind"]["image_reliance"]["text"]
-        assert reliance["value"] == reliance["low"] == reliance["high"] == 0.0
+    # It looks all the same: its probabilities move with the image.
+    shown = [case.variants for case in cases.answers if case.option_log_probs]
+    moved = [
+        v["black image"].option_log_probs != v["another image"].option_log_probs for v in shown
+    ]
+    assert all(moved) and moved
 
 
 # ---------------------------------------------------------------- numbers
@@ -205,7 +213,7 @@ def test_variants_come_back_from_their_file(
     records: Records, tiny_mllm: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "cases.jsonl"
-    cases = asked(records, tiny_mllm, Deaf(blind=True), path)
+    cases = asked(records, tiny_mllm, Deaf(tiny_chat(tiny_mllm).image_token_id), path)
     assert cases == read_cases(path)
     line = json.loads(path.read_text().splitlines()[1])
     assert set(BLIND) < set(line["variants"])
