@@ -113,6 +113,7 @@ class HeldOut(Dataset, ABC):
             # Evenly spaced: the first ones are often of one patient or one sub-dataset.
             units = [units[i] for i in np.linspace(0, len(units) - 1, limit).astype(int)]
         self.units = units
+        self._shown: tuple[Any, dict[str, Any]] | None = None  # of the image that came last
 
     @abstractmethod
     def _units(self, source: Records) -> Sequence[Any]:
@@ -156,6 +157,15 @@ class HeldOut(Dataset, ABC):
     def _image(self, row: dict[str, Any]) -> tuple[np.ndarray, Geometry]:
         geometry = Geometry.full(row["height"], row["width"], self.image_size)
         return read_image(row["image"], geometry), geometry
+
+    def _image_inputs(self, source: Records, row: dict[str, Any]) -> dict[str, Any]:
+        """What the language model is shown. One object for all questions in a row about an image:
+        the collator knows by it that the image is the same, and it is read and encoded once."""
+        assert self.chat is not None, "questions need an MLLM"
+        key = source.folder, row["id"]
+        if self._shown is None or self._shown[0] != key:
+            self._shown = key, self.chat.image_inputs(self._image(row)[0])
+        return self._shown[1]
 
     def _key_starts(self) -> list[list[str]]:
         """Per folder, the key of every record."""
@@ -312,10 +322,9 @@ class HeldOutQuestions(HeldOut):
         assert self.chat is not None, "questions need an MLLM"
         number, turn = unit
         row = source[number]
-        image, _ = self._image(row)
         question, answer = (Turn(**t) for t in row["conversations"][turn : turn + 2])
         # The question alone: the answer is what the model is asked for.
-        sequence = self.chat.sequence([question]) | {"image": self.chat.image_inputs(image)}
+        sequence = self.chat.sequence([question]) | {"image": self._image_inputs(source, row)}
         item = QuestionItem(
             id=f"{row['id']}/{turn}",
             facts=facts_of(row, task="language", kind=question.kind),

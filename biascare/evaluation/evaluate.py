@@ -323,17 +323,20 @@ def answer_cases(
     Under ZeRO-3 options are not scored: how often the model is called would differ between ranks.
     """
     items: list[QuestionItem] = held.items
+    options = [options_of(item) for item in items]
+    scores: Sequence[Tensor | None] = [None] * len(items)
+    prefix = None
+    if not settings.synced_generation and any(options):
+        said = [spoken(item.question, mine) for item, mine in zip(items, options, strict=True)]
+        # Prompts and images are read once for both: that is most of what an answer costs.
+        prefix = answerer.read(held.batch)
+        scores = answerer.score_batch(held.batch, said, prefix)
     answered = answerer.generate_batch(
         held.batch,
         max_new_tokens=settings.max_new_tokens,
+        prefix=prefix,
         synced_gpus=settings.synced_generation,
     )
-    options = [options_of(item) for item in items]
-    scores: Sequence[Tensor | None] = [None] * len(items)
-    # A batch of open questions has nothing to score: its prompts need not be read a second time.
-    if not settings.synced_generation and any(options):
-        said = [spoken(item.question, mine) for item, mine in zip(items, options, strict=True)]
-        scores = answerer.score_batch(held.batch, said)
     return [
         AnswerCase(
             id=item.id,

@@ -22,7 +22,12 @@ from biascare.data.chat import ChatBuilder, answer_text
 from biascare.data.loader import collate, to_device
 from biascare.data.transforms import apply_whole
 from biascare.interfaces import Batch, Sample
-from biascare.models.language.scoring import continuation_log_probs, read_prefix
+from biascare.models.language.scoring import (
+    Prefix,
+    continuation_log_probs,
+    going_on,
+    read_prefix,
+)
 from biascare.models.network import DualPathNetwork
 from biascare.records import Turn
 
@@ -98,13 +103,22 @@ class Answerer:
         return self.score_batch(batch, [spoken(question, options)])[0]
 
     @torch.inference_mode()
-    def generate_batch(
-        self, batch: Batch, *, max_new_tokens: int, **keywords: Any
-    ) -> list[Answered]:
-        """One answer to each prompt of a left-padded batch; greedy unless `keywords` of
-        transformers' `generate` say otherwise."""
+    def read(self, batch: Batch) -> Prefix:
+        """Read the prompts of a left-padded batch, once for `generate_batch` and `score_batch`."""
         batch = to_device(batch, self.network.device)
         self.network.eval()
+        return read_prefix(self.mllm, batch.mllm_inputs, batch.image_slots)
+
+    @torch.inference_mode()
+    def generate_batch(
+        self, batch: Batch, *, max_new_tokens: int, prefix: Prefix | None = None, **keywords: Any
+    ) -> list[Answered]:
+        """One answer to each prompt of a left-padded batch; greedy unless `keywords` of
+        transformers' `generate` say otherwise. `prefix`: what `read` made of the batch."""
+        batch = to_device(batch, self.network.device)
+        self.network.eval()
+        if prefix is not None:
+            keywords |= going_on(prefix)
         generated = self.mllm.generate(
             batch.mllm_inputs, batch.image_slots, max_new_tokens=max_new_tokens, **keywords
         )
@@ -116,15 +130,16 @@ class Answerer:
         ]
 
     @torch.inference_mode()
-    def score_batch(self, batch: Batch, options: Sequence[Sequence[str]]) -> list[Tensor]:
+    def score_batch(
+        self, batch: Batch, options: Sequence[Sequence[str]], prefix: Prefix | None = None
+    ) -> list[Tensor]:
         """Log-probabilities of the options of every prompt, as they would be said; [K] fp32 each.
 
         Of the full vocabulary: what they lack to 1 the model would rather say otherwise. An option
         counts in all its spellings (case, a leading space), whose probabilities are added; one of
-        several tokens by the product over its tokens. Prompt and image are read once.
+        several tokens by the product over its tokens. Prompt and image are read once, or were:
+        `prefix` is what `read` made of the batch.
         """
-        batch = to_device(batch, self.network.device)
-        self.network.eval()
         spellings = [self.spellings(said) for said in options]
         flat = [
             (row, option, tokens)
@@ -133,7 +148,7 @@ class Answerer:
             for tokens in variants
         ]
         # All options of all questions go through together: prompts are read once, however many.
-        prefix = read_prefix(self.mllm, batch.mllm_inputs, batch.image_slots)
+        prefix = prefix or self.read(batch)
         scores = continuation_log_probs(
             self.mllm, prefix, [row for row, _, _ in flat], [tokens for _, _, tokens in flat]
         ).cpu()

@@ -307,11 +307,17 @@ class MLLMPathway(nn.Module):
     ) -> Generated:
         """Answers to B prompts; greedy unless `keywords` say otherwise.
 
-        `inputs` must be left-padded, as for any decoder-only generation.
+        `inputs` must be left-padded, as for any decoder-only generation. Prompts that were read
+        before (`past_key_values` among the keywords) are not read again.
         """
         chosen = _ChosenLogProbs()
+        # Images of prompts that were read are in their keys and values.
+        read = "past_key_values" in keywords
+        words = ("input_ids", "attention_mask", "mm_token_type_ids")
         output = self.base.generate(
-            **self.with_image_features(inputs, image_slots),
+            **{name: inputs[name] for name in words if name in inputs}
+            if read
+            else self.with_image_features(inputs, image_slots),
             max_new_tokens=max_new_tokens,
             logits_processor=LogitsProcessorList([chosen]),
             **({"do_sample": False} | keywords),

@@ -2,6 +2,7 @@
 
     prefix = read_prefix(mllm, inputs, image_slots)          # B prompts and their images
     scores = continuation_log_probs(mllm, prefix, rows, continuations)
+    generated = mllm.generate(..., **going_on(prefix))       # the same prompts, not read again
 
 Log-probabilities are of the full vocabulary and in fp32: a share among a few options is a quotient
 of them, and bf16 would round it.
@@ -9,11 +10,13 @@ of them, and bf16 would round it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Cache
 
 from biascare.models.language.packing import rotary_positions
 from biascare.models.language.pathway import MLLMPathway
@@ -64,7 +67,8 @@ def continuation_log_probs(
     """Log-probability of N token sequences, each after the prompt of its row: [N] fp32.
 
     A continuation of one token costs nothing more; longer ones are read after the cached prompt,
-    their last token left out, which nothing follows. Raises ValueError for an empty one.
+    their last token left out, which nothing follows, and those that begin alike together. Raises
+    ValueError for an empty one.
     """
     if not all(continuations):
         raise ValueError("a continuation needs at least one token, got an empty one")
@@ -74,41 +78,79 @@ def continuation_log_probs(
     scores = prefix.log_probs[index, first]
     # The first token is there already, for all continuations of a prompt in one reading.
     longer = [n for n, tokens in enumerate(continuations) if len(tokens) > 1]
-    for start in range(0, len(longer), MAX_CONTINUATIONS):
-        chosen = longer[start : start + MAX_CONTINUATIONS]
+    # Longest first: one that begins another is then read with it, and a part has little padding.
+    longer.sort(key=lambda n: -len(continuations[n]))
+    readings: list[tuple[int, ...]] = []  # a row and the tokens read after its prompt
+    place: dict[tuple[int, ...], int] = {}  # of everything that a reading begins with
+    for n in longer:
+        read = (rows[n], *continuations[n][:-1])
+        if read not in place:
+            place |= {read[:end]: len(readings) for end in range(2, len(read) + 1)}
+            readings.append(read)
+    reading = [place[rows[n], *continuations[n][:-1]] for n in longer]
+    for start in range(0, len(readings), MAX_CONTINUATIONS):
+        part = readings[start : start + MAX_CONTINUATIONS]
+        mine = [
+            (n, r - start)
+            for n, r in zip(longer, reading, strict=True)
+            if start <= r < start + len(part)
+        ]
+        chosen = [n for n, _ in mine]
         scores[chosen] += _rest_log_probs(
-            mllm, prefix, [rows[n] for n in chosen], [continuations[n] for n in chosen]
+            mllm, prefix, part, [r for _, r in mine], [continuations[n] for n in chosen]
         )
     return scores
 
 
-def _rest_log_probs(
-    mllm: MLLMPathway, prefix: Prefix, rows: list[int], continuations: list[Sequence[int]]
-) -> Tensor:
-    """[N] fp32: of all tokens but the first."""
-    device = prefix.log_probs.device
-    index = torch.tensor(rows, device=device)
-    length = max(map(len, continuations)) - 1
-    read = torch.zeros(len(rows), length, dtype=torch.int64, device=device)
-    wanted = torch.full_like(read, -1)
-    for n, tokens in enumerate(continuations):
-        read[n, : len(tokens) - 1] = torch.tensor(tokens[:-1], device=device)
-        wanted[n, : len(tokens) - 1] = torch.tensor(tokens[1:], device=device)
-    # Shorter continuations end in padding that their own tokens, being causal, never see.
-    real = (wanted >= 0).to(prefix.attention_mask)
-    steps = torch.arange(length, device=device)
-    # Another cache of these rows: reading goes on in place, and others continue the same prompt.
-    cache = type(prefix.cache)()
+def going_on(prefix: Prefix) -> dict[str, Any]:
+    """What `MLLMPathway.generate` needs to go on after prompts that were read."""
+    # Of all but the last token, which generation reads itself, to have what follows it. Only its
+    # position counts then.
+    before = (prefix.next_position - 1)[..., None]
+    return {
+        "past_key_values": _cache(prefix, lambda states: states[:, :, :-1]),
+        "position_ids": before.expand(*before.shape[:-1], prefix.attention_mask.shape[1]),
+    }
+
+
+def _cache(prefix: Prefix, of: Callable[[Tensor], Tensor]) -> Cache:
+    """Another cache with a part of every layer's states [B, heads, L, d]: reading goes on in
+    place, and others continue the same prompt."""
+    cache: Cache = type(prefix.cache)()
     for number, layer in enumerate(prefix.cache.layers):
-        cache.update(layer.keys[index], layer.values[index], number)
+        cache.update(of(layer.keys), of(layer.values), number)
+    return cache
+
+
+def _rest_log_probs(
+    mllm: MLLMPathway,
+    prefix: Prefix,
+    readings: list[tuple[int, ...]],
+    reading: list[int],
+    continuations: list[Sequence[int]],
+) -> Tensor:
+    """[N] fp32: of all tokens but the first. `reading` [N]: which of the R readings, each a row and
+    its tokens, holds a continuation."""
+    device = prefix.log_probs.device
+    index = torch.tensor([row for row, *_ in readings], device=device)
+    tokens = [torch.tensor(read[1:]) for read in readings]
+    read = pad_sequence(tokens, batch_first=True).to(device)
+    # Shorter readings end in padding that their own tokens, being causal, never see.
+    real = pad_sequence([torch.ones_like(t) for t in tokens], batch_first=True).to(device)
+    following = [torch.tensor(said[1:]) for said in continuations]
+    wanted = pad_sequence(following, batch_first=True, padding_value=-1).to(device)
+    steps = torch.arange(read.shape[1], device=device)
+    cache = _cache(prefix, lambda states: states[index])
     output = mllm.base.model(
         input_ids=read,
-        attention_mask=torch.cat([prefix.attention_mask[index], real], 1),
+        attention_mask=torch.cat([prefix.attention_mask[index], real.to(prefix.attention_mask)], 1),
         position_ids=prefix.next_position[..., index, None] + steps,
         past_key_values=cache,
         use_cache=True,
     )
     logits = mllm.base.lm_head(output.last_hidden_state).float()
-    picked = logits.log_softmax(-1).gather(-1, wanted.clamp(min=0)[..., None])[..., 0]
+    said = torch.tensor(reading, device=device)[:, None], steps[: wanted.shape[1]]
+    # Less the normaliser, and not a softmax of all: few of the vocabulary's numbers are wanted.
+    picked = logits[*said, wanted.clamp(min=0)] - logits.logsumexp(-1)[said]
     # Not a mean: the likelihood of an option is that of all its tokens together.
     return torch.where(wanted >= 0, picked, 0.0).sum(1)
