@@ -63,6 +63,7 @@ class Answerer:
         self.mllm = network.mllm
         self.chat = chat
         self.image_size = image_size
+        self._spelled: dict[tuple[str, ...], list[list[list[int]]]] = {}
 
     def generate(
         self,
@@ -90,7 +91,9 @@ class Answerer:
             for name, value in batch.mllm_inputs.items()
         }
         batch = batch._replace(mllm_inputs=inputs, image_slots=batch.image_slots * n)
-        sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+        sampling: dict[str, Any] = (
+            {"do_sample": True, "temperature": temperature} if temperature else {}
+        )
         return self.generate_batch(batch, max_new_tokens=max_new_tokens, **sampling)
 
     def score(self, case: Case, options: Sequence[str]) -> Tensor:
@@ -140,7 +143,10 @@ class Answerer:
         several tokens by the product over its tokens. Prompt and image are read once, or were:
         `prefix` is what `read` made of the batch.
         """
-        spellings = [self.spellings(said) for said in options]
+        # Yes and no are asked for again and again.
+        for said in {tuple(said) for said in options} - self._spelled.keys():
+            self._spelled[said] = self.spellings(said)
+        spellings = [self._spelled[tuple(said)] for said in options]
         flat = [
             (row, option, tokens)
             for row, said in enumerate(spellings)

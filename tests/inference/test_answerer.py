@@ -98,6 +98,40 @@ def test_image_and_prompt_are_read_once_for_all_options(
     assert len(calls) == 1
 
 
+def test_questions_about_one_image_encode_it_once(answerer: Answerer, tiny_records: Path) -> None:
+    questions = HeldOutQuestions([Records(tiny_records)], answerer.chat, {}, image_size=IMAGE_SIZE)
+    (held,) = heldout_loader(questions, range(6), 6)
+    images = [item.id.rpartition("/")[0] for item in held.items]
+    assert len(set(images)) < len(images)
+    slots = held.batch.image_slots
+    assert len(set(slots)) == len(set(images))
+    # Of those that share it, and of no others.
+    assert len(set(zip(images, slots, strict=True))) == len(set(images))
+
+
+def test_spellings_that_begin_alike_are_read_together(
+    answerer: Answerer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    continuations = [[5, 6, 7], [5, 6, 8], [5, 6], [5, 9], [9, 6, 7]]
+    prefix = scoring.read_prefix(answerer.mllm, *_inputs(answerer))
+    apart = [
+        scoring.continuation_log_probs(answerer.mllm, prefix, [0], [tokens]).item()
+        for tokens in continuations
+    ]
+    read: list[torch.Tensor] = []
+    forward = answerer.mllm.base.model.forward
+
+    def counted(**inputs: torch.Tensor) -> object:
+        read.append(inputs["input_ids"])
+        return forward(**inputs)
+
+    monkeypatch.setattr(answerer.mllm.base.model, "forward", counted)
+    rows = [0] * len(continuations)
+    together = scoring.continuation_log_probs(answerer.mllm, prefix, rows, continuations)
+    assert together.tolist() == pytest.approx(apart, abs=1e-5)
+    assert [sorted(tokens.tolist()) for tokens in read] == [[[5, 6], [9, 6]]]
+
+
 def test_spellings_vary_case_and_leading_space_only_where_options_stay_apart(
     answerer: Answerer,
 ) -> None:
@@ -188,6 +222,26 @@ def test_a_batch_answers_as_each_question_alone(answerer: Answerer, tiny_records
         single = answerer.generate_batch(alone.batch, max_new_tokens=4)[0]
         assert said.text == single.text
         assert said.token_log_probs == pytest.approx(single.token_log_probs, abs=1e-3)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "temperature": 1.5}])
+def test_an_answer_goes_on_after_the_prompt_that_scoring_read(
+    answerer: Answerer, tiny_records: Path, sampling: dict[str, float]
+) -> None:
+    questions = HeldOutQuestions([Records(tiny_records)], answerer.chat, {}, image_size=IMAGE_SIZE)
+    (held,) = heldout_loader(questions, range(5), 5)
+    torch.manual_seed(0)
+    alone = answerer.generate_batch(held.batch, max_new_tokens=6, **sampling)
+    prefix = answerer.read(held.batch)
+    scores = answerer.score_batch(held.batch, [["yes", "no"]] * 5, prefix)
+    torch.manual_seed(0)
+    after = answerer.generate_batch(held.batch, max_new_tokens=6, prefix=prefix, **sampling)
+    for one, other in zip(alone, after, strict=True):
+        assert one.text == other.text
+        assert one.token_log_probs == pytest.approx(other.token_log_probs, abs=1e-4)
+    # What was read is left as it was.
+    again = answerer.score_batch(held.batch, [["yes", "no"]] * 5, prefix)
+    assert torch.stack(again).tolist() == torch.stack(scores).tolist()
 
 
 def test_scores_and_greedy_generation_agree_on_what_comes_first(answerer: Answerer) -> None:

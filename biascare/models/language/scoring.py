@@ -87,7 +87,7 @@ def continuation_log_probs(
         if read not in place:
             place |= {read[:end]: len(readings) for end in range(2, len(read) + 1)}
             readings.append(read)
-    reading = [place[rows[n], *continuations[n][:-1]] for n in longer]
+    reading = [place[(rows[n], *continuations[n][:-1])] for n in longer]
     for start in range(0, len(readings), MAX_CONTINUATIONS):
         part = readings[start : start + MAX_CONTINUATIONS]
         mine = [
@@ -151,6 +151,6 @@ def _rest_log_probs(
     logits = mllm.base.lm_head(output.last_hidden_state).float()
     said = torch.tensor(reading, device=device)[:, None], steps[: wanted.shape[1]]
     # Less the normaliser, and not a softmax of all: few of the vocabulary's numbers are wanted.
-    picked = logits[*said, wanted.clamp(min=0)] - logits.logsumexp(-1)[said]
+    picked = logits[(*said, wanted.clamp(min=0))] - logits.logsumexp(-1)[said]
     # Not a mean: the likelihood of an option is that of all its tokens together.
     return torch.where(wanted >= 0, picked, 0.0).sum(1)
