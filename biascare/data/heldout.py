@@ -100,6 +100,7 @@ class HeldOutBatch(NamedTuple):
 class HeldOut(Dataset, ABC):
     """Items of several record folders, in order; a limit takes evenly spaced ones."""
 
+    becomes: str  # what a person calls the cases
     padding_side = "right"
     rows_per_unit = 1
     """Prompts that a unit becomes at most; a batch holds fewer units where they are several."""
@@ -185,6 +186,8 @@ class HeldOutImages(HeldOut):
     """Images with all their targets, prompted by the first click, or by the tight box of the true
     mask, as benchmarks of promptable models have it."""
 
+    becomes = "masks"
+
     def __init__(self, *arguments: Any, prompt: str = "point", **keywords: Any):
         super().__init__(*arguments, **keywords)
         self.prompt = prompt
@@ -262,6 +265,7 @@ class LabelItem(NamedTuple):
 class HeldOutLabels(HeldOut):
     """Images with their labels: shown to a label head, or asked for label by label."""
 
+    becomes = "labels"
     padding_side = "left"
 
     def __init__(self, *arguments: Any, space: LabelSpace, asked: bool, **keywords: Any):
@@ -303,6 +307,7 @@ class HeldOutLabels(HeldOut):
 class HeldOutQuestions(HeldOut):
     """Questions without their answers, padded for generation."""
 
+    becomes = "answers"
     # Generation goes on at the end of every row, so padding cannot stand there.
     padding_side = "left"
 
