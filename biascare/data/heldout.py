@@ -100,6 +100,7 @@ class HeldOutBatch(NamedTuple):
 class HeldOut(Dataset, ABC):
     """Items of several record folders, in order; a limit takes evenly spaced ones."""
 
+    becomes: str  # what a person calls the cases
     padding_side = "right"
     rows_per_unit = 1
 
@@ -185,6 +186,8 @@ class HeldOutImages(HeldOut):
     """Images with all their targets, prompted by the first click, or by the tight box of the true
     mask, as benchmarks of promptable models have it."""
 
+    becomes = "masks"
+
     def __init__(self, *arguments: Any, prompt: str = "point", **keywords: Any):
         super().__init__(*arguments, **keywords)
         self.prompt = prompt
@@ -262,6 +265,7 @@ class LabelItem(NamedTuple):
 class HeldOutLabels(HeldOut):
     """Images with their labels: shown to a label head, or asked for label by label."""
 
+    becomes = "labels"
     padding_side = "left"
 
     def __init__(self, *arguments: Any, space: LabelSpace, asked: bool, **keywords: Any):
@@ -303,6 +307,7 @@ class HeldOutLabels(HeldOut):
 class HeldOutQuestions(HeldOut):
     """Questions without their answers, padded for generation."""
 
+    becomes = "answers"
     # Generation goes on at the end of every row, so padding cannot stand there.
     padding_side = "left"
 
@@ -347,7 +352,8 @@ class HeldOutQuestions(HeldOut):
         ]
         for number, (r, unit) in enumerate(self.units):
             (reports if kinds[r][unit] == "report" else answers).append(number)
-        return [(answers, self.rows_per_unit), (reports, 1)]
+        parts = ((answers, self.rows_per_unit), (reports, 1))
+        return [part for part in parts if part[0]]
 
     def _sample(self, source: Records, unit: tuple[int, int]) -> tuple[Sample, list[QuestionItem]]:
         assert self.chat is not None, "questions need an MLLM"

@@ -72,6 +72,7 @@ from biascare.evaluation.metrics.segmentation import (
     summarise_volumes,
 )
 from biascare.evaluation.metrics.triage import summarise_triage
+from biascare.evaluation.progress import watched
 from biascare.hitl.clicks import refine_once
 from biascare.inference.answerer import Answerer, spoken
 from biascare.inference.labeller import YES_NO, Labeller
@@ -106,11 +107,13 @@ def evaluate(
     labelled: HeldOutLabels | None = None,
     labeller: Labeller | None = None,
     overwrite: bool = False,
+    progress: bool = False,
 ) -> Cases:
     """Evaluate every target, question and labelled image once; write `path`, and return what stands
     in it.
 
     Call on every rank. What an earlier call with the same header left is kept and completed.
+    `progress`: tell standard error how far it is.
 
     Raises ValueError when there is nothing to evaluate, two folders hold a case of one name, or
     `path` holds cases of another header (and `overwrite` is not set).
@@ -121,19 +124,19 @@ def evaluate(
     done = from_rank_zero(lambda: _begin(path, header, overwrite))
     share = path.with_name(f"{path.stem}.rank{rank()}{path.suffix}")
     with CaseWriter(share, header) as writer:
-        for held in _batches(images, done, segmenter.network.device, settings):
+        for held in _batches(images, done, segmenter.network.device, settings, progress):
             began = time.perf_counter()
             masks = mask_cases(segmenter, images, held, settings, header)
             # Batch by batch: a kill costs at most one, and the memory of a whole benchmark's masks
             # is never held.
             writer.append(list(_new(masks, held, done, began)))
         if answerer is not None and questions is not None:
-            for held in _batches(questions, done, answerer.network.device, settings):
+            for held in _batches(questions, done, answerer.network.device, settings, progress):
                 began = time.perf_counter()
                 answers = answer_cases(answerer, held, settings)
                 writer.append(list(_new(answers, held, done, began)))
         if labeller is not None and labelled is not None:
-            for held in _batches(labelled, done, labeller.network.device, settings):
+            for held in _batches(labelled, done, labeller.network.device, settings, progress):
                 began = time.perf_counter()
                 writer.append(list(_new(label_cases(labeller, held), held, done, began)))
     gather_objects(None)  # a barrier: only now are all shares on disk
@@ -427,12 +430,16 @@ def options_of(item: QuestionItem) -> tuple[str, ...]:
 
 
 def _batches(
-    items: HeldOut, done: set[str], device: torch.device, settings: EvaluationSettings
+    items: HeldOut,
+    done: set[str],
+    device: torch.device,
+    settings: EvaluationSettings,
+    progress: bool,
 ) -> Iterator[HeldOutBatch]:
     """This rank's batches of the units that are not done."""
-    # An image of which one target is missing is encoded again; `_new` keeps the others out.
     keys = items.case_keys()
     for numbers, rows_per_unit in items.apart():
+        # An image of which one target is missing is encoded again; `_new` keeps the others out.
         left = [i for i in numbers if not done.issuperset(keys[i])]
         loader = heldout_loader(
             items,
@@ -443,7 +450,10 @@ def _batches(
             world_size=world_size(),
             num_workers=settings.num_workers,
         )
-        for held in loader:
+        of_part = [key for i in numbers for key in keys[i]]
+        num_done = sum(key in done for key in of_part)
+        counts = num_done, len(of_part) - num_done
+        for held in watched(loader, items.becomes, *counts) if progress else loader:
             yield held._replace(batch=to_device(held.batch, device))
 
 

@@ -45,6 +45,7 @@ from biascare.inference.labeller import Labeller
 from biascare.inference.model import BiasCareVL
 from biascare.inference.segmenter import Segmenter
 from biascare.models.export_folder import build_network
+from biascare.models.language.merge import fold_adapter
 from biascare.records import Records, decode_mask
 from biascare.reports.mask_files import import_nibabel, save_masks
 from biascare.reports.sheets import contact_sheet, mask_panels, representative_cases
@@ -435,6 +436,7 @@ def _carried_out(prepared: Prepared) -> dict[str, Any]:
         labelled=labelled,
         labeller=labeller,
         overwrite=request.overwrite,
+        progress=True,
     )
     # Numbers of a large benchmark take minutes: one rank computes them.
     output = request.output
@@ -505,7 +507,11 @@ def _check_prepared(prepared: Prepared) -> list[Difference]:
 def open_model(request: EvaluationRequest) -> BiasCareVL:
     """An export, or foreign vision weights without a language side."""
     if request.vision is None:
-        return BiasCareVL.from_pretrained(request.model, mllm=request.mllm, device=local_device())
+        model = BiasCareVL.from_pretrained(request.model, mllm=request.mllm, device=local_device())
+        # In fp32 the folded weights answer alike, and an adapter costs three products for one.
+        if model.network.mllm is not None:
+            fold_adapter(model.network.mllm)
+        return model
     network = build_network(
         vision=request.vision, image_size=request.image_size, vision_weights=request.model
     )

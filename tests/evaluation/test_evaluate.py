@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from biascare.data.heldout import HeldOutImages, HeldOutQuestions
 from biascare.evaluation import evaluate as module
+from biascare.evaluation import progress
 from biascare.evaluation.cases import Cases, Header, MaskCase, read_cases
 from biascare.evaluation.evaluate import EvaluationSettings, evaluate, summarise
 from biascare.evaluation.metrics.segmentation import mask_scores
@@ -296,6 +298,33 @@ def test_an_interrupted_evaluation_computes_only_what_is_missing(
     assert 0 < model.num_encoded < len(records.segmentation_units)
     assert model.num_encoded >= len(records.segmentation_units) - len(done)
     assert not share.exists()
+
+
+def test_an_evaluation_tells_how_far_it_is_and_what_was_on_disk(
+    records: Records,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = segment(KnowingModel(), records, tmp_path / "whole.jsonl", batch_size=1)
+    assert capsys.readouterr().err == ""  # as inside training
+    lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "cases.rank0.jsonl").write_text("".join(lines[:4]))
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    segmenter = Segmenter(KnowingModel(), None, image_size=IMAGE_SIZE, beta_vl=0.5)
+    path = tmp_path / "cases.jsonl"
+    settings = SETTINGS._replace(batch_size=1)
+    evaluate(segmenter, None, images_of(records), None, path, HEADER, settings, progress=True)
+    first, *others = capsys.readouterr().err.splitlines()
+    num = len(whole)
+    assert first == f"masks: 3 of {num} were on disk, {num - 3} are left"
+    assert all(re.fullmatch(rf"masks: \d+ of {num}, .+ a second, .+ left", o) for o in others)
+    assert f"masks: {num} of {num}, " in others[-1]
+
+
+def test_time_left_follows_from_the_cases_of_this_call() -> None:
+    assert progress.pace_of(10, 70, 5.0) == "2 a second, 0:00:30 left"
+    assert progress.pace_of(0, 70, 5.0) == "time left unknown"
 
 
 def test_a_finished_evaluation_is_read_and_not_repeated(records: Records, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped, unused-ignore]
 from sacrebleu.metrics.bleu import BLEU
 
 from biascare.evaluation.metrics.answers import words
@@ -43,6 +42,11 @@ def rouge1_each(
     predictions: Sequence[str], references: Sequence[str], *, stemmer: bool = False
 ) -> list[float]:
     """F1 of single words of every report by rouge-score, in [0, 1]."""
+    # Here, because it loads NLTK: every evaluation would wait for it, and few have reports.
+    from rouge_score.rouge_scorer import (  # type: ignore[import-untyped, unused-ignore]
+        RougeScorer,
+    )
+
     scorer = RougeScorer(["rouge1"], use_stemmer=stemmer)
     pairs = zip(predictions, references, strict=True)
     return [float(scorer.score(wanted, said)["rouge1"].fmeasure) for said, wanted in pairs]
