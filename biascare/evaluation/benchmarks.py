@@ -23,9 +23,9 @@ from biascare.evaluation.cases import AnswerCase, FinishedCase, LabelCase, MaskC
 from biascare.evaluation.metrics.answers import (
     CLOSED,
     is_correct,
-    likeliest,
     normalise_answer,
     open_recall,
+    option_is_correct,
     read_closed,
     readings_table,
 )
@@ -103,15 +103,11 @@ def vqa_scores(cases: Sequence[AnswerCase]) -> dict[str, Score]:
     for name in ("f1", "precision", "recall"):
         scores[f"closed macro {name}"] = Score(strict.get(f"macro_{name}"), len(closed))
     scored = [case for case in closed if case.option_log_probs is not None]
-    scores["closed accuracy by option"] = mean_score(scored, _by_option(scored))
+    scores["closed accuracy by option"] = mean_score(
+        scored, [float(bool(option_is_correct(case))) for case in scored]
+    )
     recall = [open_recall(case.text, case.reference) for case in others]
     return scores | {"open recall": mean_score(others, recall)}
-
-
-def _by_option(cases: Sequence[AnswerCase]) -> list[float]:
-    wanted = (normalise_answer(case.reference) for case in cases)
-    said = (normalise_answer(likeliest(case) or "") for case in cases)
-    return [float(a == b) for a, b in zip(said, wanted, strict=True)]
 
 
 def choice_scores(cases: Sequence[AnswerCase]) -> dict[str, Score]:
@@ -119,7 +115,9 @@ def choice_scores(cases: Sequence[AnswerCase]) -> dict[str, Score]:
     scored = [case for case in cases if case.option_log_probs is not None]
     text = [float(is_correct(case.text, case)) for case in cases]
     return {
-        "accuracy by option": mean_score(scored, _by_option(scored)),
+        "accuracy by option": mean_score(
+            scored, [float(bool(option_is_correct(case))) for case in scored]
+        ),
         "accuracy by text": mean_score(cases, text),
     }
 

@@ -160,7 +160,7 @@ class Prepared(NamedTuple):
     validation: Cases | None  # what triage is fitted on
 
 
-SUITE_KEYS = ("name", "data", "limit", "output")
+SUITE_KEYS = ("name", "data", "limit")
 
 
 def jobs_of(request: EvaluationRequest) -> list[Job]:

@@ -20,15 +20,16 @@ from biascare.evaluation.cases import AnswerCase, Cases, FinishedCase, LabelCase
 from biascare.evaluation.metrics.answers import (
     CLOSED,
     is_correct,
-    likeliest,
     normalise_answer,
     open_recall,
     option_confidence,
+    option_is_correct,
     read_closed,
     text_confidence,
 )
 from biascare.evaluation.metrics.bootstrap import cluster_numbers
 from biascare.evaluation.metrics.fairness import named_groups
+from biascare.evaluation.metrics.reports import rouge1_each
 from biascare.evaluation.metrics.segmentation import mask_scores
 from biascare.interfaces import Facts
 from biascare.records import decode_mask
@@ -196,7 +197,7 @@ def size_band(share: float) -> str:
 
 def _answer_table(cases: list[AnswerCase]) -> AuditTable:
     right = _column(cases, lambda case: is_correct(case.text, case))
-    option_right = _column(cases, _option_is_right)
+    option_right = _column(cases, option_is_correct)
     said_yes = _column(cases, _says_yes)
     truth = [normalise_answer(case.reference) for case in cases]
     is_open = [case.facts.kind == "open" for case in cases]
@@ -226,13 +227,6 @@ def _answer_table(cases: list[AnswerCase]) -> AuditTable:
     )
 
 
-def _option_is_right(case: AnswerCase) -> bool | None:
-    option = likeliest(case)
-    if option is None:
-        return None
-    return normalise_answer(option) == normalise_answer(case.reference)
-
-
 def _says_yes(case: AnswerCase) -> bool | None:
     """None where yes or no is not the answer; what cannot be read says no yes."""
     if normalise_answer(case.reference) not in CLOSED:
@@ -241,19 +235,12 @@ def _says_yes(case: AnswerCase) -> bool | None:
 
 
 def _report_table(cases: list[AnswerCase]) -> AuditTable:
-    # Only here: its tokenisers take seconds to load, and most audits hold no report.
-    from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped, unused-ignore]
-
-    scorer = RougeScorer(["rouge1"], use_stemmer=False)
+    overlap = rouge1_each([case.text for case in cases], [case.reference for case in cases])
     return _table(
         "reports",
         cases,
         [case.facts.modality for case in cases],
-        metrics={
-            "rouge1": _column(
-                cases, lambda case: scorer.score(case.reference, case.text)["rouge1"].fmeasure
-            )
-        },
+        metrics={"rouge1": np.array(overlap, np.float64)},
     )
 
 

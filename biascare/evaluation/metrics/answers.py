@@ -169,6 +169,12 @@ def chosen_answer(case: AnswerCase, answered: AnswerCase | Variant) -> str:
     return normalise_answer(likeliest(case, answered) or answered.text)
 
 
+def option_is_correct(case: AnswerCase) -> bool | None:
+    """Whether the likeliest option is the reference; None where none was scored."""
+    option = likeliest(case)
+    return None if option is None else normalise_answer(option) == normalise_answer(case.reference)
+
+
 def summarise_answers(cases: Sequence[AnswerCase]) -> dict[str, Any]:
     """Accuracy by kind and by modality, beside what constant answers would get.
 

@@ -187,9 +187,13 @@ def excess_ece(
         size = (min(block, num_draws - first), len(found))
         hits = np.add.reduceat(rng.random(size) < found[order], starts, axis=1, dtype=np.float64)
         drawn.append(np.abs(hits - claimed[filled]).sum(1) / len(found))
-    null = np.concatenate(drawn)
+    return _beside(len(found), ece, np.concatenate(drawn))
+
+
+def _beside(num: int, ece: float, null: NDArray[np.float64]) -> ExcessECE:
+    """An ECE beside the draws of its null."""
     return ExcessECE(
-        num=len(found),
+        num=num,
         ece=ece,
         null_mean=float(null.mean()),
         null_95=float(np.quantile(null, 0.95)),
@@ -223,14 +227,7 @@ def excess_score_error(
     for draw in range(num_draws):
         sign = rng.choice((-1.0, 1.0), num_clusters)[clusters]
         null[draw] = np.abs(np.bincount(index, sign * differences, num_bins)).sum() / len(found)
-    return ExcessECE(
-        num=len(found),
-        ece=ece,
-        null_mean=float(null.mean()),
-        null_95=float(np.quantile(null, 0.95)),
-        excess=float(ece - null.mean()),
-        p=p_value(ece, null),
-    )
+    return _beside(len(found), ece, null)
 
 
 def classwise_ece(probabilities: ArrayLike, labels: ArrayLike, num_bins: int = NUM_BINS) -> float:
