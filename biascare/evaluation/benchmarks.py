@@ -29,7 +29,7 @@ from biascare.evaluation.metrics.answers import (
     read_closed,
     readings_table,
 )
-from biascare.evaluation.metrics.bootstrap import cluster_numbers, clustered
+from biascare.evaluation.metrics.bootstrap import clustered, patients_of
 from biascare.evaluation.metrics.classification import (
     choices_as_labels,
     scored_labels,
@@ -77,9 +77,7 @@ def mean_score(cases: Sequence[FinishedCase], values: Sequence[float]) -> Score:
     """Mean with its interval; NaN values leave their cases out."""
     if not len(cases):
         return Score(None, 0)
-    facts = [case.facts for case in cases]
-    clusters = cluster_numbers([f.patient_id for f in facts], [f.image_id for f in facts])
-    drawn = clustered(values, clusters)
+    drawn = clustered(values, patients_of([case.facts for case in cases]))
     low, high = drawn.interval()
     num = int((~np.isnan(np.asarray(values, np.float64))).sum())
     if not num:

@@ -27,7 +27,7 @@ from biascare.evaluation.metrics.answers import (
     read_closed,
     text_confidence,
 )
-from biascare.evaluation.metrics.bootstrap import cluster_numbers
+from biascare.evaluation.metrics.bootstrap import patients_of
 from biascare.evaluation.metrics.fairness import named_groups
 from biascare.evaluation.metrics.reports import rouge1_each
 from biascare.evaluation.metrics.segmentation import mask_scores
@@ -121,7 +121,7 @@ def audit_tables(cases: Cases) -> list[AuditTable]:
 
 def _table(unit: str, cases: Sequence[Any], mix: list[str], **more: Any) -> AuditTable:
     facts = [case.facts for case in cases]
-    patients = cluster_numbers([f.patient_id for f in facts], [f.image_id for f in facts])
+    patients = patients_of(facts)
     defaults: dict[str, Any] = {"confidences": {}, "sizes": None, "scores": []}
     metrics = {
         # Some cases may lack a metric, and a metric that all lack is none.

@@ -19,6 +19,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from biascare.interfaces import Facts
+
 NUM_DRAWS = 1000
 BLOCK = 8_000_000
 """Patient weights held at a time."""
@@ -80,6 +82,11 @@ def cluster_numbers(patients: Sequence[str | None], images: Sequence[str]) -> ND
     alone = {name: len(known) + number for number, name in enumerate(dict.fromkeys(unknown))}
     pairs = zip(patients, images, strict=True)
     return np.array([known[p] if p else alone[i] for p, i in pairs], np.int64)
+
+
+def patients_of(facts: Sequence[Facts]) -> NDArray[np.int64]:
+    """`cluster_numbers` of cases, by what is known of them."""
+    return cluster_numbers([f.patient_id for f in facts], [f.image_id for f in facts])
 
 
 def cluster_weights(num_clusters: int, num_draws: int, seed: int) -> Iterator[NDArray[np.float64]]:

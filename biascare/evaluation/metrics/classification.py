@@ -19,7 +19,7 @@ from sklearn.metrics import f1_score, precision_recall_curve, precision_recall_f
 from biascare.evaluation.cases import AnswerCase, LabelCase
 from biascare.evaluation.metrics.bootstrap import (
     NUM_DRAWS,
-    cluster_numbers,
+    patients_of,
     percentile_interval,
     row_weights,
 )
@@ -282,7 +282,7 @@ def _bootstrapped(probabilities: Table, present: Table, clusters: Any) -> dict[s
 
 
 def _clusters(cases: Sequence[LabelCase]) -> NDArray[np.int64]:
-    return cluster_numbers([c.facts.patient_id for c in cases], [c.facts.image_id for c in cases])
+    return patients_of([case.facts for case in cases])
 
 
 def _means(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

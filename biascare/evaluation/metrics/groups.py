@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from biascare.evaluation.metrics.bootstrap import NUM_DRAWS, cluster_numbers
+from biascare.evaluation.metrics.bootstrap import NUM_DRAWS, patients_of
 from biascare.evaluation.metrics.fairness import (
     MISSING,
     adjusted,
@@ -78,9 +78,7 @@ def summarise_groups(
     """
     result: dict[str, dict[str, Any]] = {}
     for metric in metrics:
-        patients = cluster_numbers(
-            [facts.patient_id for facts in metric.facts], [f.image_id for f in metric.facts]
-        )
+        patients = patients_of(metric.facts)
         values = np.asarray(metric.values, np.float64)
         for name, of in ATTRIBUTES.items():
             groups = [of(facts) for facts in metric.facts]

@@ -26,9 +26,9 @@ from biascare.evaluation.cases import MaskCase
 from biascare.evaluation.metrics.bootstrap import (
     BLOCK,
     NUM_DRAWS,
-    cluster_numbers,
     cluster_weights,
     clustered,
+    patients_of,
     percentile_interval,
 )
 from biascare.evaluation.metrics.calibration import risk_coverage
@@ -73,7 +73,7 @@ class Doubts(NamedTuple):
     cases: Sequence[MaskCase]
     signals: dict[str, Array]  # [N] each; NaN where a case lacks it
     failed: NDArray[np.bool_]  # [N]
-    patients: NDArray[np.int64]  # [N], see `cluster_numbers`
+    patients: NDArray[np.int64]  # [N], see `patients_of`
 
 
 def summarise_triage(
@@ -164,7 +164,7 @@ def _doubts(cases: Sequence[MaskCase], scores: Sequence[Mapping[str, float]]) ->
         # A model that diverged says inf or NaN: that is no place in an order.
         signals={name: np.where(np.isfinite(v), v, np.nan) for name, v in found.items()},
         failed=np.array([score["dice"] < FAILURE_DICE for score in scores], bool),
-        patients=cluster_numbers([f.patient_id for f in facts], [f.image_id for f in facts]),
+        patients=patients_of(facts),
     )
 
 

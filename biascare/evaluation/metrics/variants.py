@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from biascare.data.variants import BLIND, STATEMENTS
 from biascare.evaluation.cases import AnswerCase, Variant
-from biascare.evaluation.metrics.bootstrap import cluster_numbers, clustered, percentile_interval
+from biascare.evaluation.metrics.bootstrap import clustered, patients_of, percentile_interval
 
 ScoreOf = Callable[[AnswerCase, AnswerCase | Variant], float]
 """(case, what was answered) -> how right it is; NaN where that cannot be said."""
@@ -160,5 +160,4 @@ def _compared(
 
 
 def _patients(cases: Sequence[AnswerCase]) -> NDArray[np.int64]:
-    facts = [case.facts for case in cases]
-    return cluster_numbers([f.patient_id for f in facts], [f.image_id for f in facts])
+    return patients_of([case.facts for case in cases])
