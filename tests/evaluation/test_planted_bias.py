@@ -35,5 +35,7 @@ def test_a_hundred_unbiased_data_sets_raise_an_alarm_as_often_as_was_allowed() -
     assert max(counts[f"false alarm, {key}"] for key in ("p_holm", "p_case_mix_holm")) <= 12
     assert counts["noise from 60 years on"] >= 90
     assert counts["findings rarer in women's training images"] >= 90
-    # Eleven patients of the demo's test split are of group C: docs/EXPERIMENTS.md says so.
-    assert counts["contrast of findings in group C"] < 50
+    # Eleven patients of the demo's test split are of group C: a test that is told where to look
+    # misses it too, and docs/EXPERIMENTS.md says so.
+    group_c = "contrast of findings in group C"
+    assert counts[group_c] <= counts[f"{group_c}, told in advance"] < 90
