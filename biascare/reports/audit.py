@@ -106,11 +106,11 @@ def markdown(audit: Row, sections: Sequence[Section]) -> str:
             if table.rows:
                 lines += ["", f"### {table.title}", ""]
                 lines += [table.note, ""] if table.note else []
-                lines += _markdown_table(table)
+                lines += markdown_table(table)
     return "\n".join(lines) + "\n"
 
 
-def _markdown_table(table: Table) -> Iterator[str]:
+def markdown_table(table: Table) -> Iterator[str]:
     cells = [[column.title for column in table.columns], ["---"] * len(table.columns)]
     for row in [*cells, *table.shown()]:
         # A bar inside a name would end its cell, and a line break the table.
