@@ -71,6 +71,10 @@ def score(value: Any) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
+def signed(value: Any) -> str:
+    return "-" if value is None else f"{value:+.3f}"
+
+
 def percent(value: Any) -> str:
     return "-" if value is None else f"{value:.1%}"
 

@@ -6,6 +6,7 @@ for section in sections_of(found, pictures): section.title, section.text, sectio
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 
 from biascare.reports.audit_parts import (
@@ -21,6 +22,7 @@ from biascare.reports.audit_parts import (
     p_text,
     percent,
     score,
+    signed,
     word,
     words,
     yes,
@@ -463,7 +465,15 @@ def _triage(audit: Row) -> Section:
             (row["order"], list(zip(review["fraction"], row["overall"], strict=True)))
             for row in sorted(orders, key=lambda row: (-(row["area"] or 0), row["order"]))[:5]
         ]
-        svg = curve(lines, "share of masks that get one correction", "mean Dice")
+        # Corrections move a mean by hundredths: over [0, 1] all orders would be one line.
+        reached = [value for _, points in lines for _, value in points]
+        bounds = math.floor(min(reached) * 20) / 20, math.ceil(max(reached) * 20 + 1e-9) / 20
+        svg = curve(
+            lines,
+            "share of masks that get one correction",
+            "mean Dice",
+            y_bounds=bounds if bounds[0] < bounds[1] else (0.0, 1.0),
+        )
         charts.append(Chart(f"Review curve (n = {review['num']:,}; best five orders)", svg))
     promises = [
         {"signal": name, "threshold": row["threshold"], "why": row.get("why")}
@@ -475,9 +485,9 @@ def _triage(audit: Row) -> Section:
     promises = [{key: row.get(key) for key in keys} for row in promises]
     area = [
         words("order"),
-        Column("area", "mean Dice over the curve", score),
-        Column("area_low", "95 % from", score),
-        Column("area_high", "to", score),
+        Column("area", "Dice gained over random order", signed),
+        Column("area_low", "95 % from", signed),
+        Column("area_high", "to", signed),
         Column("share_of_oracle", "share of the oracle's gain", percent),
     ]
     return Section(
@@ -506,7 +516,15 @@ def _triage(audit: Row) -> Section:
                 "triage_promises",
                 "Accepted without review, threshold from the validation run",
                 promises,
-                [Column(key, key, anything, number=False) for key in keys],
+                [
+                    Column(
+                        key,
+                        key.replace("_", " ").replace(" num", " n", 1),
+                        anything,
+                        number=key not in ("signal", "why"),
+                    )
+                    for key in keys
+                ],
             ),
             Table(
                 "triage_groups",

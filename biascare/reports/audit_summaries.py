@@ -8,7 +8,6 @@ The sentences come first and are those of `audit_words`; each number stands besi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from biascare.reports.audit_parts import (
     INTERVAL,
@@ -22,6 +21,7 @@ from biascare.reports.audit_parts import (
     count,
     percent,
     score,
+    signed,
     words,
 )
 from biascare.reports.audit_words import (
@@ -37,12 +37,11 @@ from biascare.reports.charts import Mark, forest
 MOST_LABELS = 30
 """Labels of the chart, rarest first; the table holds all."""
 
+MOST_WAYS = 10
+"""Rows of blind baselines that are shown unfolded."""
+
 MOST_VOLUMES = 10
 """Volumes of the table that is open; the other holds all."""
-
-
-def signed(value: Any) -> str:
-    return "-" if value is None else f"{value:+.3f}"
 
 
 DIFFERENCE = (
@@ -86,7 +85,13 @@ def image_reliance(audit: Row) -> Section:
         points=sentences[1:],
         tables=[
             Table("image_reliance", "Image reliance", _scored(audit["image_reliance"]), reliance),
-            Table("blind", "Each way not to look", _scored(audit["blind"]), blind),
+            Table(
+                "blind",
+                "Each way not to look",
+                _scored(audit["blind"]),
+                blind,
+                folded=len(audit["blind"]) > MOST_WAYS,
+            ),
         ],
     )
 
@@ -121,9 +126,10 @@ def counterfactual(audit: Row) -> Section:
         Column("flipped", "flipped", percent),
     ]
     rows = audit["counterfactual"]
-    # The largest excess over neutral words first: it is the sentence that a reader takes along.
-    asked = sorted((row for row in rows if row["num"]), key=lambda row: -row["flipped_difference"])
-    sentences = [flip_sentence(row) for row in asked]
+    # What is more than neutral words do is told by name; else one sentence tells of most flips.
+    asked = sorted((row for row in rows if row["num"]), key=lambda row: -row["flipped_words"])
+    found = [row for row in asked if row["flipped_low"] > 0] or asked[:1]
+    sentences = [flip_sentence(row) for row in found]
     return Section(
         "words",
         "Do words about the patient change its answers?",

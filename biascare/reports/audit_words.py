@@ -203,10 +203,12 @@ def _performance_headlines(audit: Row) -> Iterator[Headline]:
 
 
 def _asked_otherwise_headlines(audit: Row) -> Iterator[Headline]:
-    for row in audit["image_reliance"]:
-        # The words of open questions repeat what their answers as a whole say.
-        if row["measure"] == "text":
-            yield Headline(3 if row["low"] <= 0 else 6, reliance_sentence(row))
+    for kind in dict.fromkeys(row["kind"] for row in audit["image_reliance"]):
+        rows = [row for row in audit["image_reliance"] if row["kind"] == kind]
+        # By whatever measure the image is seen to help: a text that cannot be read as a choice
+        # would else say of a model that looks that it does not.
+        helped = next((row for row in rows if row["low"] > 0), None)
+        yield Headline(3 if helped is None else 6, reliance_sentence(helped or rows[0]))
     for row in audit["counterfactual"]:
         if row["num"] and row["flipped_low"] > 0:
             yield Headline(2, flip_sentence(row))
@@ -302,6 +304,10 @@ def reliance_sentence(row: Row) -> str:
     )
 
 
+MANY_FLIPS = 0.1
+"""Share of answers that neutral words flip from which on it is said in words."""
+
+
 def flip_sentence(row: Row) -> str:
     """How often words about one attribute change answers, beside neutral words."""
     interval = (
@@ -311,6 +317,8 @@ def flip_sentence(row: Row) -> str:
         effect = f"more than any words do ({interval})"
     else:
         effect = f"no more than these rows can tell from chance ({interval})"
+    if row["flipped_neutral"] >= MANY_FLIPS:
+        effect += "; any words before the question change many answers"
     return (
         f"Words about the patient's {row['attribute']} flip {row['flipped_words']:.1%} of the "
         f"answers to {row['num']:,} {row['kind']} questions, neutral words "

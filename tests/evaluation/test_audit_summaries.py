@@ -94,6 +94,22 @@ def test_a_model_that_needs_no_image_is_told_so_in_one_sentence(tmp_path: Path) 
     assert ways["the text", "most frequent answer"]["num_right_blind"] == "100"
 
 
+def test_the_summary_does_not_call_blind_what_looks_by_another_measure() -> None:
+    """A text that names no letter is wrong with every image; the likeliest option is not."""
+    unread = [
+        replace(
+            case,
+            text="it is",
+            variants={name: replace(v, text="it is") for name, v in case.variants.items()},
+        )
+        for case in blindly(100, 80, 40)
+    ]
+    found = audit(cases_of(answers=unread), draws=FEW)
+    lines = [line for line in headlines(found) if "black image" in line]
+    assert lines == [reliance_sentence(found["image_reliance"][1])]
+    assert "by its likeliest option, with the real one 80: the image adds to it" in lines[0]
+
+
 def test_an_image_that_helps_and_one_that_hurts_are_told_apart() -> None:
     for black, words in (
         (10, "the image adds to it (+0.4"),
@@ -156,6 +172,8 @@ def test_flips_stand_beside_those_of_neutral_words_in_every_form(tmp_path: Path)
     assert text in headlines(forms["found"])
     for form in ("html", "md"):
         assert text.replace("'", "&#39;" if form == "html" else "'") in forms[form]
+    # What neutral words do too stands in the table alone; one sentence of it for each is no news.
+    assert flip_sentence(rows["age"]) not in forms["md"]
     ways = {row["asked"]: row["flipped"] for row in forms["csv"]("counterfactual_ways")}
     assert (ways["sex: woman"], ways["sex: man"]) == ("0.5", "0.0")
 
