@@ -19,7 +19,7 @@ import numpy as np
 
 from biascare.choices import unknown
 from biascare.data.prevalence import prevalence_groups
-from biascare.evaluation.cases import AnswerCase, FinishedCase, LabelCase, MaskCase
+from biascare.evaluation.cases import AnswerCase, Cases, FinishedCase, LabelCase, MaskCase
 from biascare.evaluation.metrics.answers import (
     CLOSED,
     is_correct,
@@ -407,6 +407,18 @@ def label_groups(benchmark: Benchmark, header_prevalence: Mapping[str, str]) -> 
     shares = EvalConfig()
     published = prevalence_groups(benchmark.training_counts, shares.head_share, shares.tail_share)
     return published | {n: g for n, g in header_prevalence.items() if n in published}
+
+
+def labels_and_groups(cases: Cases) -> tuple[list[LabelCase], dict[str, str]]:
+    """The label cases of a file, and the prevalence groups of their labels. Of a benchmark of
+    classes that was answered without a head, the options of its choices are the classes."""
+    prevalence = cases.header.prevalence
+    if cases.header.benchmark is None:
+        return cases.labels, prevalence
+    benchmark = benchmark_of(cases.header.benchmark)
+    if benchmark.task != "labels":
+        return cases.labels, prevalence
+    return cases.labels or choices_as_labels(cases.answers), label_groups(benchmark, prevalence)
 
 
 def scored_items(

@@ -39,7 +39,7 @@ from biascare.durable import put_in_place
 from biascare.evaluation.benchmarks import (
     benchmark_of,
     benchmark_table,
-    label_groups,
+    labels_and_groups,
     scored_items,
 )
 from biascare.evaluation.cases import (
@@ -59,7 +59,6 @@ from biascare.evaluation.cases import (
 from biascare.evaluation.metrics.answers import is_correct, summarise_answers
 from biascare.evaluation.metrics.classification import (
     case_score,
-    choices_as_labels,
     scored_labels,
     summarise_labels,
 )
@@ -177,16 +176,12 @@ def summarise(cases: Cases, validation: Cases | None = None) -> dict[str, Any]:
         facts = [case.facts for case in reports]
         overlap = rouge1_each([c.text for c in reports], [c.reference for c in reports])
         measured.append(Measured("rouge1", facts, overlap, [str(f.modality) for f in facts]))
-    labels, prevalence = cases.labels, cases.header.prevalence
     if cases.header.benchmark is not None:
         benchmark = benchmark_of(cases.header.benchmark)
         pairs = list(zip(cases.masks, scores, strict=True))
-        items = scored_items(benchmark, pairs, cases.answers, labels)
+        items = scored_items(benchmark, pairs, cases.answers, cases.labels)
         summary["benchmark"] = benchmark_table(benchmark, items)
-        if benchmark.task == "labels":
-            # Without a head, the options of its choices are the classes.
-            labels = labels or choices_as_labels(cases.answers)
-            prevalence = label_groups(benchmark, prevalence)
+    labels, prevalence = labels_and_groups(cases)
     if labels:
         summary["labels"] = summarise_labels(labels, prevalence)
         scored = scored_labels(labels)

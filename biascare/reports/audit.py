@@ -18,7 +18,8 @@ import jinja2
 from markupsafe import Markup
 
 from biascare.durable import write_text
-from biascare.reports.audit_sections import Chart, Row, Section, Table, sections_of
+from biascare.reports.audit_parts import Chart, Row, Section, Table
+from biascare.reports.audit_sections import sections_of
 from biascare.reports.audit_words import headlines, verdict_sentence
 from biascare.reports.page import STYLE
 from biascare.version import __version__

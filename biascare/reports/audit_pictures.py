@@ -10,7 +10,7 @@ import numpy as np
 from biascare.data.transforms import decode_image
 from biascare.evaluation.cases import MaskCase
 from biascare.records import Records, decode_mask
-from biascare.reports.audit_sections import Chart, Row
+from biascare.reports.audit_parts import Chart, Row
 from biascare.reports.audit_words import SEXES
 from biascare.reports.charts import outlines
 

@@ -1,112 +1,46 @@
 """The sections of an audit: its words, charts and tables, for every form that it is written in.
 
-    for section in sections_of(found, pictures): section.title, section.text, section.tables
-
-A table has the columns that a reader is shown; its CSV has every key of its rows.
+for section in sections_of(found, pictures): section.title, section.text, section.tables
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+import math
+from collections.abc import Iterator, Sequence
 
+from biascare.reports.audit_parts import (
+    INTERVAL,
+    NUM,
+    Chart,
+    Column,
+    Row,
+    Section,
+    Table,
+    anything,
+    count,
+    p_text,
+    percent,
+    score,
+    signed,
+    word,
+    words,
+    yes,
+)
+from biascare.reports.audit_summaries import counterfactual, image_reliance, labels, volumes
 from biascare.reports.audit_words import (
     ASKED,
     changes,
     group_name,
     group_sentence,
+    metric_title,
     threats,
 )
 from biascare.reports.charts import Mark, curve, forest
 from biascare.reports.guidelines import guideline_rows
 
-Row = Mapping[str, Any]
-
 MOST_BARS = 30
 """Marks of one chart; the table holds all."""
-
-
-class Column(NamedTuple):
-    """One column of a table: the key of its rows and how a value is written."""
-
-    key: str
-    title: str
-    write: Callable[[Any], str]
-    number: bool = True
-
-
-class Table(NamedTuple):
-    """Rows of the audit and the columns that a page shows; a CSV holds every key."""
-
-    name: str
-    title: str
-    rows: Sequence[Row]
-    columns: Sequence[Column]
-    note: str = ""
-    folded: bool = False
-
-    def shown(self) -> list[list[str]]:
-        """The cells as a reader sees them."""
-        return [[column.write(row[column.key]) for column in self.columns] for row in self.rows]
-
-
-class Chart(NamedTuple):
-    """A chart, its title, and lines below it."""
-
-    title: str
-    svg: str
-    lines: Sequence[str] = ()
-
-
-class Section(NamedTuple):
-    """A part of the page."""
-
-    anchor: str
-    title: str
-    text: Sequence[str] = ()
-    points: Sequence[str] = ()
-    charts: Sequence[Chart] = ()
-    tables: Sequence[Table] = ()
-
-
-# ---------------------------------------------------------------- how values are written
-
-
-def word(value: Any) -> str:
-    return "-" if value is None else str(value)
-
-
-def count(value: Any) -> str:
-    return "-" if value is None else f"{value:,}"
-
-
-def score(value: Any) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def percent(value: Any) -> str:
-    return "-" if value is None else f"{value:.1%}"
-
-
-def p_text(value: Any) -> str:
-    return "-" if value is None else f"{value:.3f}" if value >= 0.001 else "<0.001"
-
-
-def yes(value: Any) -> str:
-    return "yes" if value else "no"
-
-
-def words(key: str, title: str | None = None) -> Column:
-    return Column(key, title or key, word, number=False)
-
-
-INTERVAL = (
-    Column("mean", "mean", score),
-    Column("low", "95 % from", score),
-    Column("high", "to", score),
-)
-NUM = (Column("num", "n", count), Column("num_patients", "patients", count))
 
 
 # ---------------------------------------------------------------- sections
@@ -117,7 +51,15 @@ def sections_of(audit: Row, pictures: Sequence[Chart]) -> Iterator[Section]:
     yield from _verdict(audit)
     yield _cohort(audit)
     yield _performance(audit)
+    if audit["blind"]:
+        yield image_reliance(audit)
+    if audit["labels"]:
+        yield labels(audit)
+    if audit["volumes"]:
+        yield volumes(audit)
     yield _groups(audit)
+    if audit["counterfactual"]:
+        yield counterfactual(audit)
     if audit["calibration"]:
         yield _calibration(audit)
     if audit["triage"] is not None:
@@ -146,7 +88,7 @@ def _verdict(audit: Row) -> Iterator[Section]:
     rows = [
         dict(row)
         | {
-            "metric": _title(audit, row["metric"]),
+            "metric": metric_title(audit, row["metric"]),
             "group": " against ".join(
                 group_name(row["attribute"], group) for group in row["group"].split(" against ")
             ),
@@ -174,11 +116,6 @@ def _verdict(audit: Row) -> Iterator[Section]:
         ],
         tables=[Table("verdict", "Every limit", rows, columns)],
     )
-
-
-def _title(audit: Row, metric: str) -> str:
-    metrics = audit["metrics"]
-    return str(metrics[metric]["title"]) if metric in metrics else metric
 
 
 def _cohort(audit: Row) -> Section:
@@ -214,7 +151,9 @@ def _cohort(audit: Row) -> Section:
 def _performance(audit: Row) -> Section:
     columns = [words("metric"), words("by"), words("group"), *NUM, *INTERVAL]
     columns.append(Column("count", "of n", count))
-    rows = [dict(row) | {"metric": _title(audit, row["metric"])} for row in audit["performance"]]
+    rows = [
+        dict(row) | {"metric": metric_title(audit, row["metric"])} for row in audit["performance"]
+    ]
     charts = []
     for metric, about in audit["metrics"].items():
         if not about["primary"]:
@@ -243,7 +182,7 @@ def _performance(audit: Row) -> Section:
                 "benchmark",
                 "By the protocol of the benchmark",
                 audit["benchmark"],
-                [words("what"), Column("value", "value", _any)],
+                [words("what"), Column("value", "value", anything)],
                 folded=True,
             ),
             Table(
@@ -327,7 +266,10 @@ def _groups(audit: Row) -> Section:
     num = len([r for r in primary if r["p"] is not None])
     shown_groups = [
         dict(g)
-        | {"metric": _title(audit, g["metric"]), "group": group_name(g["attribute"], g["group"])}
+        | {
+            "metric": metric_title(audit, g["metric"]),
+            "group": group_name(g["attribute"], g["group"]),
+        }
         for g in audit["groups"]
     ]
     named = {about["title"] for about in audit["metrics"].values() if about["primary"]}
@@ -367,7 +309,7 @@ def _groups(audit: Row) -> Section:
                 "error_types",
                 "Yes-no questions: kinds of error",
                 [
-                    dict(row) | {"decided_by": _title(audit, row["decided_by"])}
+                    dict(row) | {"decided_by": metric_title(audit, row["decided_by"])}
                     for row in audit["error_types"]
                 ],
                 errors,
@@ -397,7 +339,7 @@ def _named(audit: Row, rows: Sequence[Row]) -> list[Row]:
     """Rows with names for readers in place of keys."""
     return [
         dict(row)
-        | {"metric": _title(audit, row["metric"])}
+        | {"metric": metric_title(audit, row["metric"])}
         | {
             key: None if row[key] is None else group_name(row["attribute"], row[key])
             for key in ("worst", "best")
@@ -523,7 +465,15 @@ def _triage(audit: Row) -> Section:
             (row["order"], list(zip(review["fraction"], row["overall"], strict=True)))
             for row in sorted(orders, key=lambda row: (-(row["area"] or 0), row["order"]))[:5]
         ]
-        svg = curve(lines, "share of masks that get one correction", "mean Dice")
+        # Corrections move a mean by hundredths: over [0, 1] all orders would be one line.
+        reached = [value for _, points in lines for _, value in points]
+        bounds = math.floor(min(reached) * 20) / 20, math.ceil(max(reached) * 20 + 1e-9) / 20
+        svg = curve(
+            lines,
+            "share of masks that get one correction",
+            "mean Dice",
+            y_bounds=bounds if bounds[0] < bounds[1] else (0.0, 1.0),
+        )
         charts.append(Chart(f"Review curve (n = {review['num']:,}; best five orders)", svg))
     promises = [
         {"signal": name, "threshold": row["threshold"], "why": row.get("why")}
@@ -535,9 +485,9 @@ def _triage(audit: Row) -> Section:
     promises = [{key: row.get(key) for key in keys} for row in promises]
     area = [
         words("order"),
-        Column("area", "mean Dice over the curve", score),
-        Column("area_low", "95 % from", score),
-        Column("area_high", "to", score),
+        Column("area", "Dice gained over random order", signed),
+        Column("area_low", "95 % from", signed),
+        Column("area_high", "to", signed),
         Column("share_of_oracle", "share of the oracle's gain", percent),
     ]
     return Section(
@@ -566,7 +516,15 @@ def _triage(audit: Row) -> Section:
                 "triage_promises",
                 "Accepted without review, threshold from the validation run",
                 promises,
-                [Column(key, key, _any, number=False) for key in keys],
+                [
+                    Column(
+                        key,
+                        key.replace("_", " ").replace(" num", " n", 1),
+                        anything,
+                        number=key not in ("signal", "why"),
+                    )
+                    for key in keys
+                ],
             ),
             Table(
                 "triage_groups",
@@ -577,10 +535,6 @@ def _triage(audit: Row) -> Section:
             ),
         ],
     )
-
-
-def _any(value: Any) -> str:
-    return score(value) if isinstance(value, float) else word(value)
 
 
 def _deferral(audit: Row) -> Section:
@@ -628,11 +582,11 @@ def _slices(audit: Row) -> Section:
         Column("q", "q (FDR)", p_text),
         Column("confirmed", "confirmed", yes, number=False),
     ]
-    rows = [dict(row) | {"metric": _title(audit, row["metric"])} for row in audit["slices"]]
+    rows = [dict(row) | {"metric": metric_title(audit, row["metric"])} for row in audit["slices"]]
     text = [
-        f"{_title(audit, s['metric'])}: {s['num_searched']:,} combinations of up to three facts "
-        f"were searched in one half of the patients; {s['num_tested']} of the worst were tested on "
-        f"the other half, and {s['num_confirmed'] or 'none'} "
+        f"{metric_title(audit, s['metric'])}: {s['num_searched']:,} combinations of up to three "
+        f"facts were searched in one half of the patients; {s['num_tested']} of the worst were "
+        f"tested on the other half, and {s['num_confirmed'] or 'none'} "
         f"{'is' if s['num_confirmed'] == 1 else 'are'} confirmed."
         for s in audit["slice_search"]
     ]
@@ -698,7 +652,10 @@ def _comparison(audit: Row) -> Section:
     found = audit["comparison"]
     rows = [
         dict(row)
-        | {"metric": _title(audit, row["metric"]), "group": group_name(row["by"], row["group"])}
+        | {
+            "metric": metric_title(audit, row["metric"]),
+            "group": group_name(row["by"], row["group"]),
+        }
         for row in found["rows"]
     ]
     columns = [
@@ -716,7 +673,7 @@ def _comparison(audit: Row) -> Section:
         words("who", "who"),
     ]
     primary = [name for name, about in audit["metrics"].items() if about["primary"]]
-    titles = {_title(audit, name) for name in primary}
+    titles = {metric_title(audit, name) for name in primary}
     main = [r for r in rows if r["metric"] in titles and r["by"] != "target"]
     return Section(
         "comparison",
@@ -782,7 +739,7 @@ def _training(audit: Row) -> Section:
                 "training_without_overlap",
                 "Numbers with the overlap apart",
                 [
-                    dict(row) | {"metric": _title(audit, row["metric"])}
+                    dict(row) | {"metric": metric_title(audit, row["metric"])}
                     for row in found["without_overlap"]
                 ],
                 without,

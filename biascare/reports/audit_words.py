@@ -29,6 +29,8 @@ def headlines(audit: Row) -> list[str]:
         *_comparison_headlines(audit),
         *_group_headlines(audit),
         *_performance_headlines(audit),
+        *_asked_otherwise_headlines(audit),
+        *_label_and_volume_headlines(audit),
         *_overlap_headlines(audit),
         *_calibration_headlines(audit),
         *_slice_headlines(audit),
@@ -200,6 +202,25 @@ def _performance_headlines(audit: Row) -> Iterator[Headline]:
             yield Headline(4, f"{title}: {row['mean']:.2f} over {row['num']:,} {name}.")
 
 
+def _asked_otherwise_headlines(audit: Row) -> Iterator[Headline]:
+    for kind in dict.fromkeys(row["kind"] for row in audit["image_reliance"]):
+        rows = [row for row in audit["image_reliance"] if row["kind"] == kind]
+        # By whatever measure the image is seen to help: a text that cannot be read as a choice
+        # would else say of a model that looks that it does not.
+        helped = next((row for row in rows if row["low"] > 0), None)
+        yield Headline(3 if helped is None else 6, reliance_sentence(helped or rows[0]))
+    for row in audit["counterfactual"]:
+        if row["num"] and row["flipped_low"] > 0:
+            yield Headline(2, flip_sentence(row))
+
+
+def _label_and_volume_headlines(audit: Row) -> Iterator[Headline]:
+    for row in audit["label_scores"]:
+        yield Headline(4, label_sentences(audit, row)[0])
+    if audit["volumes"]:
+        yield Headline(4, volume_sentence(audit))
+
+
 def _overlap_headlines(audit: Row) -> Iterator[Headline]:
     for row in (audit["training"] or {}).get("overlap", []):
         shared = max(row["num_image_in_training"], row["num_patient_in_training"])
@@ -243,6 +264,121 @@ def _slice_headlines(audit: Row) -> Iterator[Headline]:
                 f"A weak spot in {title}, confirmed on other patients: {worst['slice']} "
                 f"({worst['mean']:.2f} on {worst['num']} cases, {worst['others']:.2f} elsewhere).",
             )
+
+
+# ---------------------------------------------------------------- questions asked otherwise
+
+WAYS_TO_SCORE = {
+    "text": "the text",
+    "option": "the likeliest option",
+    "recall": "recall of words",
+}
+
+BLINDLY = {
+    "without image": "Without the image",
+    "black image": "With a black image",
+    "another image": "With the image of another case",
+}
+
+
+def reliance_sentence(row: Row) -> str:
+    """What the image adds to the best blind answers to questions of one kind."""
+    interval = f"{row['value']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]"
+    if row["low"] > 0:
+        effect = f"the image adds to it ({interval})"
+    elif row["high"] < 0:
+        effect = f"the image makes it worse ({interval})"
+    else:
+        effect = f"here the image adds nothing that these rows can show ({interval})"
+    how = BLINDLY[row["best_blind"]]
+    asked = f"{row['num']:,} {row['kind']} question{'' if row['num'] == 1 else 's'}"
+    if row["num_right_blind"] is None:
+        return (
+            f"{how} its answers to {asked} hold {row['blind']:.2f} of the words that are true, "
+            f"with the real one {row['with_image']:.2f}: {effect}."
+        )
+    by = " by its likeliest option" if row["measure"] == "option" else ""
+    return (
+        f"{how} it answers {row['num_right_blind']:,} of {asked} correctly{by}, with the real one "
+        f"{row['num_right_with_image']:,}: {effect}."
+    )
+
+
+MANY_FLIPS = 0.1
+"""Share of answers that neutral words flip from which on it is said in words."""
+
+
+def flip_sentence(row: Row) -> str:
+    """How often words about one attribute change answers, beside neutral words."""
+    interval = (
+        f"{row['flipped_difference']:+.1%} [{row['flipped_low']:+.1%}, {row['flipped_high']:+.1%}]"
+    )
+    if row["flipped_low"] > 0:
+        effect = f"more than any words do ({interval})"
+    else:
+        effect = f"no more than these rows can tell from chance ({interval})"
+    if row["flipped_neutral"] >= MANY_FLIPS:
+        effect += "; any words before the question change many answers"
+    return (
+        f"Words about the patient's {row['attribute']} flip {row['flipped_words']:.1%} of the "
+        f"answers to {row['num']:,} {row['kind']} questions, neutral words "
+        f"{row['flipped_neutral']:.1%}: {effect}."
+    )
+
+
+# ---------------------------------------------------------------- labels and volumes
+
+
+def label_sentences(audit: Row, row: Row) -> list[str]:
+    """Of one set of labels: its main scores, then which labels have no AUROC, by name."""
+    mine = [r for r in audit["labels"] if r["set"] == row["set"]]
+    ranked = [r for r in mine if r["auroc"] is not None]
+    if row["exclusive"]:
+        low, high = row["balanced_accuracy_low"], row["balanced_accuracy_high"]
+        first = (
+            f"The likeliest of {row['num_labels']} classes is right for {row['accuracy']:.0%} of "
+            f"{row['num']:,} images; the mean over classes is "
+            f"{row['balanced_accuracy']:.2f}{_interval(low, high)}."
+        )
+    elif ranked:
+        auroc = _interval(row["macro_auroc_low"], row["macro_auroc_high"])
+        low, high = row["macro_average_precision_low"], row["macro_average_precision_high"]
+        first = (
+            f"Mean AUROC over {len(ranked)} of {row['num_labels']} labels: "
+            f"{row['macro_auroc']:.2f}{auroc}; mean average precision "
+            f"{row['macro_average_precision']:.2f}{_interval(low, high)}, where a ranking by "
+            f"chance has {row['prevalence']:.2f} ({row['num']:,} images)."
+        )
+    else:
+        first = f"None of {row['num_labels']} labels has images with and without it: no AUROC."
+    without = [r["label"] for r in mine if not r["num_positive"]]
+    always = [r["label"] for r in mine if r["num_positive"] and r["num_positive"] == r["num"]]
+    lines = [first]
+    if without:
+        lines.append(
+            f"Without a positive image, and so without AUROC, and in no mean: {', '.join(without)}."
+        )
+    if always:
+        lines.append(
+            f"Without a negative image, and so without AUROC, and in no mean: {', '.join(always)}."
+        )
+    return lines
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f" [{low:.2f}, {high:.2f}]"
+
+
+def volume_sentence(audit: Row) -> str:
+    """The mean Dice of whole volumes, and the worst of them by name."""
+    row = next(r for r in audit["volume_means"] if (r["metric"], r["by"]) == ("dice", "all"))
+    worst = audit["volumes"][0]
+    target = worst["target"] or "a mask"
+    return (
+        f"As whole volumes the mean Dice is {row['mean']:.2f}{_interval(row['low'], row['high'])} "
+        f"over {row['num']:,} pairs of volume and target; the worst is {target} in "
+        f"{worst['volume']} ({worst['dice']:.2f})."
+    )
 
 
 # ---------------------------------------------------------------- two runs
@@ -307,7 +443,7 @@ def verdict_sentence(audit: Row) -> str:
     if failed:
         first = failed[0]
         text += (
-            f" For one, {_metric_title(audit, first['metric'])} "
+            f" For one, {metric_title(audit, first['metric'])} "
             f"{_who(first)} is {first['mean']:.2f} [{first['low']:.2f}, {first['high']:.2f}] where "
             f"{ASKED[first['limit']]} {first['threshold']:g} is asked."
         )
@@ -324,8 +460,9 @@ def _who(row: Row) -> str:
     return f"by {row['attribute']} ({' against '.join(groups)})"
 
 
-def _metric_title(audit: Row, name: str) -> str:
-    return audit["metrics"][name]["title"] if name in audit["metrics"] else name
+def metric_title(audit: Row, name: str) -> str:
+    """Its name for readers; what is no metric of these cases keeps its own."""
+    return str(audit["metrics"][name]["title"]) if name in audit["metrics"] else name
 
 
 THREATS = (

@@ -108,24 +108,29 @@ def curve(
     *,
     diagonal: bool = False,
     notes: Sequence[tuple[float, float, str]] = (),
+    y_bounds: tuple[float, float] = (0.0, 1.0),
 ) -> str:
-    """Named lines over [0, 1] x [0, 1], told apart by dashes; `notes` are small words at points."""
+    """Named lines over [0, 1] x `y_bounds`, told apart by dashes; `notes` are small words at
+    points."""
     left, right, top, bottom = 44.0, WIDTH - 14.0, 12.0, 262.0
 
+    low, high = y_bounds
+
     def place(x: float, y: float) -> tuple[float, float]:
-        return left + x * (right - left), bottom - min(max(y, 0.0), 1.0) * (bottom - top)
+        share = (min(max(y, low), high) - low) / (high - low)
+        return left + x * (right - left), bottom - share * (bottom - top)
 
     parts = [
         f'<rect x="{left}" y="{top}" width="{right - left}" height="{bottom - top}" fill="none" '
         f'stroke="{QUIET}"/>'
     ]
     for k in range(5):
-        value = k / 4
-        (tick_x, _), (_, tick_y) = place(value, 0), place(0, value)
-        parts.append(_text(tick_x, bottom + 15, f"{value:g}", size=11, anchor="middle"))
-        parts.append(_text(left - 6, tick_y + 4, f"{value:g}", size=11, anchor="end"))
+        across, up = k / 4, low + (high - low) * k / 4
+        tick_x, tick_y = place(across, up)
+        parts.append(_text(tick_x, bottom + 15, f"{across:g}", size=11, anchor="middle"))
+        parts.append(_text(left - 6, tick_y + 4, f"{up:.3g}", size=11, anchor="end"))
     if diagonal:
-        (ax, ay), (bx, by) = place(0, 0), place(1, 1)
+        (ax, ay), (bx, by) = place(0, low), place(1, high)
         parts.append(
             f'<line x1="{ax:.1f}" y1="{ay:.1f}" x2="{bx:.1f}" y2="{by:.1f}" stroke="{QUIET}" '
             'stroke-dasharray="2 3"/>'

@@ -39,11 +39,14 @@ STYLE = (
     ".charts figure p{margin:.1rem 0;font-size:.85rem;color:#555;overflow-wrap:anywhere}"
     ".chart{max-width:100%;height:auto}a{color:#00406b}"
     "@media(max-width:600px){main{padding:.8rem}.verdict{font-size:1.3rem}"
-    ".findings{font-size:1rem}}"
-    "@media print{body{font-size:10px}main{max-width:none;padding:0}nav{display:none}"
-    "details::details-content{content-visibility:visible;block-size:auto}"
-    ".wide{overflow:visible}figure,tr,.verdict{break-inside:avoid}h2,h3{break-after:avoid}"
-    "section{break-inside:auto}*{print-color-adjust:exact}}"
+    ".findings{font-size:1rem}.audit td:not(.number){min-width:5rem}}"
+    # Sizes are in rem, so that the root decides how small everything prints.
+    "@media print{html{font-size:9px}body{font-size:1rem}main{max-width:none;padding:0}"
+    "nav{display:none}details::details-content{content-visibility:visible;block-size:auto}"
+    "summary{list-style:none;break-after:avoid}.wide{overflow:visible}"
+    "thead{display:table-header-group}figure,tr,li,.verdict{break-inside:avoid}"
+    "h2,h3,.note{break-after:avoid}p{orphans:3;widows:3}section{break-inside:auto}"
+    ".charts{gap:1rem}.charts figure{width:calc(33% - 1rem)}*{print-color-adjust:exact}}"
 )
 
 

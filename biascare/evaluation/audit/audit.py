@@ -18,6 +18,11 @@ from biascare.evaluation.audit.comparison import compare
 from biascare.evaluation.audit.examples import surest_errors, worst_masks
 from biascare.evaluation.audit.rows import METRICS, MISSED_DICE, AuditTable, audit_tables
 from biascare.evaluation.audit.slices import worst_slices
+from biascare.evaluation.audit.summaries import (
+    asked_otherwise_rows,
+    label_tables,
+    volume_tables,
+)
 from biascare.evaluation.audit.tables import (
     Draws,
     Row,
@@ -29,7 +34,12 @@ from biascare.evaluation.audit.tables import (
 )
 from biascare.evaluation.audit.thresholds import Thresholds, verdict
 from biascare.evaluation.audit.training import training_facts
-from biascare.evaluation.benchmarks import benchmark_of, benchmark_table, scored_items
+from biascare.evaluation.benchmarks import (
+    benchmark_of,
+    benchmark_table,
+    labels_and_groups,
+    scored_items,
+)
 from biascare.evaluation.cases import Cases, MaskCase
 from biascare.evaluation.metrics.fairness import MIN_CALIBRATION_GROUP, MIN_GROUP, MISSING
 from biascare.evaluation.metrics.triage import summarise_triage
@@ -69,6 +79,8 @@ def audit(
         if METRICS[name].primary
     }
     by_unit = {table.unit: table for table in tables}
+    label_scores, labels = label_tables(*labels_and_groups(cases))
+    volume_means, volumes = volume_tables(cases.masks, cases.header, draws)
     found: Row = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -90,6 +102,11 @@ def audit(
         },
         "performance": performance(tables, draws),
         "benchmark": _benchmark(cases, by_unit.get("masks")),
+        **asked_otherwise_rows(cases.answers, draws),
+        "labels": labels,
+        "label_scores": label_scores,
+        "volumes": volumes,
+        "volume_means": volume_means,
         "disparities": comparisons,
         "groups": groups,
         "error_types": errors,
@@ -118,6 +135,12 @@ def audit(
         else {"baseline": _provenance(baseline)} | compare(tables, audit_tables(baseline), draws),
     }
     found["warnings"] = list(_warnings(tables, found))
+    limit = cases.header.settings.get("limit")
+    if limit and any(case.place is not None for case in cases.masks):
+        found["warnings"].append(
+            f"Volumes are not scored: a limit of {limit} left slices out, and they would count as "
+            "slices without the target."
+        )
     return _plain(found)
 
 

@@ -10,7 +10,7 @@ appears in every table of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,9 +28,10 @@ from biascare.evaluation.metrics.answers import (
     text_confidence,
 )
 from biascare.evaluation.metrics.bootstrap import patients_of
+from biascare.evaluation.metrics.classification import case_score
 from biascare.evaluation.metrics.fairness import named_groups
 from biascare.evaluation.metrics.reports import rouge1_each
-from biascare.evaluation.metrics.segmentation import mask_scores
+from biascare.evaluation.metrics.segmentation import mask_scores, volumes_of
 from biascare.interfaces import Facts
 from biascare.records import decode_mask
 
@@ -173,6 +174,21 @@ def _mask_table(cases: Cases) -> AuditTable:
     )
 
 
+def volume_table(cases: Sequence[MaskCase], each: Sequence[Mapping[str, Any]]) -> AuditTable:
+    """`each` volume of `summarise_volumes`, as cases that stand for their slices; no part of
+    `audit_tables`, where they would count what their masks count already."""
+    firsts = [slices[0] for slices in volumes_of(cases).values()]
+    return _table(
+        "volumes",
+        firsts,
+        [f"{case.facts.modality}, {case.facts.target}" for case in firsts],
+        metrics={
+            name: np.array([row[name] for row in each], np.float64)
+            for name in ("dice", "iou", "nsd")
+        },
+    )
+
+
 def of_hard_kinds(values: Column, case_mix: Sequence[str]) -> Column:
     """[N] `values` of the kinds of case whose mean is below that of all, else NaN.
 
@@ -251,7 +267,9 @@ def _label_table(cases: list[LabelCase]) -> AuditTable:
         [case.facts.modality for case in cases],
         metrics={
             "top_label": _column(cases, _top_label_is_present),
-            "label_agreement": _column(cases, _label_agreement),
+            "label_agreement": _column(
+                cases, lambda case: None if case.exclusive else case_score(case)
+            ),
         },
         num_not_finite=sum(not math.isfinite(p) for case in cases for p in case.probabilities),
     )
@@ -261,19 +279,6 @@ def _top_label_is_present(case: LabelCase) -> bool | None:
     if not case.exclusive or not all(map(math.isfinite, case.probabilities)):
         return None
     return case.present[int(np.argmax(case.probabilities))]
-
-
-def _label_agreement(case: LabelCase) -> float | None:
-    """Over the labels that somebody judged; a proper score, defined for an image without any
-    label."""
-    if case.exclusive:
-        return None
-    judged = [
-        (p - present) ** 2
-        for p, present in zip(case.probabilities, case.present, strict=True)
-        if present is not None and math.isfinite(p)
-    ]
-    return 1 - sum(judged) / len(judged) if judged else None
 
 
 def _column(cases: Sequence[Any], value: Callable[[Any], float | None]) -> Column:

@@ -21,6 +21,7 @@ import numpy as np
 from sklearn.metrics import precision_recall_fscore_support
 
 from biascare.evaluation.cases import AnswerCase, Variant
+from biascare.evaluation.metrics.bootstrap import NUM_DRAWS
 from biascare.evaluation.metrics.calibration import calibration_errors, excess_ece, ranking
 from biascare.evaluation.metrics.variants import blind_table, counterfactual_table
 
@@ -157,21 +158,17 @@ def likeliest(case: AnswerCase, answered: AnswerCase | Variant | None = None) ->
     return max(zip(log_probs, case.options, strict=True))[1]
 
 
-def _right_option(case: AnswerCase, answered: AnswerCase | Variant) -> float:
-    chosen = likeliest(case, answered)
-    if chosen is None:
-        return math.nan
-    return float(normalise_answer(chosen) == normalise_answer(case.reference))
-
-
 def chosen_answer(case: AnswerCase, answered: AnswerCase | Variant) -> str:
     """What counts as one answer: the likeliest option where options were scored, else the text."""
     return normalise_answer(likeliest(case, answered) or answered.text)
 
 
-def option_is_correct(case: AnswerCase) -> bool | None:
-    """Whether the likeliest option is the reference; None where none was scored."""
-    option = likeliest(case)
+def option_is_correct(
+    case: AnswerCase, answered: AnswerCase | Variant | None = None
+) -> bool | None:
+    """Whether the likeliest option, of the case or of a variant of it, is the reference; None where
+    none was scored."""
+    option = likeliest(case, answered)
     return None if option is None else normalise_answer(option) == normalise_answer(case.reference)
 
 
@@ -187,16 +184,10 @@ def summarise_answers(cases: Sequence[AnswerCase]) -> dict[str, Any]:
 
 
 def _accuracy_table(cases: Sequence[AnswerCase]) -> dict[str, Any]:
-    # Per source, because sources ask about different things: one constant for all of them would be
-    # a weaker opponent than what a model can learn from the source alone.
-    constant = sum(
-        max(Counter(normalise_answer(case.reference) for case in mine).values())
-        for mine in _split(cases, lambda case: case.facts.source).values()
-    )
     table: dict[str, Any] = {
         "num": len(cases),
         "accuracy": _share(is_correct(case.text, case) for case in cases),
-        "best_constant": constant / len(cases),
+        "best_constant": best_constant(cases),
         "by_modality": {
             name: {
                 "num": len(mine),
@@ -209,23 +200,11 @@ def _accuracy_table(cases: Sequence[AnswerCase]) -> dict[str, Any]:
     scored = [case for case in cases if case.option_log_probs is not None]
     if scored:
         table["num_scored"] = len(scored)
-        table["accuracy_by_option"] = _share(
-            normalise_answer(likeliest(case) or "") == normalise_answer(case.reference)
-            for case in scored
-        )
+        table["accuracy_by_option"] = _share(bool(option_is_correct(case)) for case in scored)
     table["calibration"] = _calibration_table(cases)
-    measures: dict[str, Callable[[AnswerCase, AnswerCase | Variant], float]] = {
-        "text": lambda case, answered: float(is_correct(answered.text, case)),
-        "option": _right_option,
-    }
     if cases[0].facts.kind == "open":
         table["recall"] = float(np.mean([open_recall(c.text, c.reference) for c in cases]))
-        measures["recall"] = lambda case, answered: open_recall(answered.text, case.reference)
-    for name, found in (
-        ("blind", blind_table(cases, measures)),
-        ("counterfactual", counterfactual_table(cases, chosen_answer)),
-    ):
-        table |= {name: found} if found else {}
+    table |= asked_otherwise(cases)
     if cases[0].facts.kind == "choice":
         table["readings"] = choice_readings_table(cases)
     if cases[0].facts.kind == "closed":
@@ -234,6 +213,39 @@ def _accuracy_table(cases: Sequence[AnswerCase]) -> dict[str, Any]:
         # its own.
         table["always_yes"] = _share(normalise_answer(case.reference) == "yes" for case in cases)
     return table
+
+
+def best_constant(cases: Sequence[AnswerCase]) -> float:
+    """Accuracy of the answer most frequent among the references of each source."""
+    # Per source, because sources ask about different things: one constant for all of them would be
+    # a weaker opponent than what a model can learn from the source alone.
+    most = (
+        max(Counter(normalise_answer(case.reference) for case in mine).values())
+        for mine in _split(cases, lambda case: case.facts.source).values()
+    )
+    return sum(most) / len(cases)
+
+
+def asked_otherwise(
+    cases: Sequence[AnswerCase], num_draws: int = NUM_DRAWS, seed: int = 0
+) -> dict[str, Any]:
+    """`blind` and `counterfactual` of cases of one kind, each where there are such variants."""
+    measures: dict[str, Callable[[AnswerCase, AnswerCase | Variant], float]] = {
+        "text": lambda case, answered: float(is_correct(answered.text, case)),
+        "option": _option_score,
+    }
+    if cases[0].facts.kind == "open":
+        measures["recall"] = lambda case, answered: open_recall(answered.text, case.reference)
+    tables = {
+        "blind": blind_table(cases, measures, num_draws, seed),
+        "counterfactual": counterfactual_table(cases, chosen_answer, num_draws, seed),
+    }
+    return {name: table for name, table in tables.items() if table}
+
+
+def _option_score(case: AnswerCase, answered: AnswerCase | Variant) -> float:
+    right = option_is_correct(case, answered)
+    return math.nan if right is None else float(right)
 
 
 CLOSED = ("yes", "no")
@@ -311,7 +323,7 @@ def _calibration_table(cases: Sequence[AnswerCase]) -> dict[str, Any]:
     answers: dict[str, Callable[[AnswerCase], tuple[float | None, bool]]] = {
         "option": lambda case: (
             option_confidence(case),
-            normalise_answer(likeliest(case) or "") == normalise_answer(case.reference),
+            bool(option_is_correct(case)),
         ),
         "text": lambda case: (text_confidence(case), is_correct(case.text, case)),
     }

@@ -42,8 +42,7 @@ def choices_as_labels(answers: Sequence[AnswerCase]) -> list[LabelCase]:
     for case in answers:
         if case.option_log_probs is None or sorted(case.options) != classes:
             continue
-        likelihood = np.exp(np.array(case.option_log_probs) - max(case.option_log_probs))
-        share = dict(zip(case.options, (likelihood / likelihood.sum()).tolist(), strict=True))
+        share = dict(zip(case.options, option_shares(case.option_log_probs).tolist(), strict=True))
         found.append(
             LabelCase(
                 id=case.id,
@@ -56,6 +55,12 @@ def choices_as_labels(answers: Sequence[AnswerCase]) -> list[LabelCase]:
             )
         )
     return found
+
+
+def option_shares(log_probs: Sequence[float]) -> Table:
+    """Probabilities among the options, which are what was scored and not all there is to say."""
+    found = np.exp(np.asarray(log_probs, np.float64) - max(log_probs))
+    return np.asarray(found / found.sum())
 
 
 def summarise_labels(
@@ -100,7 +105,8 @@ def case_score(case: LabelCase) -> float:
     probabilities, present = arrays([case])
     if case.exclusive:
         return float(probabilities.argmax() == present.argmax())
-    judged = ~np.isnan(present)
+    # A probability that is no number is counted by who reads cases, and judges nothing.
+    judged = ~np.isnan(present) & np.isfinite(probabilities)
     return float(1 - ((probabilities - present)[judged] ** 2).mean()) if judged.any() else np.nan
 
 
@@ -155,6 +161,7 @@ def _exclusive(cases: Sequence[LabelCase]) -> dict[str, Any]:
                 "recall": float(recall[k]) if seen[k] else None,
                 "precision": float(precision[k]),
                 "f1": float(f1[k]) if seen[k] else None,
+                "average_precision": _or_none(ranks["average_precision"][k]),
                 "auroc": _or_none(ranks["auroc"][k]),
             }
             for k, name in enumerate(names)

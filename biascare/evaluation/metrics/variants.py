@@ -19,13 +19,24 @@ from numpy.typing import NDArray
 
 from biascare.data.variants import BLIND, STATEMENTS
 from biascare.evaluation.cases import AnswerCase, Variant
-from biascare.evaluation.metrics.bootstrap import clustered, patients_of, percentile_interval
+from biascare.evaluation.metrics.bootstrap import (
+    NUM_DRAWS,
+    clustered,
+    patients_of,
+    percentile_interval,
+)
+from biascare.evaluation.metrics.classification import option_shares
 
 ScoreOf = Callable[[AnswerCase, AnswerCase | Variant], float]
 """(case, what was answered) -> how right it is; NaN where that cannot be said."""
 
 
-def blind_table(cases: Sequence[AnswerCase], measures: Mapping[str, ScoreOf]) -> dict[str, Any]:
+def blind_table(
+    cases: Sequence[AnswerCase],
+    measures: Mapping[str, ScoreOf],
+    num_draws: int = NUM_DRAWS,
+    seed: int = 0,
+) -> dict[str, Any]:
     """By measure, every blind variant beside the answer with the image, over the cases that have
     both; {} where no case was asked blindly.
 
@@ -48,7 +59,7 @@ def blind_table(cases: Sequence[AnswerCase], measures: Mapping[str, ScoreOf]) ->
         for name, values in blind.items():
             missing = sum(name not in case.variants for case in asked)
             table = found["variants"].setdefault(name, {"num_missing": missing})
-            compared = _compared(with_image, values, patients)
+            compared = _compared(with_image, values, patients, num_draws, seed)
             table |= {measure: compared} if compared else {}
         present = {n: v for n, v in blind.items() if not np.isnan(v).all()}
         whole = ~np.isnan([with_image, *present.values()]).any(0)
@@ -56,13 +67,17 @@ def blind_table(cases: Sequence[AnswerCase], measures: Mapping[str, ScoreOf]) ->
             continue
         # The same seed draws the same patients for each, so draws are compared one by one.
         drawn = {
-            name: clustered(np.where(whole, values, np.nan), patients)
+            name: clustered(
+                np.where(whole, values, np.nan), patients, num_draws=num_draws, seed=seed
+            )
             for name, values in [("", with_image), *present.items()]
         }
         best = max(present, key=lambda name: float(drawn[name].estimate[0]))
         most = np.max([drawn[name].draws for name in present], axis=0)
         low, high = percentile_interval(drawn[""].draws - most)
         found["image_reliance"][measure] = {
+            "with_image": float(drawn[""].estimate[0]),
+            "blind": float(drawn[best].estimate[0]),
             "value": float(drawn[""].estimate[0] - drawn[best].estimate[0]),
             "low": float(low[0]),
             "high": float(high[0]),
@@ -80,7 +95,10 @@ class _Change(NamedTuple):
 
 
 def counterfactual_table(
-    cases: Sequence[AnswerCase], answer: Callable[[AnswerCase, AnswerCase | Variant], str]
+    cases: Sequence[AnswerCase],
+    answer: Callable[[AnswerCase, AnswerCase | Variant], str],
+    num_draws: int = NUM_DRAWS,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """By attribute, how often other words about the patient flip the answer, and how far they move
     the probability of the option first chosen, beside the same for neutral words; {} where no case
@@ -99,7 +117,8 @@ def counterfactual_table(
                 ours, theirs = (
                     np.array([getattr(c, name) for c in side]) for side in (changed, control)
                 )
-                compared = _compared(ours, theirs, patients, ("words", "neutral"))
+                names = ("words", "neutral")
+                compared = _compared(ours, theirs, patients, num_draws, seed, names)
                 found |= {name: compared} if compared else {}
             ways = sorted({n for c in mine for n in c.variants if n.startswith(f"{attribute}: ")})
             found["by_variant"] = {
@@ -127,27 +146,24 @@ def _change(
     if case.option_log_probs is None or len(scored) < len(ways):
         return _Change(flipped, math.nan)
     chosen = int(np.argmax(case.option_log_probs))
-    usual = _shares(case.option_log_probs)[chosen]
-    return _Change(flipped, float(np.mean([abs(_shares(s)[chosen] - usual) for s in scored])))
-
-
-def _shares(log_probs: Sequence[float]) -> NDArray[np.float64]:
-    """Probabilities among the options."""
-    found = np.exp(np.asarray(log_probs) - max(log_probs))
-    return np.asarray(found / found.sum(), np.float64)
+    usual = option_shares(case.option_log_probs)[chosen]
+    moved = [abs(option_shares(s)[chosen] - usual) for s in scored]
+    return _Change(flipped, float(np.mean(moved)))
 
 
 def _compared(
     ours: NDArray[np.float64],
     theirs: NDArray[np.float64],
     patients: NDArray[np.int64],
+    num_draws: int,
+    seed: int,
     names: tuple[str, str] = ("with_image", "blind"),
 ) -> dict[str, Any]:
     """Both means over the pairs, and their difference with its interval; {} without a pair."""
     both = ~np.isnan(ours) & ~np.isnan(theirs)
     if not both.any():
         return {}
-    drawn = clustered(ours - theirs, patients)
+    drawn = clustered(ours - theirs, patients, num_draws=num_draws, seed=seed)
     low, high = drawn.interval()
     return {
         "num": int(both.sum()),
