@@ -18,7 +18,7 @@ from biascare.durable import write_text
 from biascare.evaluation.reader_log import WITH, WITHOUT
 from biascare.evaluation.reader_study import ALL_READERS
 from biascare.reports.audit import csv_text, markdown_table
-from biascare.reports.audit_sections import (
+from biascare.reports.audit_parts import (
     Chart,
     Column,
     Row,
@@ -131,7 +131,8 @@ def _comparison_sentences(found: Row) -> Iterator[str]:
         before, after = accuracy["means"]
         yield (
             f"With the model readers are right in {after:.1%} of their cases, without it in "
-            f"{before:.1%}: {accuracy['difference'] * 100:+.1f} points (95 % interval {accuracy['low'] * 100:+.1f} to "
+            f"{before:.1%}: {accuracy['difference'] * 100:+.1f} points "
+            f"(95 % interval {accuracy['low'] * 100:+.1f} to "
             f"{accuracy['high'] * 100:+.1f}; {_p_of(accuracy['p'])}). {_verdict(accuracy)}"
         )
     if area is not None:
