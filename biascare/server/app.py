@@ -25,7 +25,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -40,7 +40,7 @@ from starlette.exceptions import HTTPException
 
 from biascare.inference.model import BiasCareVL
 from biascare.server.audit_log import AuditLog
-from biascare.server.desk import Desk, Limits, QueuedCase, Refused, Work, png_of, state_of
+from biascare.server.desk import Desk, Limits, QueuedCase, RefusedError, Work, png_of, state_of
 from biascare.server.guard import Guard, is_loopback
 from biascare.version import __version__
 
@@ -127,8 +127,8 @@ def create_app(
             arrived = work.turn.wait_for(lambda: sequence <= work.next_sequence)
             try:
                 await asyncio.wait_for(arrived, limits.wait_seconds)
-            except TimeoutError:
-                raise Refused(
+            except asyncio.TimeoutError:
+                raise RefusedError(
                     f"number {sequence} came and number {work.next_sequence} did not; send it",
                     status=409,
                 ) from None
@@ -173,9 +173,7 @@ def create_app(
         modality: Annotated[Words | None, Form()] = None,
     ) -> dict[str, Any]:
         work, data = desk.work(key), await file.read()
-        await alone(
-            work, lambda: desk.open_image(work, data, target=target, modality=modality)
-        )
+        await alone(work, lambda: desk.open_image(work, data, target=target, modality=modality))
         return state_of(work) | {"answers": model.answerer is not None}
 
     @app.get("/api/sessions/{key}/image")
@@ -224,15 +222,23 @@ def create_app(
         }
 
     for name, path in (("index.html", "/"), ("page.js", "/page.js"), ("page.css", "/page.css")):
-        app.add_api_route(path, lambda name=name: FileResponse(PAGE / name), methods=["GET"])
+        app.add_api_route(path, _file(name), methods=["GET"])
     return app
 
 
 def _on_screen(work: Work) -> Any:
     found = work.opened.current
     if found is None:
-        raise Refused("there is no mask yet; click into the target first", status=409)
+        raise RefusedError("there is no mask yet; click into the target first", status=409)
     return found
+
+
+def _file(name: str) -> Callable[[], Awaitable[Response]]:
+    # A function of its own: a default argument would be a parameter that the address can set.
+    async def serve() -> Response:
+        return FileResponse(PAGE / name)
+
+    return serve
 
 
 def _png(data: bytes) -> Response:
@@ -242,8 +248,8 @@ def _png(data: bytes) -> Response:
 def _answer_errors(app: FastAPI) -> None:
     """Errors as {"error": sentence}, without paths and without what was sent."""
 
-    @app.exception_handler(Refused)
-    async def on_refused(_: Request, error: Refused) -> JSONResponse:
+    @app.exception_handler(RefusedError)
+    async def on_refused(_: Request, error: RefusedError) -> JSONResponse:
         return JSONResponse({"error": str(error)}, status_code=error.status)
 
     @app.exception_handler(HTTPException)

@@ -35,7 +35,7 @@ FORMATS = ("PNG", "JPEG", "TIFF")
 log = logging.getLogger("biascare")
 
 
-class Refused(ValueError):
+class RefusedError(ValueError):
     """A request that cannot be met, in words that the person who sent it may read."""
 
     def __init__(self, message: str, status: int = 422):
@@ -81,12 +81,12 @@ class Work:
     @property
     def opened(self) -> Session:
         if self.session is None:
-            raise Refused("this session has no image yet; send one to its /image", status=409)
+            raise RefusedError("this session has no image yet; send one to its /image", status=409)
         return self.session
 
 
 class Desk:
-    """Sessions of one model. Steps of one `Work` are not to run at the same time; of two they may."""
+    """Sessions of one model. Steps of one `Work` must not run at the same time; of two they may."""
 
     def __init__(
         self,
@@ -112,9 +112,11 @@ class Desk:
         self._ahead = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode-ahead")
 
     def work(self, key: str) -> Work:
-        """A session by its id. Raises Refused where it is not there."""
+        """A session by its id. Raises RefusedError where it is not there."""
         if key not in self._work:
-            raise Refused("no such session: it was forgotten, or the server was started again", 404)
+            raise RefusedError(
+                "no such session: it was forgotten, or the server was started again", 404
+            )
         self._work.move_to_end(key)
         return self._work[key]
 
@@ -130,7 +132,8 @@ class Desk:
     def open_case(self, work: Work, case_id: str) -> None:
         """Put a case of the queue into a session, and encode the next one meanwhile."""
         case = self._case(case_id)
-        self.open_image(work, self._read(case), case=case.id, target=case.target, modality=case.modality)  # fmt: skip
+        data = self._read(case)
+        self.open_image(work, data, case=case.id, target=case.target, modality=case.modality)
         ids = list(self.cases)
         waiting = [n for n in ids[ids.index(case_id) + 1 :] if n not in self.decisions]
         if waiting:
@@ -148,7 +151,7 @@ class Desk:
         """Put an image into a session. Its case id is by default the beginning of its sha256: the
         name of a file often is the name of a patient."""
         if target and self.model.chat is None:
-            raise Refused("this model reads no text; leave the target empty and click")
+            raise RefusedError("this model reads no text; leave the target empty and click")
         pixels = pixels_within(data, self.limits.pixels)
         work.image_sha256 = hashlib.sha256(data).hexdigest()
         work.case = case or work.image_sha256[:12]
@@ -160,13 +163,13 @@ class Desk:
                    after=mask_sha256(work.session.current))  # fmt: skip
 
     def step(self, work: Work, prompt: Mapping[str, Any]) -> None:
-        """Apply a click, a box, an undo, a redo or a reset. Raises Refused for a wrong one."""
+        """Apply a click, a box, an undo, a redo or a reset. Raises RefusedError for a wrong one."""
         session, before = work.opened, work.opened.current
         start = time.perf_counter()
         try:
             session.apply(prompt)
         except ValueError as error:
-            raise Refused(str(error)) from error
+            raise RefusedError(str(error)) from error
         after = session.current
         area = [0 if s is None else int(s.mask.sum()) for s in (before, after)]
         work.latency_ms = 1000 * (time.perf_counter() - start)
@@ -181,12 +184,12 @@ class Desk:
             vars(before).pop("logits", None)
 
     def decide(self, work: Work, decision: str) -> None:
-        """Note what the person says of the mask. Raises Refused for a wrong word."""
+        """Note what the person says of the mask. Raises RefusedError for a wrong word."""
         session = work.opened
         try:
             session.decide(decision)
         except ValueError as error:
-            raise Refused(str(error)) from error
+            raise RefusedError(str(error)) from error
         assert work.case is not None
         self.decisions[work.case] = decision
         rle = None
@@ -196,12 +199,12 @@ class Desk:
                    size=list(session.size), rle=rle, **self._doubts(session))  # fmt: skip
 
     def ask(self, work: Work, question: str, options: Sequence[str] | None) -> Answer:
-        """Ask about the image of a session. Raises Refused for a model that does not answer."""
+        """Ask about the image. Raises RefusedError for a model that does not answer."""
         start = time.perf_counter()
         try:
             answer = self.model.ask(work.opened.pixels, question, options=options)
         except ValueError as error:
-            raise Refused(str(error)) from error
+            raise RefusedError(str(error)) from error
         self._note(work, "ask", question_sha256=sha256_of(question),
                    answer_sha256=sha256_of(answer.text), confidence=answer.confidence,
                    latency_ms=round(1000 * (time.perf_counter() - start), 3))  # fmt: skip
@@ -236,7 +239,7 @@ class Desk:
 
     def _case(self, case_id: str) -> QueuedCase:
         if case_id not in self.cases:
-            raise Refused(f"no case {case_id!r} is in the queue", 404)
+            raise RefusedError(f"no case {case_id!r} is in the queue", 404)
         return self.cases[case_id]
 
     def _read(self, case: QueuedCase) -> bytes:
@@ -245,14 +248,16 @@ class Desk:
         except (OSError, ValueError) as error:
             # Its words name folders.
             log.error("case %s: %s", case.id, error)
-            raise Refused(f"case {case.id!r} cannot be read; the server's log says why") from error
+            raise RefusedError(
+                f"case {case.id!r} cannot be read; the server's log says why"
+            ) from error
 
     def _encode_ahead(self, case: QueuedCase) -> None:
         try:
             data = self._read(case)
             pixels = pixels_within(data, self.limits.pixels)
             self._session(hashlib.sha256(data).hexdigest(), pixels, case.target, case.modality)
-        except Refused:
+        except RefusedError:
             return  # said when the case is opened
 
     def _doubts(self, session: Session) -> dict[str, Any]:
@@ -299,17 +304,17 @@ def state_of(work: Work) -> dict[str, Any]:
 
 
 def pixels_within(data: bytes, max_pixels: int) -> np.ndarray:
-    """The pixels of an encoded image. Raises Refused for other files and too many pixels."""
+    """The pixels of an encoded image. Raises RefusedError for other files and too many pixels."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size  # of the header: nothing is decoded yet
         if width * height <= max_pixels:
             return as_pixels(data)
     except Exception as error:  # PIL raises whatever damaged bytes make it meet
-        raise Refused(
-            f"got {len(data)} bytes that are no whole image, expected a file of {', '.join(FORMATS)}"
+        raise RefusedError(
+            f"got {len(data)} bytes that are no whole image, expected one of {', '.join(FORMATS)}"
         ) from error
-    raise Refused(
+    raise RefusedError(
         f"got an image of {width} x {height} pixels, expected at most {max_pixels}; cut it", 413
     )
 
