@@ -45,10 +45,16 @@ REQUIRES = [
     "rouge-score>=0.1.2",
 ]
 
+# The click page: its server, what listens for it, and what reads uploads.
+UI = ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.20"]
+
 EXTRAS = {
     "medical": ["pydicom>=3.0", "nibabel>=5.2"],
     "cluster": ["ray>=2.40"],
+    "ui": UI,
     "dev": [
+        *UI,
+        "httpx2>=2.0",  # FastAPI's own client for tests loads it
         "pydicom>=3.0",
         "nibabel>=5.2",
         "psutil>=6.0",
@@ -76,7 +82,7 @@ setup(
     license_files=["LICENSE*"],
     python_requires=">=3.10",
     packages=find_packages(include=["biascare", "biascare.*", "data_prep", "data_prep.*"]),
-    package_data={"biascare": ["py.typed", "reports/*.jinja"]},
+    package_data={"biascare": ["py.typed", "reports/*.jinja", "server/page/*"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     classifiers=[

@@ -130,6 +130,12 @@ def mean_query(text_vector: Tensor) -> Tensor:
     return text_vector.mean(dim=1) if text_vector.ndim == 3 else text_vector
 
 
+def pixel_entropy(logits: Tensor) -> Tensor:
+    """Entropy of each pixel's probability: fp32 bits in [0, 1], 1 where the logit is 0."""
+    logits = logits.float()
+    return (softplus(logits) - logits * logits.sigmoid()) / math.log(2)
+
+
 def mask_entropy(mask_logits: Tensor) -> Tensor:
     """Mean entropy of the pixels that [R, H, W] logits call the target: `[R]` fp32 bits in [0, 1].
 
@@ -139,8 +145,7 @@ def mask_entropy(mask_logits: Tensor) -> Tensor:
     inside = mask_logits > 0
     # Of the pixels inside alone, which are few: a logarithm for each pixel would cost more than
     # decoding the mask.
-    logits = mask_logits[inside].float()
-    bits = (softplus(logits) - logits * logits.sigmoid()) / math.log(2)
+    bits = pixel_entropy(mask_logits[inside])
     num = inside.sum(dim=(1, 2))
     row = torch.arange(len(num), device=num.device).repeat_interleave(num)
     total = torch.zeros(len(num), device=num.device).index_add(0, row, bits)

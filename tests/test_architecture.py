@@ -78,12 +78,15 @@ TABLE: dict[str, tuple[tuple[str, ...], str]] = {
     "biascare.evaluation": (SECOND, "evaluation takes a predictor, never a run"),
     "biascare.calibration": ((*SECOND, "biascare.evaluation"), "calibration reads cases"),
     "biascare.reports": ((*SECOND, "biascare.evaluation"), "a report computes no metric"),
-    "biascare.web": (
-        (*FIRST, "biascare.inference", "biascare.evaluation", "biascare.reports"),
+    "biascare.server": (
+        (*PREPARED, "biascare.interfaces", "biascare.inference"),
         "a page is a shell around the session",
     ),
     "biascare.runs": (
-        (*SECOND, *("biascare.config", "biascare.evaluation", "biascare.reports")),
+        (
+            *SECOND,
+            *("biascare.config", "biascare.evaluation", "biascare.reports", "biascare.server"),
+        ),
         "the composition root: here a configuration becomes objects",
     ),
     "scripts": (("biascare", "data_prep"), "a script is a door; it opens on no other script"),

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from biascare.data.chat import ChatBuilder, segmentation_instruction
 from biascare.data.labels import LabelSpace
@@ -25,8 +27,8 @@ from biascare.data.transforms import apply_whole
 from biascare.inference.answerer import DEFAULT_MAX_NEW_TOKENS, Answerer, Case
 from biascare.inference.images import ImageLike, as_pixels
 from biascare.inference.labeller import Labeller
-from biascare.inference.segmenter import Segmenter
-from biascare.inference.session import Box, Segmentation, check_prompts
+from biascare.inference.segmenter import Encoded, Segmenter
+from biascare.inference.session import Box, Segmentation, Session, check_prompts
 from biascare.interfaces import POINT_POSITIVE, Sample
 from biascare.models.export_folder import TrainingFacts, open_network
 from biascare.models.language.pathway import load_processor
@@ -150,6 +152,26 @@ class BiasCareVL:
             clicks=clicks,
             box=box,
         )
+
+    def session(
+        self,
+        image: ImageLike,
+        target: str | None = None,
+        *,
+        modality: str | None = None,
+        encode: Callable[[NDArray[np.uint8], str | None], Encoded] | None = None,
+    ) -> Session:
+        """A session of clicks, boxes, undo and redo; `target` and `modality` as in `segment`.
+
+        `encode`: takes the place of the segmenter's, to find what was encoded before; see
+        `EmbeddingCache`. Raises ValueError for an unreadable image.
+        """
+        pixels, instruction = as_pixels(image), self._instruction(target, modality)
+        if encode is None:
+            encoded = self.segmenter.encode(pixels, [instruction])
+        else:
+            encoded = encode(pixels, instruction)
+        return Session(self.segmenter, pixels, encoded, mask_prompt=self.mask_prompt)
 
     def _instruction(self, target: str | None, modality: str | None) -> str | None:
         if target is None:

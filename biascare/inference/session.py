@@ -8,18 +8,28 @@
 A `Segmentation` never changes; each click gives a new one that knows the one before. So undo is
 exact and of any depth, and costs the memory of one small prediction per click. The image and the
 words are encoded once, when the first is made.
+
+    session = model.session(image, "liver")
+    session.box((40, 30, 160, 120)); session.click(140, 60, positive=False)
+    session.undo(); session.redo(); session.reset()
+    session.decide("accept")
+
+A `Session` is what a page or a script holds while a person works: a list of segmentations and the
+place in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from biascare.choices import unknown
 from biascare.data.transforms import Geometry, apply_points, restore_logits
 from biascare.inference.segmenter import Decoded, Encoded, Segmenter
 from biascare.interfaces import (
@@ -29,7 +39,11 @@ from biascare.interfaces import (
     POINT_POSITIVE,
     Prompts,
 )
+from biascare.uncertainty import pixel_entropy
 
+STEPS = ("click", "box", "undo", "redo", "reset")
+DECISIONS = ("accept", "reject", "unsure")
+Step = TypeVar("Step", bound="Segmentation | None")
 Click = tuple[float, float, int]
 Box = tuple[float, float, float, float]
 
@@ -47,6 +61,7 @@ class Segmentation:
     box: Box | None  # XYXY
     decoded: Decoded
     previous: Segmentation | None = None
+    mask_before: torch.Tensor | None = None  # [1, 4h, 4w] logits that this one was decoded with
 
     @classmethod
     def start(
@@ -86,10 +101,20 @@ class Segmentation:
         # The logits of the mask on screen: that is what the person corrects.
         before = self.decoded.prediction.low_res_logits if self.mask_prompt else None
         decoded = self.segmenter.decode(self.encoded, prompts, before)
-        return replace(self, clicks=clicks, decoded=decoded, previous=self)
+        return replace(self, clicks=clicks, decoded=decoded, previous=self, mask_before=before)
+
+    def boxed(self, box: Box) -> Segmentation:
+        """The target is in `box` (x0, y0, x1, y1), which takes the place of a box before; clicks
+        stay. Raises ValueError for a box upside down or outside the image."""
+        check_prompts((), box, self.size)
+        prompts = prompts_of(self.clicks, box, self.size, self.segmenter.image_size)
+        # Without the mask before: a box says anew where the target is, and training draws boxes for
+        # first masks only.
+        decoded = self.segmenter.decode(self.encoded, prompts)
+        return replace(self, box=box, decoded=decoded, previous=self, mask_before=None)
 
     def undo(self) -> Segmentation:
-        """As it was before the last click. Raises ValueError where there was none."""
+        """As it was before the last click or box. Raises ValueError where there was none."""
         if self.previous is None:
             raise ValueError("nothing to undo: this is the first mask")
         return self.previous
@@ -112,6 +137,13 @@ class Segmentation:
         return mask
 
     @property
+    def pixel_uncertainty(self) -> NDArray[np.float32]:
+        """[H, W] at native size: the entropy of each pixel in bits, 1 where the model cannot say
+        whether it belongs to the target."""
+        bits: NDArray[np.float32] = pixel_entropy(torch.from_numpy(self.logits)).numpy()
+        return bits
+
+    @property
     def predicted_dice(self) -> float:
         """What the quality head expects of this mask."""
         return float(self.decoded.prediction.predicted_dice[0])
@@ -126,16 +158,138 @@ class Segmentation:
         """How far the mask changes when its clicks or its box move by a few pixels, 0 to 1. Decodes
         once more, when it is first asked for: a click must not wait for it."""
         prompts = prompts_of(self.clicks, self.box, self.size, self.segmenter.image_size)
-        before = None
-        if self.mask_prompt and self.previous is not None:
-            before = self.previous.decoded.prediction.low_res_logits
-        found = self.segmenter.click_disagreement(self.encoded, prompts, self.decoded, before)
+        found = self.segmenter.click_disagreement(
+            self.encoded, prompts, self.decoded, self.mask_before
+        )
         return float(found[0])
 
     @property
     def uncertainty(self) -> float:
         """Eq. 6 with the predicted Dice: the higher, the sooner an expert should look."""
         return self.uncertainties["joint_label_free"]
+
+
+class Session:
+    """One target in one image, with everything a person did to it and may take back.
+
+    `current` is the segmentation on screen, None while nothing says what to segment. Undo and redo
+    walk through what was kept and decode nothing, so they give the same bits; a new prompt drops
+    what was taken back.
+    """
+
+    def __init__(
+        self,
+        segmenter: Segmenter,
+        pixels: NDArray[np.uint8],
+        encoded: Encoded,
+        *,
+        mask_prompt: bool,
+    ):
+        """`pixels` [H, W, 3] and what `segmenter` made of them; with a text, the first mask is the
+        one that the words alone give."""
+        self.segmenter = segmenter
+        self.pixels = pixels
+        self.encoded = encoded
+        self.size = pixels.shape[0], pixels.shape[1]
+        self.mask_prompt = mask_prompt
+        self.decision: str | None = None
+        first = None if encoded.features.text_embedding is None else self._start()
+        self._steps: list[Segmentation | None] = [first]
+        self._place = 0
+
+    @property
+    def current(self) -> Segmentation | None:
+        return self._steps[self._place]
+
+    @property
+    def can_undo(self) -> bool:
+        return self._place > 0
+
+    @property
+    def can_redo(self) -> bool:
+        return self._place + 1 < len(self._steps)
+
+    def click(self, x: float, y: float, *, positive: bool = True) -> Segmentation:
+        """`positive` says that (x, y) is of the target. Raises ValueError outside the image."""
+        if self.current is not None:
+            return self._append(self.current.click(x, y, positive=positive))
+        label = POINT_POSITIVE if positive else POINT_NEGATIVE
+        return self._append(self._start(clicks=((float(x), float(y), label),)))
+
+    def box(self, box: Box) -> Segmentation:
+        """The target is in x0, y0, x1, y1. Raises ValueError for a box upside down or outside."""
+        if self.current is not None:
+            return self._append(self.current.boxed(box))
+        return self._append(self._start(box=box))
+
+    def apply(self, prompt: Mapping[str, Any]) -> None:
+        """A step as a page or a file writes it: {"kind": "click", "x": 3, "y": 4, "positive":
+        true}, {"kind": "box", "box": [x0, y0, x1, y1]}, or the kind "undo", "redo" or "reset".
+
+        Raises ValueError for another kind, a click or box without its numbers, and what the step
+        itself refuses; the session is then as before.
+        """
+        kind = prompt.get("kind")
+        if kind not in STEPS:
+            raise ValueError(unknown("kind", str(kind), STEPS))
+        if kind == "click":
+            x, y = numbers(prompt, "x", 1) + numbers(prompt, "y", 1)
+            self.click(x, y, positive=prompt.get("positive", True))
+        elif kind == "box":
+            x0, y0, x1, y1 = numbers(prompt, "box", 4)
+            self.box((x0, y0, x1, y1))
+        else:
+            {"undo": self.undo, "redo": self.redo, "reset": self.reset}[kind]()
+
+    def reset(self) -> None:
+        """Back to the beginning, which `undo` takes back like any other step."""
+        self._append(self._steps[0])
+
+    def undo(self) -> None:
+        """One step back. Raises ValueError where there is none."""
+        if not self.can_undo:
+            raise ValueError("nothing to undo: this is the beginning")
+        self._go(self._place - 1)
+
+    def redo(self) -> None:
+        """One step forward again. Raises ValueError where nothing was taken back."""
+        if not self.can_redo:
+            raise ValueError("nothing to redo: nothing was undone since the last prompt")
+        self._go(self._place + 1)
+
+    def decide(self, decision: str) -> None:
+        """What the person says of the mask on screen; the next step withdraws it.
+
+        Raises ValueError for a word not in `DECISIONS`, and for accepting no mask.
+        """
+        if decision not in DECISIONS:
+            raise ValueError(unknown("decision", decision, DECISIONS))
+        if decision == "accept" and self.current is None:
+            raise ValueError("there is no mask to accept yet; click into the target first")
+        self.decision = decision
+
+    def _start(self, clicks: tuple[Click, ...] = (), box: Box | None = None) -> Segmentation:
+        return Segmentation.start(
+            self.segmenter,
+            self.encoded,
+            self.size,
+            mask_prompt=self.mask_prompt,
+            clicks=clicks,
+            box=box,
+        )
+
+    def _append(self, step: Step) -> Step:
+        del self._steps[self._place + 1 :]
+        self._steps.append(step)
+        self._go(self._place + 1)
+        return step
+
+    def _go(self, place: int) -> None:
+        # A step keeps its small prediction; its logits at native size, which may be a hundred times
+        # larger, are made again when it is looked at again.
+        if self.current is not None:
+            vars(self.current).pop("logits", None)
+        self._place, self.decision = place, None
 
 
 def prompts_of(
@@ -152,6 +306,17 @@ def prompts_of(
         point_coords=torch.from_numpy(coords)[None],
         point_labels=torch.tensor([[point[2] for point in points]], dtype=torch.int64),
     )
+
+
+def numbers(prompt: Mapping[str, Any], key: str, count: int) -> tuple[float, ...]:
+    """The `count` numbers of a prompt under `key`. Raises ValueError for anything else."""
+    value = prompt.get(key)
+    found = [value] if count == 1 else value
+    if not isinstance(found, list | tuple) or len(found) != count:
+        raise ValueError(f"{prompt['kind']}: got {key}={value!r}, expected {count} number(s)")
+    if not all(type(number) in (int, float) for number in found):
+        raise ValueError(f"{prompt['kind']}: got {key}={value!r}, expected numbers in pixels")
+    return tuple(float(number) for number in found)
 
 
 def check_inside(x: float, y: float, size: tuple[int, int]) -> None:
