@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -131,9 +132,9 @@ def _comparison_sentences(found: Row) -> Iterator[str]:
         before, after = accuracy["means"]
         yield (
             f"With the model readers are right in {after:.1%} of their cases, without it in "
-            f"{before:.1%}: {accuracy['difference'] * 100:+.1f} points "
-            f"(95 % interval {accuracy['low'] * 100:+.1f} to "
-            f"{accuracy['high'] * 100:+.1f}; {_p_of(accuracy['p'])}). {_verdict(accuracy)}"
+            f"{before:.1%}: {accuracy['difference'] * 100:+.1f} points (95 % interval "
+            f"{accuracy['low'] * 100:+.1f} to {accuracy['high'] * 100:+.1f}; "
+            f"{_p_of(accuracy['p'])}). {_verdict(accuracy)}"
         )
     if area is not None:
         before, after = area["means"]
@@ -250,7 +251,7 @@ def _reader_section(found: Row) -> Section:
     charts = [Chart("Right answers by reader and round", forest(marks[:MOST_MARKS], "share right"))]
     if changes:
         reach = max(max(abs(mark.low or 0), abs(mark.high or 0)) for mark in changes)
-        reach = min(max(reach, 0.1), 1.0)
+        reach = min(math.ceil(reach * 10) / 10 or 0.1, 1.0)
         svg = forest(
             changes[:MOST_MARKS],
             "with less without the model",
@@ -364,7 +365,7 @@ def _time_section(found: Row) -> Section:
         )
         for row in rows
     ]
-    longest = max((mark.high or 0.0 for mark in marks), default=1.0) or 1.0
+    longest = 4.0 * math.ceil(max((mark.high or 0.0 for mark in marks), default=0.0) / 4) or 4.0
     columns = [
         words("reader"),
         words("round"),
@@ -465,7 +466,10 @@ def _group_section(found: Row) -> Section:
         Column("high", "to", percent),
         Column("compared", "compared", yes),
     ]
-    charts = [Chart("Spread between groups", forest(marks[:MOST_MARKS], "best less worst group"))]
+    widest = max((mark.high or 0.0 for mark in marks), default=1.0)
+    bounds = (0.0, min(math.ceil(widest * 5) / 5 or 0.2, 1.0))
+    svg = forest(marks[:MOST_MARKS], "best less worst group", bounds=bounds)
+    charts = [Chart("Spread between groups", svg)]
     return Section(
         "groups",
         "Groups of patients",
