@@ -40,7 +40,8 @@ Z = float(norm.ppf(0.975))
 
 
 class Study(NamedTuple):
-    """R readers in T = 2 rounds of N cases; NaN where a reader did not answer."""
+    """R readers in T = 2 rounds of the N cases that at least one of them answered; NaN where a
+    reader did not."""
 
     readers: list[str]
     cases: Sequence[LabelCase]
@@ -53,21 +54,29 @@ class Study(NamedTuple):
     suggested: Array  # [R, N] whether the suggestion that was shown is right, NaN for none
     model: Array  # [N] whether the model alone is right
     num_other_suggestions: int  # shown, but not what the model finds likeliest
+    num_unread: (
+        int  # cases that no reader answered, left out: the model alone is judged on the same
+    )
+    num_unjudged: int  # cases without any judged category, left out
     patients: NDArray[np.int64]  # [N]
 
 
 def make_study(cases: Sequence[LabelCase], answers: Sequence[ReaderAnswer]) -> Study:
-    """Answers as tables. Cases without any judged category are left out. Raises ValueError for
-    cases of different categories or with equal ids."""
+    """Answers as tables. Cases without any judged category, and those that nobody answered, are
+    left out and counted. Raises ValueError for cases of different categories or with equal ids."""
     if any(case.labels != cases[0].labels for case in cases):
         raise ValueError("the cases of one study have the same categories in the same order")
     if len({case.id for case in cases}) < len(cases):
         raise ValueError(
             "two cases have the same id, so an answer could mean either: make one file"
         )
-    judged = [case for case in cases if any(value is not None for value in case.present)]
+    known = [case for case in cases if any(value is not None for value in case.present)]
+    answered = {answer.case for answer in answers}
+    judged = [case for case in known if case.id in answered]
     if not judged:
-        raise ValueError("no case has a judged category: without truth nothing can be right")
+        raise ValueError(
+            "no answered case has a judged category: without truth nothing can be right"
+        )
     readers = sorted({answer.reader for answer in answers})
     categories = list(cases[0].labels)
     place = {case.id: number for number, case in enumerate(judged)}
@@ -112,6 +121,8 @@ def make_study(cases: Sequence[LabelCase], answers: Sequence[ReaderAnswer]) -> S
         suggested,
         model,
         num_other,
+        len(known) - len(judged),
+        len(cases) - len(known),
         patients_of([case.facts for case in judged]),
     )
 
@@ -135,10 +146,11 @@ def analyse(study: Study, *, num_draws: int = NUM_DRAWS, seed: int = 0) -> dict[
     for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):
         row["p_holm"] = p
     read = ~np.isnan(study.correct)
-    unread = int((~read.any((0, 1))).sum())
-    if unread:
-        notes.append(f"{unread:,} cases were answered by no reader.")
-    expected = read.shape[1] * (read.shape[2] - unread)
+    if study.num_unread:
+        notes.append(f"{study.num_unread:,} cases were answered by no reader and are left out.")
+    if study.num_unjudged:
+        notes.append(f"{study.num_unjudged:,} cases have no judged category and are left out.")
+    expected = read.shape[1] * read.shape[2]
     for number, name in enumerate(ROUNDS):
         if (missing := expected - int(read[number].sum())) > 0:
             notes.append(

@@ -44,7 +44,7 @@ def carry_out(request: ReaderStudyRequest) -> ReaderStudyResult:
     if missing:
         raise ValueError(f"--analyse: {missing[0]} does not exist; name the logs of the study")
     file = cases_file(request.cases)
-    cases = study_cases(file)
+    cases, num_other = study_cases(file)
     log = read_logs(
         request.analyse,
         cases[0].labels,
@@ -60,9 +60,9 @@ def carry_out(request: ReaderStudyRequest) -> ReaderStudyResult:
         )
     if log.num_cut:
         found["notes"].append(f"{log.num_cut:,} lines were cut short by a crash and are left out.")
-    if len(study.cases) < len(cases):
+    if num_other:
         found["notes"].append(
-            f"{len(cases) - len(study.cases):,} cases have no judged category and are left out."
+            f"{num_other:,} questions have other options, or unscored ones, and are left out."
         )
     # By content and not by path: the same logs elsewhere give the same report.
     found = {"format_version": FORMAT_VERSION} | found
@@ -74,14 +74,16 @@ def carry_out(request: ReaderStudyRequest) -> ReaderStudyResult:
     return ReaderStudyResult(list(sentences(found)), write_reader_study(found, request.output))
 
 
-def study_cases(file: Path) -> list[LabelCase]:
-    """What readers choose among: label cases, or questions with the same options."""
+def study_cases(file: Path) -> tuple[list[LabelCase], int]:
+    """(what readers choose among: label cases, or questions with the same options; number of
+    questions that are none of them)."""
     cases = read_cases(file)
-    found = cases.labels or choices_as_labels([a for a in cases.answers if a.options])
+    questions = [] if cases.labels else [case for case in cases.answers if case.options]
+    found = cases.labels or choices_as_labels(questions)
     if not found:
         raise ValueError(
             f"{file} holds {len(cases.masks):,} masks and {len(cases.answers):,} answers, expected "
             "label cases or questions with the same options: evaluate a model with a label head, "
             "or a benchmark of choices, for example scripts/eval_isic2018.py"
         )
-    return found
+    return found, 0 if cases.labels else len(questions) - len(found)

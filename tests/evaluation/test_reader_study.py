@@ -202,6 +202,7 @@ def test_findings_are_right_where_all_that_was_judged_is_ticked_rightly() -> Non
     assert study.correct[:, 0].tolist() == [[1, 1], [0, 1]], "the unjudged case is left out"
     assert study.model.tolist() == [1, 0], "what was suggested stands for the model"
     found = analyse(study, num_draws=100)
+    assert "1 cases have no judged category and are left out." in found["notes"]
     nodule = [row for row in found["categories_changed"] if row["category"] == "nodule"]
     assert {row["num"] for row in nodule} == {1}, "a finding that nobody judged is no reading"
 
@@ -306,6 +307,19 @@ def test_a_reader_of_one_round_is_left_out_of_the_comparison_by_name() -> None:
     assert found["comparison"]["accuracy"]["num_readers"] == 3
     assert any(note.startswith("Reader late has answers on fewer") for note in found["notes"])
     assert any("40 of 160 answers with the model are missing" in n for n in found["notes"])
+
+
+def test_cases_that_nobody_read_count_neither_for_readers_nor_for_the_model() -> None:
+    cases = planted_cases(60, right=1.0)
+    unread = [
+        dataclasses.replace(case, id=f"other_{case.id}", probabilities=case.probabilities[::-1])
+        for case in cases
+    ]
+    answers = planted_answers(cases, SKILL)
+    found, alone = found_of([*cases, *unread], answers), found_of(cases, answers)
+    assert found.pop("notes") == ["60 cases were answered by no reader and are left out."]
+    assert found == {key: value for key, value in alone.items() if key != "notes"}
+    assert found["alone"]["accuracy"] == 1
 
 
 def test_one_reader_alone_is_described_and_not_generalised() -> None:
