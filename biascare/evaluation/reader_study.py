@@ -54,9 +54,7 @@ class Study(NamedTuple):
     suggested: Array  # [R, N] whether the suggestion that was shown is right, NaN for none
     model: Array  # [N] whether the model alone is right
     num_other_suggestions: int  # shown, but not what the model finds likeliest
-    num_unread: (
-        int  # cases that no reader answered, left out: the model alone is judged on the same
-    )
+    num_unread: int  # cases that no reader answered, left out, for the model alone too
     num_unjudged: int  # cases without any judged category, left out
     patients: NDArray[np.int64]  # [N]
 
