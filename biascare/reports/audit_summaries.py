@@ -37,6 +37,9 @@ from biascare.reports.charts import Mark, forest
 MOST_LABELS = 30
 """Labels of the chart, rarest first; the table holds all."""
 
+ALWAYS_SHOWN = ("auroc", "average_precision")
+"""Scores whose column stands also where no label has one: that is what is said of them."""
+
 MOST_WAYS = 10
 """Rows of blind baselines that are shown unfolded."""
 
@@ -170,7 +173,11 @@ def labels(audit: Row) -> Section:
     ]
     scores = {
         "auroc": "AUROC",
+        "auroc_low": "95 % from",
+        "auroc_high": "to",
         "average_precision": "average precision",
+        "average_precision_low": "95 % from",
+        "average_precision_high": "to",
         "recall": "recall",
         "precision": "precision",
         "f1": "F1",
@@ -181,22 +188,25 @@ def labels(audit: Row) -> Section:
     columns += [
         Column(key, title, score)
         for key, title in scores.items()
-        if key in ("auroc", "average_precision") or any(row[key] is not None for row in rows)
+        if key.startswith(("auroc", "average_precision"))
+        or any(row[key] is not None for row in rows)
     ]
+    smallest = audit["settings"]["min_group"]
     marks = [
         Mark(
             label=row["label"],
             num=row["num_positive"],
             mean=row["auroc"],
-            low=None,
-            high=None,
+            low=row["auroc_low"],
+            high=row["auroc_high"],
+            weak=row["num_positive"] < smallest,
         )
         for row in rows
         if row["auroc"] is not None
     ]
     charts = []
     if marks:
-        title = f"AUROC by label (n = positive images; rarest {MOST_LABELS} at most)"
+        title = f"AUROC by label (n = positive images; hollow below {smallest})"
         svg = forest(marks[:MOST_LABELS], "AUROC", reference=0.5, reference_name="chance")
         charts.append(Chart(title, svg))
     totals = audit["label_scores"]
@@ -210,7 +220,8 @@ def labels(audit: Row) -> Section:
             *(text for row in audit["label_scores"] for text in label_sentences(audit, row)),
             "AUROC of 0.5 is chance; average precision by chance is the prevalence, so it is "
             "compared between labels of one prevalence alone. Labels are in the order of their "
-            "positive images, rarest first: of a handful every number is a guess.",
+            "positive images, rarest first: of a handful every number is a guess. No interval: "
+            "every draw of patients says the same, which is no certainty.",
         ],
         charts=charts,
         tables=[

@@ -195,11 +195,10 @@ def _performance_headlines(audit: Row) -> Iterator[Headline]:
         text = f"{share(right['count'], right['num'])} answers are right ({right['mean']:.0%})"
         each = ", ".join(f"{r['group']} {r['mean']:.0%}" for r in kinds)
         yield Headline(4, f"{text}: {each}." if each else f"{text}.")
-    for metric, name in (("rouge1", "reports"), ("label_agreement", "images")):
-        if (metric, "all", "all") in rows:
-            row = rows[metric, "all", "all"]
-            title = _metric(audit, metric)["title"]
-            yield Headline(4, f"{title}: {row['mean']:.2f} over {row['num']:,} {name}.")
+    if ("rouge1", "all", "all") in rows:
+        row = rows["rouge1", "all", "all"]
+        title = _metric(audit, "rouge1")["title"]
+        yield Headline(4, f"{title}: {row['mean']:.2f} over {row['num']:,} reports.")
 
 
 def _asked_otherwise_headlines(audit: Row) -> Iterator[Headline]:

@@ -112,7 +112,7 @@ def curve(
 ) -> str:
     """Named lines over [0, 1] x `y_bounds`, told apart by dashes; `notes` are small words at
     points."""
-    left, right, top, bottom = 44.0, WIDTH - 14.0, 12.0, 262.0
+    left, right, top, bottom = 54.0, WIDTH - 14.0, 12.0, 262.0
 
     low, high = y_bounds
 

@@ -45,7 +45,8 @@ STYLE = (
     "nav{display:none}details::details-content{content-visibility:visible;block-size:auto}"
     "summary{list-style:none;break-after:avoid}.wide{overflow:visible}"
     "thead{display:table-header-group}figure,tr,li,.verdict{break-inside:avoid}"
-    "h2,h3,.note{break-after:avoid}p{orphans:3;widows:3}section{break-inside:auto}"
+    "h2,h3,.note{break-after:avoid}p{orphans:3;widows:3}p:has(+.charts){break-after:avoid}"
+    "section{break-inside:auto}"
     ".charts{gap:1rem}.charts figure{width:calc(33% - 1rem)}*{print-color-adjust:exact}}"
 )
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from biascare.evaluation.audit.audit import audit
@@ -195,6 +196,8 @@ def test_labels_without_a_positive_are_named_and_not_dropped(tmp_path: Path) -> 
     assert common["prevalence"] == pytest.approx(1 / 3)
     assert rows["label 2"]["auroc"] is None and rows["label 2"]["num_positive"] == 0
     assert rows["label 1"]["auroc"] == 0.5
+    # 20 before all others in every draw: a point would be read as certainty.
+    assert common["auroc_low"] is None and common["auroc_high"] is None
     assert (rows["label 3"]["num"], rows["label 3"]["auroc"]) == (1, None)
     for form in ("html", "md"):
         assert "Mean AUROC over 2 of 4 labels: 0.75" in forms[form]
@@ -204,6 +207,20 @@ def test_labels_without_a_positive_are_named_and_not_dropped(tmp_path: Path) -> 
         )
         assert "Without a negative image" in forms[form]
     assert [row["label"] for row in forms["csv"]("labels")] == list(rows)
+
+
+def test_a_rare_label_has_a_wide_interval_beside_a_frequent_ones() -> None:
+    rng = np.random.default_rng(0)
+    cases = []
+    for n in range(200):
+        present: list[bool | None] = [n % 2 == 0, n % 40 == 0]
+        ranked = [float(0.3 * bool(p) + 0.6 * rng.random()) for p in present]
+        cases.append(replace(label_case(n, present), probabilities=ranked))
+    rare, frequent = audit(cases_of(labels=cases), draws=FEW)["labels"]
+    assert (rare["num_positive"], frequent["num_positive"]) == (5, 100)
+    wide, narrow = (row["auroc_high"] - row["auroc_low"] for row in (rare, frequent))
+    assert wide > 1.5 * narrow > 0
+    assert frequent["auroc_low"] < frequent["auroc"] < frequent["auroc_high"]
 
 
 def test_classes_have_recall_and_the_mean_over_classes_and_none_has_a_threshold(

@@ -80,6 +80,7 @@ def test_a_finding_nobody_has_is_named_and_never_counted_as_0() -> None:
     table = summarise_labels(finding_cases())
     assert table["by_label"]["c"] == {
         "num": 60, "num_positive": 0, "average_precision": None, "auroc": None,
+        "average_precision_interval": None, "auroc_interval": None,
     }  # fmt: skip
     a, b = (table["by_label"][name]["average_precision"] for name in "ab")
     assert table["macro_average_precision"] == pytest.approx((a + b) / 2)

@@ -139,6 +139,11 @@ def label_tables(
                     "prevalence": positive / num if num else None,
                 }
                 | {key: cell.get(key) for key in LABEL_SCORES}
+                | {
+                    f"{key}_{end}": (cell.get(f"{key}_interval") or (None, None))[place]
+                    for key in ("auroc", "average_precision")
+                    for place, end in enumerate(("low", "high"))
+                }
             )
         rows += sorted(labels, key=lambda row: row["num_positive"])
     return totals, rows

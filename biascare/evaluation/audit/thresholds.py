@@ -19,7 +19,7 @@ from biascare.evaluation.audit.rows import AuditTable
 from biascare.evaluation.audit.tables import Draws, Row, means
 from biascare.evaluation.metrics.fairness import MISSING, disparity
 from biascare.evaluation.metrics.groups import ATTRIBUTES
-from biascare.settings.keys import _key, _Section
+from biascare.settings.keys import StrictSection, key
 from biascare.settings.schema import build
 from biascare.settings.strict_yaml import ConfigError, Problem, read_tree
 
@@ -28,55 +28,55 @@ WORST_FIRST = (FAIL, INSUFFICIENT, PASS)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limit(_Section):
+class Limit(StrictSection):
     """What is asked of one metric."""
 
-    min: float | None = _key("mean of every group, at least", None, ge=0, le=1)
-    max: float | None = _key("mean of every group, at most", None, ge=0, le=1)
-    max_gap: float | None = _key("between the best and the worst group, at most", None, ge=0, le=1)
+    min: float | None = key("mean of every group, at least", None, ge=0, le=1)
+    max: float | None = key("mean of every group, at most", None, ge=0, le=1)
+    max_gap: float | None = key("between the best and the worst group, at most", None, ge=0, le=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits(_Section):
+class Limits(StrictSection):
     """A limit for every metric; empty ones ask nothing."""
 
-    dice: Limit = _key("limits of a metric", default_factory=Limit)
-    dice_hard: Limit = _key("limits of a metric", default_factory=Limit)
-    missed: Limit = _key("limits of a metric", default_factory=Limit)
-    iou: Limit = _key("limits of a metric", default_factory=Limit)
-    nsd: Limit = _key("limits of a metric", default_factory=Limit)
-    dice_text: Limit = _key("limits of a metric", default_factory=Limit)
-    dice_corrected: Limit = _key("limits of a metric", default_factory=Limit)
-    accuracy: Limit = _key("limits of a metric", default_factory=Limit)
-    option_accuracy: Limit = _key("limits of a metric", default_factory=Limit)
-    open_recall: Limit = _key("limits of a metric", default_factory=Limit)
-    true_yes: Limit = _key("limits of a metric", default_factory=Limit)
-    false_yes: Limit = _key("limits of a metric", default_factory=Limit)
-    rouge1: Limit = _key("limits of a metric", default_factory=Limit)
-    top_label: Limit = _key("limits of a metric", default_factory=Limit)
-    label_agreement: Limit = _key("limits of a metric", default_factory=Limit)
+    dice: Limit = key("limits of a metric", default_factory=Limit)
+    dice_hard: Limit = key("limits of a metric", default_factory=Limit)
+    missed: Limit = key("limits of a metric", default_factory=Limit)
+    iou: Limit = key("limits of a metric", default_factory=Limit)
+    nsd: Limit = key("limits of a metric", default_factory=Limit)
+    dice_text: Limit = key("limits of a metric", default_factory=Limit)
+    dice_corrected: Limit = key("limits of a metric", default_factory=Limit)
+    accuracy: Limit = key("limits of a metric", default_factory=Limit)
+    option_accuracy: Limit = key("limits of a metric", default_factory=Limit)
+    open_recall: Limit = key("limits of a metric", default_factory=Limit)
+    true_yes: Limit = key("limits of a metric", default_factory=Limit)
+    false_yes: Limit = key("limits of a metric", default_factory=Limit)
+    rouge1: Limit = key("limits of a metric", default_factory=Limit)
+    top_label: Limit = key("limits of a metric", default_factory=Limit)
+    label_agreement: Limit = key("limits of a metric", default_factory=Limit)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ByAttribute(_Section):
+class ByAttribute(StrictSection):
     """Limits of one attribute, where they differ from those of all."""
 
-    sex: Limits = _key("of sexes", default_factory=Limits)
-    age: Limits = _key("of age bands", default_factory=Limits)
-    race: Limits = _key("of races", default_factory=Limits)
-    sex_and_age: Limits = _key("of sexes within age bands", default_factory=Limits)
+    sex: Limits = key("of sexes", default_factory=Limits)
+    age: Limits = key("of age bands", default_factory=Limits)
+    race: Limits = key("of races", default_factory=Limits)
+    sex_and_age: Limits = key("of sexes within age bands", default_factory=Limits)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Thresholds(Limits):
     """A file of thresholds."""
 
-    min_group: int = _key("a smaller group has too few cases for a verdict", 20, ge=2)
+    min_group: int = key("a smaller group has too few cases for a verdict", 20, ge=2)
     # An intersection has small groups, which would leave every audit without a verdict.
-    attributes: tuple[Literal["sex", "age", "race", "sex and age"], ...] = _key(
+    attributes: tuple[Literal["sex", "age", "race", "sex and age"], ...] = key(
         "whose groups are held against the limits", ("sex", "age", "race", "sex and age")
     )
-    by_attribute: ByAttribute = _key("other limits of one attribute", default_factory=ByAttribute)
+    by_attribute: ByAttribute = key("other limits of one attribute", default_factory=ByAttribute)
 
 
 def read_thresholds(path: str | Path) -> Thresholds:

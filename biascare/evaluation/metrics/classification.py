@@ -146,6 +146,7 @@ def _exclusive(cases: Sequence[LabelCase]) -> dict[str, Any]:
     )
     low, high = percentile_interval(draws)
     ranks = class_scores(probabilities, present)
+    _, each = _bootstrapped(probabilities, present, clusters)
     return {
         "num": len(cases),
         "accuracy": float((truth == said).mean()),
@@ -163,6 +164,7 @@ def _exclusive(cases: Sequence[LabelCase]) -> dict[str, Any]:
                 "f1": float(f1[k]) if seen[k] else None,
                 "average_precision": _or_none(ranks["average_precision"][k]),
                 "auroc": _or_none(ranks["auroc"][k]),
+                **each[k],
             }
             for k, name in enumerate(names)
         },
@@ -178,12 +180,14 @@ def _findings(cases: Sequence[LabelCase], development: Sequence[LabelCase]) -> d
     scores = class_scores(probabilities, present)
     positives = np.nansum(present, 0)
     judged = (~np.isnan(present)).sum(0)
-    by_label = {
+    intervals, each = _bootstrapped(probabilities, present, _clusters(cases))
+    by_label: dict[str, dict[str, Any]] = {
         name: {
             "num": int(judged[k]),
             "num_positive": int(positives[k]),
             "average_precision": _or_none(scores["average_precision"][k]),
             "auroc": _or_none(scores["auroc"][k]),
+            **each[k],
         }
         for k, name in enumerate(names)
     }
@@ -194,7 +198,7 @@ def _findings(cases: Sequence[LabelCase], development: Sequence[LabelCase]) -> d
         # What a ranking by chance has: AP follows the prevalence, AUROC does not.
         "prevalence": float(np.mean(positives / np.maximum(judged, 1))),
         "num_without_positive": int((positives == 0).sum()),
-        **_bootstrapped(probabilities, present, _clusters(cases)),
+        **intervals,
     }
     if development:
         thresholds = best_thresholds(*arrays(development))
@@ -267,22 +271,29 @@ def best_thresholds(probabilities: Table, present: Table) -> Table:
     return result
 
 
-def _bootstrapped(probabilities: Table, present: Table, clusters: Any) -> dict[str, Any]:
-    """95 % intervals of both macro means, and how often a draw had no positive of a class."""
-    macro, dropped = [], 0
+def _bootstrapped(
+    probabilities: Table, present: Table, clusters: Any
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(95 % intervals of both macro means, and how often a draw had no positive of a class; those
+    of each class). A draw of patients without a positive of a class leaves the class out of it."""
     drawn = list(row_weights(clusters, NUM_DRAWS))
     block = max(1, BLOCK // max(1, len(present)))
-    for first in range(0, len(drawn), block):
-        scores = class_scores(probabilities, present, np.stack(drawn[first : first + block]))
-        macro.append(np.stack([_nanmean(s) for s in scores.values()], 1))
-        dropped += int(np.isnan(scores["average_precision"]).sum())
-    low, high = percentile_interval(np.concatenate(macro))
-    return {
-        "macro_average_precision_interval": [_or_none(low[0]), _or_none(high[0])],
-        "macro_auroc_interval": [_or_none(low[1]), _or_none(high[1])],
+    blocks = [
+        class_scores(probabilities, present, np.stack(drawn[first : first + block]))
+        for first in range(0, len(drawn), block)
+    ]
+    macro: dict[str, Any] = {}
+    each: list[dict[str, Any]] = [{} for _ in range(present.shape[1])]
+    for name in ("average_precision", "auroc"):
+        scores = np.concatenate([found[name] for found in blocks])
+        low, high = percentile_interval(_nanmean(scores)[:, None])
+        macro[f"macro_{name}_interval"] = [_or_none(low[0]), _or_none(high[0])]
         # Of the draws times the classes.
-        "num_left_out_of_draws": dropped,
-    }
+        macro["num_left_out_of_draws"] = int(np.isnan(scores).sum())
+        for cell, a, b in zip(each, *percentile_interval(scores), strict=True):
+            # Three positives in front give 1 in every draw: that is no certainty.
+            cell[f"{name}_interval"] = [float(a), float(b)] if a < b else None
+    return macro, each
 
 
 # ---------------------------------------------------------------- small things
@@ -295,6 +306,7 @@ def _clusters(cases: Sequence[LabelCase]) -> NDArray[np.int64]:
 def _means(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Mean over classes of everything that is a score; None where no class has it."""
     names = dict.fromkeys(name for cell in cells for name in cell)
+    names = {name: None for name in names if not name.endswith("_interval")}
     counts = ("num", "num_positive", "threshold")
     means: dict[str, Any] = {"num_labels": len(cells)}
     for name in names:
