@@ -45,8 +45,12 @@ REQUIRES = [
     "rouge-score>=0.1.2",
 ]
 
-# The click page: its server, what listens for it, and what reads uploads.
-UI = ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.20"]
+# The click page and its server.
+UI = [
+    "fastapi>=0.115",
+    "uvicorn>=0.30",
+    "python-multipart>=0.0.20",  # FastAPI reads uploads with it
+]
 
 EXTRAS = {
     "medical": ["pydicom>=3.0", "nibabel>=5.2"],

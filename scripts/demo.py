@@ -206,6 +206,7 @@ def main() -> None:
     data = f"--records {folder}/data/test --train {folder}/data/train"
     run("python", *f"scripts/audit.py {folder}/test/stage2 {data} --output {folder}/audit".split())
     print(f"audit: {folder}/audit/audit.html")
+    print(f"click: python scripts/interact.py {folder}/stage2/export {folder}/data/test")
     print(f"the demo took {time.time() - began:.0f} s")
 
 

@@ -176,7 +176,7 @@ def test_the_import_walk_sees_relative_and_function_level_imports(tmp_path: Path
     assert imports("biascare.hitl.clicks", source, known) == set(known)
 
 
-DOORS = ("train", "export", "preview", "evaluate", "audit")
+DOORS = ("train", "export", "preview", "evaluate", "audit", "interact")
 DOOR_LINES = 90
 
 
@@ -319,7 +319,7 @@ DISTRIBUTIONS = {
 }
 """Imported name -> package, where they differ by more than a dash."""
 
-LOADED_BY_OTHERS = ("torchvision", "accelerate", "ninja")
+LOADED_BY_OTHERS = ("torchvision", "accelerate", "ninja", "python-multipart")
 """Declared without an import here; setup.py says beside each who loads it."""
 
 
@@ -385,7 +385,7 @@ def test_the_tested_set_pins_every_dependency_inside_its_declared_range(
     pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
     extras = declared["extras_require"]
     # Ray is left to the cluster that has it; its test runs there only.
-    for text in (*declared["install_requires"], *extras["medical"], *extras["dev"]):
+    for text in (*declared["install_requires"], *extras["medical"], *extras["ui"], *extras["dev"]):
         wanted = Requirement(text)
         ours = [p for p in pins if canonicalize_name(p.name) == canonicalize_name(wanted.name)]
         assert ours, f"constraints.txt does not pin {wanted.name}"

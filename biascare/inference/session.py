@@ -41,7 +41,15 @@ from biascare.interfaces import (
 )
 from biascare.uncertainty import pixel_entropy
 
-STEPS = ("click", "box", "undo", "redo", "reset")
+STEPS = {
+    "click": ("kind", "x", "y", "positive"),
+    "box": ("kind", "box"),
+    "undo": ("kind",),
+    "redo": ("kind",),
+    "reset": ("kind",),
+}
+"""What a person can do to a mask, and the keys by which a page or a file says it."""
+
 DECISIONS = ("accept", "reject", "unsure")
 Step = TypeVar("Step", bound="Segmentation | None")
 Click = tuple[float, float, int]
@@ -232,9 +240,16 @@ class Session:
         kind = prompt.get("kind")
         if kind not in STEPS:
             raise ValueError(unknown("kind", str(kind), STEPS))
+        # A misspelt "positive" would turn a correction into its opposite.
+        for key in prompt:
+            if key not in STEPS[kind]:
+                raise ValueError(unknown(f"key of {kind}", str(key), STEPS[kind]))
         if kind == "click":
+            positive = prompt.get("positive", True)
+            if not isinstance(positive, bool):
+                raise ValueError(f"click: got positive={positive!r}, expected true or false")
             x, y = numbers(prompt, "x", 1) + numbers(prompt, "y", 1)
-            self.click(x, y, positive=prompt.get("positive", True))
+            self.click(x, y, positive=positive)
         elif kind == "box":
             x0, y0, x1, y1 = numbers(prompt, "box", 4)
             self.box((x0, y0, x1, y1))

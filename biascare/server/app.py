@@ -221,8 +221,9 @@ def create_app(
             "latency_ms": 1000 * (time.perf_counter() - start),
         }
 
-    for name, path in (("index.html", "/"), ("page.js", "/page.js"), ("page.css", "/page.css")):
-        app.add_api_route(path, _file(name), methods=["GET"])
+    app.add_api_route("/", _file("index.html"), methods=["GET"])
+    for name in ("page.js", "page.css", "icon.svg"):
+        app.add_api_route(f"/{name}", _file(name), methods=["GET"])
     return app
 
 

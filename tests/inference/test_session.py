@@ -121,6 +121,32 @@ def test_a_box_replaces_the_box_before_and_keeps_the_clicks(model: BiasCareVL) -
     assert 0 <= found.click_disagreement <= 1
 
 
+def test_a_step_of_a_file_does_what_the_method_does_or_is_refused(vision_model: BiasCareVL) -> None:
+    session, by_hand = (vision_model.session(picture(8, 50, 90)) for _ in range(2))
+    session.apply({"kind": "click", "x": 30, "y": 20})
+    session.apply({"kind": "click", "x": 50, "y": 10.5, "positive": False})
+    session.apply({"kind": "box", "box": [10, 5, 60, 30]})
+    session.apply({"kind": "undo"})
+    by_hand.click(30, 20)
+    expected = by_hand.click(50, 10.5, positive=False)
+    assert session.current is not None
+    assert np.array_equal(session.current.logits, expected.logits)
+    wrong = {
+        "clik": {"kind": "clik"},
+        "postive": {"kind": "click", "x": 3, "y": 3, "postive": False},
+        "true or false": {"kind": "click", "x": 3, "y": 3, "positive": "no"},
+        "x=None": {"kind": "click", "y": 3},
+        "numbers": {"kind": "click", "x": "3", "y": 3},
+        "original image": {"kind": "click", "x": float("nan"), "y": 3},
+        r"4 number": {"kind": "box", "box": [1, 2, 3]},
+    }
+    found = session.current
+    for message, prompt in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            session.apply(prompt)
+    assert session.current is found and session.can_redo  # a refused step changes nothing
+
+
 def test_a_decision_is_about_the_mask_on_screen(vision_model: BiasCareVL) -> None:
     session = vision_model.session(picture(5))
     with pytest.raises(ValueError, match="no mask to accept"):

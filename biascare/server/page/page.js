@@ -85,20 +85,24 @@ async function overlays() {
   while (stale) {
     stale = false;
     const session = work.session, since = clickedAt;
-    const wantsDoubt = Number($("doubt-opacity").value) > 0;
     try {
       const found = work.mask ? await tinted("/mask", MASK) : null;
-      const foundDoubt = work.mask && wantsDoubt ? await tinted("/uncertainty", DOUBT) : null;
-      if (work.session !== session) continue;
-      mask = found; doubt = foundDoubt;
+      if (work.session !== session) { stale = true; continue; }
+      mask = found;
+      drawNow();
+      if (since && !stale && !waiting.length && since === clickedAt) {
+        const server = work.latency_ms == null ? "" : `, model ${work.latency_ms.toFixed(0)} ms`;
+        $("latency").textContent = `${(performance.now() - since).toFixed(0)} ms${server}`;
+        clickedAt = 0;
+      }
+      // After the mask, which a person waits for.
+      const wanted = work.mask && Number($("doubt-opacity").value) > 0 && !stale;
+      const foundDoubt = wanted ? await tinted("/uncertainty", DOUBT) : null;
+      if (work.session === session) doubt = foundDoubt;
     } catch (error) {
       say(error.message, true);
     }
     draw();
-    if (since && !stale && !waiting.length) {
-      const server = work.latency_ms == null ? "" : `, model ${work.latency_ms.toFixed(0)} ms`;
-      $("latency").textContent = `${(performance.now() - since).toFixed(0)} ms${server}`;
-    }
   }
   fetching = false;
 }
@@ -154,12 +158,15 @@ async function next() {
   else say(rows.length ? "every case of the queue has a decision" : "the queue is empty; open a file");
 }
 
+// The ids of a record's cases end with the target.
+const named = ({case: id, target}) => (!target || id.endsWith(` ${target}`) ? id : `${id}: ${target}`);
+
 async function refreshQueue() {
   const rows = await call("/api/queue");
   $("queue").replaceChildren(...rows.map((row) => {
     const item = document.createElement("li"), button = document.createElement("button");
     const right = document.createElement("span");
-    button.textContent = `${row.case} ${row.target || ""}`;
+    button.textContent = named(row);
     right.textContent = row.decision || (row.uncertainty == null ? "" : row.uncertainty.toFixed(2));
     button.append(right);
     button.setAttribute("aria-pressed", String(Boolean(work && work.case === row.case)));
@@ -171,7 +178,7 @@ async function refreshQueue() {
 
 function show(state) {
   work = {...work, ...state};
-  $("case").textContent = `${work.case}${work.target ? `: ${work.target}` : ""}`;
+  $("case").textContent = named(work);
   const signed = (value, digits) => (value == null ? "" : ` (${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(digits)})`);
   const changes = state.changes || {};
   $("area").textContent = state.mask ? `${state.area} px${signed(changes.area, 0)}` : "–";
