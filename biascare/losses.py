@@ -26,7 +26,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from biascare.choices import unknown
-from biascare.interfaces import IGNORE_INDEX
+from biascare.interfaces import IGNORE_INDEX, POINT_NEGATIVE, POINT_POSITIVE
 from biascare.uncertainty import joint_uncertainty, mean_query, semantic_uncertainty, unit_vectors
 
 if TYPE_CHECKING:
@@ -76,6 +76,54 @@ def dice_loss_per_row(mask_logits: Tensor, masks: Tensor, *, eps: float = DICE_E
     return 1 - (2 * overlap + eps) / (size + eps)
 
 
+def click_loss_per_row(mask_logits: Tensor, coords: Tensor, labels: Tensor) -> Tensor:
+    """How far a mask is from containing its positive and excluding its negative clicks: the binary
+    cross entropy at their pixels. Not in the paper.
+
+    Args:
+        mask_logits: `[R, H, W]`, any float dtype.
+        coords: `[R, N, 2]`, x then y, pixels of the mask.
+        labels: `[R, N]`; box corners and padding are no clicks.
+
+    Returns:
+        `[R]` fp32, the mean over the clicks of a row; 0 without any.
+    """
+    height, width = mask_logits.shape[-2:]
+    # The pixel that a click lies on; a click of the data may lie between two, or on the border.
+    column = coords[..., 0].round().clamp(0, width - 1).long()
+    row = coords[..., 1].round().clamp(0, height - 1).long()
+    clicked = mask_logits.float().flatten(1).gather(1, row * width + column)
+    positive = labels == POINT_POSITIVE
+    is_click = positive | (labels == POINT_NEGATIVE)
+    each = torch.nn.functional.binary_cross_entropy_with_logits(
+        clicked, positive.float(), reduction="none"
+    )
+    return torch.where(is_click, each, 0.0).sum(1) / is_click.sum(1).clamp(min=1)
+
+
+def pixel_loss_per_row(mask_logits: Tensor, masks: Tensor, *, focus: float) -> Tensor:
+    """The focal loss of each row: binary cross entropy of the pixels, each weighted by
+    (1 - probability of its truth) to the power of `focus`. Not in the paper.
+
+    Unlike Dice it has a gradient where a small target is missed with certainty.
+
+    Args:
+        mask_logits: `[R, H, W]`, any float dtype.
+        masks: same size, values in {0, 1}, any dtype.
+        focus: 0 is plain cross entropy.
+
+    Returns:
+        `[R]` fp32, the mean over the pixels of a row.
+    """
+    each = torch.nn.functional.binary_cross_entropy_with_logits(
+        mask_logits.float(), masks.float(), reduction="none"
+    )
+    # exp(-cross entropy) is the probability of the truth; 0 ** 0 would have no gradient.
+    if focus:
+        each = each * (-torch.expm1(-each)) ** focus
+    return each.mean(dim=(1, 2))
+
+
 def uncertainty_weight(uncertainty: Tensor, lambda_u: float) -> Tensor:
     """Eq. 7: w = exp(lambda_u * u), `[R]` fp32."""
     # Deliberately without a batch maximum: subtracting one that carries gradient turns the gradient
@@ -117,22 +165,22 @@ def weighted_dice(dice: Tensor, weight: Tensor, valid: Tensor, reduction: str) -
         reduction: `sum` is the paper; `mean` divides by the number of valid rows.
     """
     # Masked before and after the product, so that a NaN weight cannot reach a gradient either.
-    return _reduce(torch.where(valid, dice.float(), 0.0) * weight.float(), valid, reduction)
+    return row_loss(torch.where(valid, dice.float(), 0.0) * weight.float(), valid, reduction)
 
 
-def refinement_loss(dice_rounds: Sequence[Tensor], valid: Tensor, reduction: str) -> Tensor:
+def refinement_loss(loss_rounds: Sequence[Tensor], valid: Tensor, reduction: str) -> Tensor:
     """Eq. 10: L_hitl = sum over the refined rows H of their Dice loss, averaged over rounds.
 
-    With one round this is the paper's formula.
+    With one round this is the paper's formula; other losses of refined rows are added up alike.
 
     Args:
-        dice_rounds: one `[k]` per round, the same rows in each.
+        loss_rounds: one `[k]` per round, the same rows in each.
         valid: `[k]` bool, see `biascare.hitl.clicks.selection_valid`.
         reduction: `sum`, or `mean` to divide by |H|.
     """
     # Averaged, not summed: `num_rounds` changes what the model sees, not how much refinement counts
     # in Eq. 12.
-    rounds = [_reduce(dice, valid, reduction) for dice in dice_rounds]
+    rounds = [row_loss(dice, valid, reduction) for dice in loss_rounds]
     return torch.stack(rounds).mean()
 
 
@@ -168,7 +216,7 @@ def alignment_loss(
     image_vector = torch.where(valid[:, None], image_vector.float(), 0.0)
     text_vector = torch.where(valid[:, None], mean_query(text_vector), 0.0)
     if kind == "cosine":
-        return _reduce(semantic_uncertainty(image_vector, text_vector), valid, "mean")
+        return row_loss(semantic_uncertainty(image_vector, text_vector), valid, "mean")
     # Two livers in two images are no negatives: pushed apart, they would unlearn what liver means.
     own = torch.eye(len(valid), dtype=torch.bool, device=valid.device)
     compared = own | ((group[:, None] != group[None, :]) & valid[:, None] & valid[None, :])
@@ -178,7 +226,7 @@ def alignment_loss(
     similarity = similarity.masked_fill(~compared, float("-inf"))
     # Symmetric: the text must find its region, and the region its text.
     both = similarity.logsumexp(dim=1) + similarity.logsumexp(dim=0)
-    return _reduce(both / 2 - similarity.diagonal(), valid, "mean")
+    return row_loss(both / 2 - similarity.diagonal(), valid, "mean")
 
 
 def quality_loss(predicted_dice: Tensor, dice_loss: Tensor, valid: Tensor) -> Tensor:
@@ -188,7 +236,7 @@ def quality_loss(predicted_dice: Tensor, dice_loss: Tensor, valid: Tensor) -> Te
     """
     # The target is detached: the head learns to judge the mask, the mask not to please the head.
     error = predicted_dice.float() - (1 - dice_loss.float()).detach()
-    return _reduce(torch.where(valid, error, 0.0).square(), valid, "mean")
+    return row_loss(torch.where(valid, error, 0.0).square(), valid, "mean")
 
 
 def label_loss(logits: Tensor, labels: Tensor, *, exclusive: bool) -> Tensor:
@@ -292,7 +340,7 @@ class _TokenNLL(torch.autograd.Function):
         return gradient, None
 
 
-def _reduce(values: Tensor, valid: Tensor, reduction: str) -> Tensor:
+def row_loss(values: Tensor, valid: Tensor, reduction: str) -> Tensor:
     """Sum or mean of `[R]` fp32 values over valid rows; 0 with a graph when there is none."""
     if reduction not in REDUCTIONS:
         raise ValueError(unknown("reduction", reduction, REDUCTIONS))

@@ -43,6 +43,48 @@ def row_weight(semantic: Tensor, dice: Tensor, weight_gradient: str) -> Tensor:
     )
 
 
+class TestClicks:
+    def test_is_the_cross_entropy_at_the_clicked_pixels_by_hand(self) -> None:
+        logits = torch.zeros(2, 2, 3)
+        logits[0, 1, 2], logits[0, 0, 1] = math.log(3), math.log(3)  # p 3/4
+        # x then y; a box corner and padding are no clicks, and lie on pixels of chance.
+        coords = torch.tensor([[2.0, 1], [1, 0], [0, 0], [0, 0]]).expand(2, 4, 2)
+        labels = torch.tensor([[1, 0, 2, -1], [-1, 2, 3, -1]])
+        loss = losses.click_loss_per_row(logits, coords, labels)
+        assert loss[0].item() == pytest.approx((-math.log(3 / 4) - math.log(1 / 4)) / 2)
+        assert loss[1].item() == 0
+
+    def test_a_click_belongs_to_the_nearest_pixel_and_on_the_border_to_the_last(self) -> None:
+        logits = torch.tensor([[[-20.0, 20.0]]])
+        labels = torch.ones(1, 1, dtype=torch.int64)
+        for x, inside in ((0.4, False), (0.6, True), (1.5, True), (-0.5, False)):
+            loss = losses.click_loss_per_row(logits, torch.tensor([[[x, -0.4]]]), labels)
+            assert loss.item() == pytest.approx(0 if inside else 20, abs=1e-6)
+
+
+class TestPixels:
+    def test_is_the_focal_loss_by_hand(self) -> None:
+        logits = torch.tensor([[[math.log(3), 0.0]], [[0.0, 0.0]]])  # p 3/4 and 1/2
+        masks = torch.tensor([[[1, 1]], [[0, 1]]], dtype=torch.uint8)
+        easy, hard = -math.log(3 / 4), -math.log(1 / 2)
+        plain = losses.pixel_loss_per_row(logits, masks, focus=0.0)
+        assert plain.tolist() == pytest.approx([(easy + hard) / 2, hard])
+        focal = losses.pixel_loss_per_row(logits, masks, focus=2.0)
+        assert focal.tolist() == pytest.approx([(easy / 16 + hard / 4) / 2, hard / 4])
+
+    def test_has_a_gradient_where_dice_has_none(self) -> None:
+        """A lesion of one pixel, missed with certainty."""
+        logits = torch.full((1, 8, 8), -30.0, requires_grad=True)
+        masks = torch.zeros(1, 8, 8)
+        masks[0, 3, 4] = 1
+        for loss, least in ((losses.pixel_loss_per_row(logits, masks, focus=2.0), 0.01),
+                            (-losses.dice_loss_per_row(logits, masks), -1e-6)):  # fmt: skip
+            (grad,) = torch.autograd.grad(loss.sum(), logits)
+            assert (-grad[0, 3, 4]).item() > least
+            assert grad.isfinite().all()
+        assert (-grad[0, 3, 4]).abs().item() < 1e-6
+
+
 class TestDice:
     def test_equals_the_formula_computed_by_hand(self) -> None:
         logits = torch.tensor([[[0.0, math.log(3)], [-math.log(3), 0.0]]])  # p .5 .75 .25 .5

@@ -91,6 +91,7 @@ def save_network(
             "architecture": network.vision.architecture,
             "image_size": network.vision.image_size,
             "multimask": network.vision.multimask,
+            "mask_prompt_limit": network.vision.mask_prompt_limit,
         },
     }
     if network.label_head is not None:
@@ -232,6 +233,7 @@ def build_network(
     image_size: int,
     vision_weights: str | None = None,
     multimask: Multimask | None = None,
+    mask_prompt_limit: float | None = None,
     mllm: str | None = None,
     lora: LoraSettings | None = None,
     num_queries: int = 1,
@@ -246,7 +248,9 @@ def build_network(
 
     Without `lora` the language model has no adapter. `labels`: those of a label head, and whether
     exactly one holds."""
-    pathway = VisionPathway(vision, image_size, activation_checkpointing, multimask)
+    pathway = VisionPathway(
+        vision, image_size, activation_checkpointing, multimask, mask_prompt_limit
+    )
     # Without text some of the decoder is never read, and must not count as trainable.
     pathway.reads_text = mllm is not None
     if vision_weights is not None:
@@ -286,6 +290,8 @@ def load_vision_weights(pathway: VisionPathway, path: Path) -> LoadReport:
     if foreign:
         return load_vision_checkpoint(pathway, path)
     config = read_export_config(path)["vision"]
+    # No weight depends on it, so a run may start with another limit.
+    config.pop("mask_prompt_limit", None)
     wanted = {name: getattr(pathway, name) for name in config}
     # Position embeddings are of one size, and each mask head was trained or was not; changed in
     # silence, they would start another model.

@@ -56,6 +56,34 @@ def evaluation_table(summary: Mapping[str, Any], title: str) -> Table:
     return table
 
 
+def corrections_table(table: Mapping[str, Mapping[str, Any]]) -> Table | None:
+    """What corrections do, by size of the mask and by modality; None with fewer than two."""
+    if not table or len(table["all"]["dice"]) < 3:
+        return None
+    shown = Table(
+        title="Dice after corrections",
+        caption="fall: the greatest against the correction before, and after which\n"
+        "inside, outside: positive clicks inside the last mask and negative ones outside it",
+    )
+    shown.add_column("group")
+    # The first three say whether clicks help, the last where they lead to.
+    last = len(table["all"]["dice"]) - 1
+    numbers = [n for n in (0, 1, 2, 3) if n < last] + [last]
+    for column in ("n", *map(str, numbers), "fall", "inside", "outside"):
+        shown.add_column(column, justify="right")
+    for name, cell in table.items():
+        fall = f"{_f(cell['greatest_fall'])} ({cell['after']})" if cell["after"] else "-"
+        kept = [cell[key][-1] for key in ("positive_inside", "negative_outside")]
+        shown.add_row(
+            name,
+            str(cell["num"]),
+            *(_f(cell["dice"][n]) for n in numbers),
+            fall,
+            *("-" if share is None else _f(share) for share in kept),
+        )
+    return shown
+
+
 def variants_table(answers: Mapping[str, Mapping[str, Any]]) -> Table | None:
     """Answers to questions asked otherwise; None where none were."""
     table = Table(

@@ -192,6 +192,7 @@ def build_network(config: Config, opener: MLLMOpener = open_mllm) -> DualPathNet
         image_size=model.image_size,
         vision_weights=model.vision_weights,
         multimask=model.multimask,
+        mask_prompt_limit=model.mask_prompt_limit,
         mllm=model.mllm if config.train.stage == "joint" else None,
         lora=lora_settings(model),
         num_queries=model.num_queries,

@@ -51,6 +51,7 @@ from biascare.reports.mask_files import import_nibabel, save_masks
 from biascare.reports.sheets import contact_sheet, mask_panels, representative_cases
 from biascare.reports.tables import (
     benchmark_table,
+    corrections_table,
     evaluation_table,
     groups_table,
     invariance_table,
@@ -122,8 +123,9 @@ def carry_out(request: EvaluationRequest) -> tuple[list[Table | str], bool]:
 
 def _further(summary: Mapping[str, Any]) -> list[Table | str]:
     """Tables below the first one, each where there is something in it."""
-    otherwise = variants_table(summary.get("answers", {}))
-    shown: list[Table | str] = [] if otherwise is None else [otherwise]
+    corrected = summary.get("segmentation", {}).get("corrections", {})
+    tables = (corrections_table(corrected), variants_table(summary.get("answers", {})))
+    shown: list[Table | str] = [table for table in tables if table is not None]
     return [*shown, groups_table(summary["groups"])] if "groups" in summary else shown
 
 

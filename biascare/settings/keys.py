@@ -108,6 +108,11 @@ class ModelConfig(StrictSection):
         "at most one click, or a box alone; unset: as the weights of model.vision were trained",
         None,
     )
+    mask_prompt_limit: float | None = key(
+        "largest logit, in size, of the mask that a correction sees; unset: as the decoder gave it",
+        None,
+        gt=0,
+    )
     # The paper's; both pathways see the same square, so a click means the same place in both.
     image_size: int = key("pixels, both pathways", 256, ge=32)
     num_queries: int = key("pooled query tokens (Eq. 1)", 1, ge=1)
@@ -147,6 +152,11 @@ class ObjectiveConfig(StrictSection):
     )
     alignment_weight: float = key("weight of the alignment term", 0.1, ge=0)
     quality_weight: float = key("weight of the predicted-Dice regression", 0.1, ge=0)
+    click_weight: float = key(
+        "weight of the term that puts clicks on their side of a corrected mask", 0.0, ge=0
+    )
+    pixel_weight: float = key("weight of the focal loss of the pixels beside Dice", 0.0, ge=0)
+    pixel_focus: float = key("its exponent; 0: cross entropy", 2.0, ge=0)
 
 
 @dataclass(frozen=True, kw_only=True)

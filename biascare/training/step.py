@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from biascare.interfaces import Batch, DualPathModel, Features, Prediction
 from biascare.losses import dice_loss_per_row, row_weight, total_objective
-from biascare.training.terms import TERMS, FirstPass, HITLSettings, ObjectiveSettings, RowOutcome
+from biascare.training.terms import (
+    TERMS,
+    HITLSettings,
+    ObjectiveSettings,
+    Passes,
+    RowOutcome,
+    refine_hardest,
+)
 from biascare.uncertainty import joint_uncertainty, mask_weighted_embedding, semantic_uncertainty
 
 
@@ -39,27 +46,31 @@ class TrainStep(nn.Module):
         """
         torch.manual_seed(batch.seed)  # dropout depends on the micro-batch, not on who runs it
         features = self.model.encode(batch)
-        prediction = rows = None
+        prediction = rows = refinement = None
         if batch.masks is not None and batch.prompts is not None and batch.row_image is not None:
             prediction = self.model.decode_masks(features, batch.prompts, batch.row_image)
             rows = self.judge(features, prediction, batch)
-        first = FirstPass(
+            if self.hitl.enabled:
+                refinement = refine_hardest(
+                    self.model, batch, features, prediction, rows, self.hitl
+                )
+        passes = Passes(
             model=self.model,
             batch=batch,
             features=features,
             prediction=prediction,
             rows=rows,
+            refinement=refinement,
             num_answer_tokens=num_answer_tokens,
             num_micro_batches=num_micro_batches,
             objective=self.objective,
-            hitl=self.hitl,
         )
         # The same terms in the same order on every rank: ZeRO-3 gathers parameters as they come.
         terms: dict[str, tuple[float, Tensor]] = {}
         for term in TERMS:
             weight = term.weight(self.objective)
             # Switched off, a term is not computed: 0 times a NaN would still be NaN.
-            loss = term.loss(first) if weight else None
+            loss = term.loss(passes) if weight else None
             if loss is not None:
                 terms[term.name] = (weight, loss)
         return {

@@ -1,9 +1,9 @@
 """The terms of the objective (Eq. 12) as a table. A new loss is one function and one row here, and
 one weight among the keys of `objective`.
 
-Each function gets what the first pass of a micro-batch gave and returns a scalar, or None where the
-stage or the batch has nothing of its kind. In a micro-batch without anything to learn from, a term
-is a 0 that has a graph: under ZeRO-3 all ranks make the same calls.
+Each function gets what the decoder passes of a micro-batch gave and returns a scalar, or None where
+the stage or the batch has nothing of its kind. In a micro-batch without anything to learn from, a
+term is a 0 that has a graph: under ZeRO-3 all ranks make the same calls.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from biascare.hitl.clicks import num_hardest, refine_once, select_hardest, selec
 from biascare.interfaces import Batch, DualPathModel, Features, Prediction, Prompts
 from biascare.losses import (
     alignment_loss,
+    click_loss_per_row,
     dice_loss_per_row,
     label_loss,
     language_loss,
+    pixel_loss_per_row,
     quality_loss,
     refinement_loss,
+    row_loss,
     token_nll_sum,
     weighted_dice,
 )
@@ -40,6 +43,9 @@ class ObjectiveSettings(NamedTuple):
     alignment: str
     alignment_weight: float
     quality_weight: float
+    click_weight: float
+    pixel_weight: float
+    pixel_focus: float
 
 
 class HITLSettings(NamedTuple):
@@ -63,7 +69,15 @@ class RowOutcome(NamedTuple):
     valid: Tensor  # [R] bool
 
 
-class FirstPass(NamedTuple):
+class Refinement(NamedTuple):
+    """The corrections of the hardest rows."""
+
+    masks: Tensor  # [k, H, W], the truth
+    valid: Tensor  # [k] bool, see `selection_valid`
+    rounds: list[tuple[Prompts, Prediction]]  # all prompts so far, and the masks by them
+
+
+class Passes(NamedTuple):
     """What the terms of a micro-batch are made of."""
 
     model: DualPathModel
@@ -71,30 +85,35 @@ class FirstPass(NamedTuple):
     features: Features
     prediction: Prediction | None  # None, like `rows`, without segmentation rows
     rows: RowOutcome | None
+    refinement: Refinement | None  # None without segmentation rows or without an expert
     num_answer_tokens: Tensor | int  # of the whole optimizer step, over ranks and accumulation
     num_micro_batches: int  # likewise
     objective: ObjectiveSettings
-    hitl: HITLSettings
 
 
-def weighted_dice_term(first: FirstPass) -> Tensor | None:
+def weighted_dice_term(passes: Passes) -> Tensor | None:
     """Eq. 9: Dice of the rows, the uncertain ones with more weight."""
-    if first.rows is None:
+    if passes.rows is None:
         return None
-    rows = first.rows
-    return weighted_dice(rows.dice_loss, rows.weight, rows.valid, first.objective.reduction)
+    rows = passes.rows
+    return weighted_dice(rows.dice_loss, rows.weight, rows.valid, passes.objective.reduction)
 
 
-def refinement_term(first: FirstPass) -> Tensor | None:
-    """Human in the loop: the hardest rows get the clicks an expert would give (Eqs. 8, 10)."""
-    model, batch, features, prediction, rows, *_ = first
-    if not first.hitl.enabled or prediction is None or rows is None:
-        return None
+def refine_hardest(
+    model: DualPathModel,
+    batch: Batch,
+    features: Features,
+    prediction: Prediction,
+    rows: RowOutcome,
+    settings: HITLSettings,
+) -> Refinement:
+    """Human in the loop: the hardest rows get the clicks an expert would give (Eq. 8)."""
     assert batch.masks is not None and batch.prompts is not None and batch.row_image is not None
-    settings, masks, row_image = first.hitl, batch.masks, batch.row_image
+    row_image = batch.row_image
     # From the number of rows, which every rank shares, so that all make the same calls.
     k = num_hardest(len(row_image), settings.ratio)
     index = select_hardest(rows.uncertainty, rows.valid, settings.ratio, k=k)
+    masks = batch.masks[index]
     # The first pass chose by its uncertainty and is refined from its own prompts and logits.
     prompts = Prompts(*(field[index] for field in batch.prompts))
     current = Prediction(*(field[index] for field in prediction))
@@ -105,45 +124,82 @@ def refinement_term(first: FirstPass) -> Tensor | None:
     def decode(prompts: Prompts, mask_prompt: Tensor | None) -> Prediction:
         return model.decode_masks(features, prompts, row_image, rows=index, mask_prompt=mask_prompt)
 
-    dice_rounds = []
+    rounds = []
     for _ in range(settings.num_rounds):
         prompts, current = refine_once(
             decode,
             prompts,
             current,
-            masks[index],
+            masks,
             policy=settings.policy,
             num_clicks=settings.clicks_per_round,
             generator=generator,
             mask_prompt=settings.mask_prompt,
         )
-        dice_rounds.append(dice_loss_per_row(current.mask_logits, masks[index]))
-    return refinement_loss(dice_rounds, selection_valid(rows.valid, k), first.objective.reduction)
+        rounds.append((prompts, current))
+    return Refinement(masks, selection_valid(rows.valid, k), rounds)
 
 
-def answer_term(first: FirstPass) -> Tensor | None:
+def refinement_term(passes: Passes) -> Tensor | None:
+    """Eq. 10: Dice of the corrected masks."""
+    if passes.refinement is None:
+        return None
+    masks, valid, rounds = passes.refinement
+    dice = [dice_loss_per_row(prediction.mask_logits, masks) for _, prediction in rounds]
+    return refinement_loss(dice, valid, passes.objective.reduction)
+
+
+def click_term(passes: Passes) -> Tensor | None:
+    """A corrected mask contains its positive clicks and excludes its negative ones; not in the
+    paper."""
+    if passes.refinement is None:
+        return None
+    _, valid, rounds = passes.refinement
+    missed = [
+        click_loss_per_row(prediction.mask_logits, *prompts) for prompts, prediction in rounds
+    ]
+    return refinement_loss(missed, valid, passes.objective.reduction)
+
+
+def pixel_term(passes: Passes) -> Tensor | None:
+    """Cross entropy of the pixels beside Dice, of the first masks and the corrected ones; not in
+    the paper."""
+    prediction, rows, masks = passes.prediction, passes.rows, passes.batch.masks
+    if prediction is None or rows is None or masks is None:
+        return None
+    focus, reduction = passes.objective.pixel_focus, passes.objective.reduction
+    each = pixel_loss_per_row(prediction.mask_logits, masks, focus=focus)
+    loss = row_loss(each, rows.valid, reduction)
+    if passes.refinement is None:
+        return loss
+    masks, valid, rounds = passes.refinement
+    corrected = [pixel_loss_per_row(p.mask_logits, masks, focus=focus) for _, p in rounds]
+    return loss + refinement_loss(corrected, valid, reduction)
+
+
+def answer_term(passes: Passes) -> Tensor | None:
     """Eq. 11: next-token loss of the answers, normalised over the optimizer step."""
-    batch, hidden_states = first.batch, first.features.hidden_states
+    batch, hidden_states = passes.batch, passes.features.hidden_states
     if batch.answer_tokens is None or hidden_states is None:
         return None
-    assert first.model.mllm is not None and batch.answer_positions is not None
+    assert passes.model.mllm is not None and batch.answer_positions is not None
     # Only where an answer token comes next: the logits of all other positions are never read.
-    logits = first.model.mllm.answer_logits(hidden_states, batch.answer_positions)
+    logits = passes.model.mllm.answer_logits(hidden_states, batch.answer_positions)
     nll_sum = token_nll_sum(logits, batch.answer_tokens)
-    return language_loss(nll_sum, first.num_answer_tokens, first.num_micro_batches)
+    return language_loss(nll_sum, passes.num_answer_tokens, passes.num_micro_batches)
 
 
-def quality_term(first: FirstPass) -> Tensor | None:
+def quality_term(passes: Passes) -> Tensor | None:
     """The quality head learns the Dice of its own mask; not in the paper."""
-    if first.prediction is None or first.rows is None:
+    if passes.prediction is None or passes.rows is None:
         return None
-    return quality_loss(first.prediction.predicted_dice, first.rows.dice_loss, first.rows.valid)
+    return quality_loss(passes.prediction.predicted_dice, passes.rows.dice_loss, passes.rows.valid)
 
 
-def alignment_term(first: FirstPass) -> Tensor | None:
+def alignment_term(passes: Passes) -> Tensor | None:
     """Match the text to the image under the true mask; not in the paper."""
-    batch, features, rows = first.batch, first.features, first.rows
-    if first.objective.alignment == "none" or rows is None or features.text_embedding is None:
+    batch, features, rows = passes.batch, passes.features, passes.rows
+    if passes.objective.alignment == "none" or rows is None or features.text_embedding is None:
         return None
     assert batch.masks is not None and batch.row_target is not None
     assert features.image_embedding is not None
@@ -157,16 +213,16 @@ def alignment_term(first: FirstPass) -> Tensor | None:
         features.text_embedding,
         rows.valid,
         batch.row_target,
-        kind=first.objective.alignment,
+        kind=passes.objective.alignment,
     )
 
 
-def label_term(first: FirstPass) -> Tensor | None:
+def label_term(passes: Passes) -> Tensor | None:
     """The label head, in its stage alone; not in the paper."""
-    if first.batch.labels is None:
+    if passes.batch.labels is None:
         return None
-    logits, exclusive = first.model.label_logits(first.features)
-    return label_loss(logits, first.batch.labels, exclusive=exclusive)
+    logits, exclusive = passes.model.label_logits(passes.features)
+    return label_loss(logits, passes.batch.labels, exclusive=exclusive)
 
 
 class Term(NamedTuple):
@@ -174,7 +230,7 @@ class Term(NamedTuple):
 
     name: str  # in logs
     weight: Callable[[ObjectiveSettings], float]
-    loss: Callable[[FirstPass], Tensor | None]
+    loss: Callable[[Passes], Tensor | None]
 
 
 TERMS = (
@@ -183,6 +239,8 @@ TERMS = (
     Term("hitl", lambda objective: 1.0, refinement_term),
     Term("vlm", lambda objective: 1.0, answer_term),
     Term("quality", lambda objective: objective.quality_weight, quality_term),
+    Term("clicks", lambda objective: objective.click_weight, click_term),
+    Term("pixels", lambda objective: objective.pixel_weight, pixel_term),
     Term("alignment", lambda objective: objective.alignment_weight, alignment_term),
     Term("labels", lambda objective: 1.0, label_term),
 )

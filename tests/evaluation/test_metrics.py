@@ -43,6 +43,7 @@ from biascare.evaluation.metrics.segmentation import (
     surface_scores,
 )
 from biascare.records import encode_mask
+from biascare.reports.tables import corrections_table
 from tests.tiny import HEIGHT, WIDTH, tiny_facts
 
 BY_MONAI = pytest.mark.filterwarnings("ignore:monai")  # of an argument that it passes itself
@@ -187,6 +188,45 @@ def test_clicks_are_counted_from_a_click_and_from_a_box_apart() -> None:
     assert summary["hd95"] == {"mean": pytest.approx((far + near) / 2), "num_undefined": 1}
     assert summary["iou"]["mean"] == pytest.approx((0.5 + 0.5 + 0.9 + 0.9 + 0) / 5)
     assert json.loads(json.dumps(summary)) == summary
+
+
+def test_dice_after_corrections_is_given_by_group_with_its_greatest_fall_by_hand() -> None:
+    """Truth: pixels 0 to 9 of 20; n found of 10 is a Dice of 2 n / (n + 10)."""
+
+    def corrected(modality: str, *found: int) -> MaskCase:
+        case = mask_case(found[0], "liver", "head", 0.1, modality=modality)
+        first = case.predictions[0]
+        # A click on what is missing, then one beside the target; at a native border, half a pixel
+        # beyond it.
+        points = [[], [(8.6, 0.4, 1)], [(8.6, 0.4, 1), (19.5, -0.5, 0)]]
+        predictions = [
+            dataclasses.replace(first, mask=code(n), points=[*first.points, *clicks])
+            for n, clicks in zip(found, points, strict=True)
+        ]
+        return dataclasses.replace(case, predictions=predictions)
+
+    cases = [corrected("CT", 10, 6, 20), corrected("MR", 2, 10, 10)]
+    table = summarise_segmentation(cases, scores_of(cases, HEADER))["corrections"]
+    assert list(table) == ["all", "pixels: under 32 x 32", "modality: CT", "modality: MR"]
+    one, other = (1, 12 / 16, 20 / 30), (4 / 12, 1, 1)
+    assert table["modality: CT"]["dice"] == pytest.approx(one)
+    assert table["modality: CT"]["greatest_fall"] == pytest.approx(1 / 4)
+    assert table["modality: CT"]["after"] == 1
+    # Of six pixels the tenth is none, and the last of all twenty is no background.
+    assert table["modality: CT"]["positive_inside"] == [1, 1 / 2, 1]
+    assert table["modality: CT"]["negative_outside"] == [None, None, 0]
+    assert table["modality: MR"]["greatest_fall"] == 0 and table["modality: MR"]["after"] is None
+    means = [(a + b) / 2 for a, b in zip(one, other, strict=True)]
+    assert table["all"]["num"] == 2 and table["all"]["dice"] == pytest.approx(means)
+    assert table["all"]["greatest_fall"] == pytest.approx(means[1] - means[2])
+    assert table["all"]["positive_inside"] == [1, 3 / 4, 1]
+    assert table["all"]["negative_outside"] == [None, None, 1 / 2]
+    uncorrected = summarise_segmentation(CASES, scores_of(CASES, HEADER))
+    assert uncorrected["corrections"] == {}
+    shown = corrections_table(table)
+    assert shown is not None and shown.row_count == 4
+    assert list(shown.columns[5].cells)[:3] == ["0.042 (2)", "0.042 (2)", "0.250 (1)"]
+    assert corrections_table(uncorrected["corrections"]) is None
 
 
 def test_unknown_attributes_form_a_group_of_their_own() -> None:

@@ -369,6 +369,15 @@ def test_an_export_restores_the_same_masks_and_answers(
     )
 
 
+def test_an_export_keeps_the_limit_of_mask_prompts_and_starts_a_run_with_another(
+    tmp_path: Path,
+) -> None:
+    save_network(build_network(vision="tiny", image_size=64, mask_prompt_limit=8.0), tmp_path)
+    assert open_network(tmp_path)[0].vision.mask_prompt_limit == 8
+    again = build_network(vision="tiny", image_size=64, vision_weights=str(tmp_path))
+    assert again.vision.mask_prompt_limit is None
+
+
 def test_an_export_holds_what_was_trained_and_not_the_base_model(
     tiny_mllm: Path, tmp_path: Path
 ) -> None:
@@ -382,8 +391,12 @@ def test_an_export_holds_what_was_trained_and_not_the_base_model(
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["mllm"] == {"path": str(tiny_mllm)}
-    vision = {"architecture": "tiny", "image_size": IMAGE_SIZE, "multimask": "never"}
-    assert config["vision"] == vision
+    assert config["vision"] == {
+        "architecture": "tiny",
+        "image_size": IMAGE_SIZE,
+        "multimask": "never",
+        "mask_prompt_limit": None,
+    }
 
 
 def test_an_export_is_written_from_a_gathered_state_where_parameters_are_elsewhere(

@@ -17,9 +17,9 @@ from biascare.models.network import DualPathNetwork
 from biascare.training.step import TrainStep
 from biascare.training.terms import (
     TERMS,
-    FirstPass,
     HITLSettings,
     ObjectiveSettings,
+    Passes,
     alignment_term,
 )
 from biascare.uncertainty import mask_weighted_embedding
@@ -242,7 +242,7 @@ def test_alignment_moves_the_embedding_and_never_the_mask(
     model: DualPathNetwork, batch: Batch
 ) -> None:
     objective = PLAIN._replace(alignment="contrastive", alignment_weight=1.0)
-    loss = alignment_term(_first_pass(model, batch, objective))
+    loss = alignment_term(_passes(model, batch, objective))
     assert loss is not None
     model.zero_grad()
     loss.backward()
@@ -250,34 +250,85 @@ def test_alignment_moves_the_embedding_and_never_the_mask(
     assert any(p.grad is not None and p.grad.any() for p in model.vision.image_encoder.parameters())
 
 
-def _first_pass(model: DualPathNetwork, batch: Batch, objective: ObjectiveSettings) -> FirstPass:
+def _passes(model: DualPathNetwork, batch: Batch, objective: ObjectiveSettings) -> Passes:
     features = model.encode(batch)
     assert batch.prompts is not None and batch.row_image is not None
     prediction = model.decode_masks(features, batch.prompts, batch.row_image)
-    return FirstPass(
+    return Passes(
         model=model,
         batch=batch,
         features=features,
         prediction=prediction,
         rows=TrainStep(model, objective, NO_HITL).judge(features, prediction, batch),
+        refinement=None,
         num_answer_tokens=1,
         num_micro_batches=1,
         objective=objective,
-        hitl=NO_HITL,
     )
 
 
 def test_every_term_of_the_table_is_logged_and_a_weight_of_0_switches_it_off(
     model: DualPathNetwork, batch: Batch
 ) -> None:
-    outcome = Spy(model).run(batch, OBJECTIVE, HITL)
+    objective = OBJECTIVE._replace(click_weight=0.3, pixel_weight=0.2)
+    outcome = Spy(model).run(batch, objective, HITL)
     # That of the labels needs a head and labels, which only its own stage has.
     assert [*outcome["terms"], "labels"] == [term.name for term in TERMS]
-    weights = {term.name: term.weight(OBJECTIVE) for term in TERMS}
+    weights = {term.name: term.weight(objective) for term in TERMS}
     total = sum(weights[name] * float(loss) for name, loss in outcome["terms"].items())
     assert float(outcome["loss"].detach()) == pytest.approx(total, rel=1e-6)
     off = OBJECTIVE._replace(alignment_weight=0.0, quality_weight=0.0)
     assert list(Spy(model).run(batch, off, HITL)["terms"]) == ["dur", "hitl", "vlm"]
+
+
+def test_clicks_and_pixels_of_corrected_masks_equal_a_literal_recomputation(
+    model: DualPathNetwork, batch: Batch
+) -> None:
+    spy = Spy(model)
+    objective = PLAIN._replace(click_weight=0.5, pixel_weight=2.0, pixel_focus=0.0)
+    outcome = spy.run(batch, objective, HITL._replace(ratio=0.5, num_rounds=2))
+    first, *corrected = spy.predictions
+    index = spy.rows[1]
+    assert batch.masks is not None and index is not None and len(index) == 2
+    clicks = 0.0
+    for prompts, prediction in zip(spy.prompts[1:], corrected, strict=True):
+        for row in range(2):
+            each = []
+            for (x, y), label in zip(
+                prompts.point_coords[row].tolist(), prompts.point_labels[row].tolist(), strict=True
+            ):
+                if label in (0, 1):
+                    p = prediction.mask_logits[row, round(y), round(x)].detach().double().sigmoid()
+                    each.append(-float((p if label else 1 - p).log()))
+            clicks += sum(each) / len(each) / 2
+    assert float(outcome["terms"]["clicks"]) == pytest.approx(clicks, rel=1e-5)
+
+    def entropy(logits: Tensor, mask: Tensor) -> float:
+        p = logits.detach().double().sigmoid()
+        return -float(torch.where(mask.bool(), p, 1 - p).log().mean())
+
+    pixels = sum(entropy(first.mask_logits[r], batch.masks[r]) for r in range(3))
+    for prediction in corrected:
+        pixels += sum(entropy(prediction.mask_logits[k], batch.masks[index[k]]) for k in (0, 1)) / 2
+    assert float(outcome["terms"]["pixels"]) == pytest.approx(pixels, rel=1e-5)
+
+
+def test_without_weight_the_terms_of_clicks_and_pixels_leave_loss_and_gradients_as_they_were(
+    model: DualPathNetwork, batch: Batch
+) -> None:
+    def loss_and_gradients() -> tuple[Tensor, list[Tensor | None]]:
+        model.zero_grad()
+        loss = Spy(model).run(batch, OBJECTIVE, HITL._replace(num_rounds=2))["loss"]
+        loss.backward()
+        return loss.detach(), [p.grad for p in model.parameters()]
+
+    loss, gradients = loss_and_gradients()
+    before = tuple(term for term in TERMS if term.name not in ("clicks", "pixels"))
+    with mock.patch("biascare.training.step.TERMS", before):
+        same, as_before = loss_and_gradients()
+    assert torch.equal(loss, same)
+    for one, other in zip(gradients, as_before, strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
 
 
 def test_semantic_uncertainty_is_that_of_the_first_mask(

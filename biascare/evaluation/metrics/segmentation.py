@@ -263,7 +263,54 @@ def summarise_segmentation(
         summary[metric] |= counts | tables
     if scores:
         summary["clicks"] = _click_table(cases, scores)
+        summary["corrections"] = _correction_table(cases, scores)
     return summary
+
+
+def _correction_table(
+    cases: Sequence[MaskCase], scores: Sequence[dict[str, float]]
+) -> dict[str, dict[str, Any]]:
+    """{"all", "pixels: ...", "modality: ...": what corrections do}; {} where nobody corrected."""
+    num = len(cases[0].predictions)  # of an evaluation, the same for all
+    if num == 1:
+        return {}
+    names = ["dice", *(f"dice_click_{n}" for n in range(1, num))]
+    members: dict[str, list[int]] = {"all": list(range(len(cases)))}
+    for axis in ("pixels", "modality"):
+        for i in range(len(cases)):
+            members.setdefault(f"{axis}: {GROUPINGS[axis](cases[i]) or 'missing'}", []).append(i)
+    table = {}
+    for name, mine in members.items():
+        dice = np.array([[scores[i][metric] for metric in names] for i in mine]).mean(0)
+        # A group as a whole: of single masks some always lose.
+        steps = np.diff(dice)
+        kept = [clicks_kept([cases[i] for i in mine], n) for n in range(num)]
+        table[name] = {
+            "num": len(mine),
+            "dice": dice.tolist(),
+            "greatest_fall": max(0.0, -float(steps.min())),
+            "after": int(steps.argmin()) + 1 if steps.min() < 0 else None,
+            "positive_inside": [positive for positive, _ in kept],
+            "negative_outside": [negative for _, negative in kept],
+        }
+    return table
+
+
+def clicks_kept(cases: Sequence[MaskCase], number: int) -> tuple[float | None, float | None]:
+    """(share of positive clicks inside, share of negative clicks outside) of all clicks that the
+    masks after `number` corrections were asked by; None where there is no such click."""
+    right: dict[int, list[bool]] = {1: [], 0: []}
+    for case in cases:
+        prediction = case.predictions[number]
+        mask = decode_mask(prediction.mask.encode("ascii"), case.height, case.width)
+        for x, y, label in prediction.points:
+            # Corrections are clicked at the model's size, so at native size between pixels; the
+            # centre of a border pixel may round to the one beyond it.
+            row = min(max(round(y), 0), case.height - 1)
+            column = min(max(round(x), 0), case.width - 1)
+            right[label].append(bool(mask[row, column]) == bool(label))
+    positive, negative = (float(np.mean(found)) if found else None for found in right.values())
+    return positive, negative
 
 
 def _click_table(

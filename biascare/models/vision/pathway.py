@@ -129,9 +129,11 @@ class VisionPathway(nn.Module):
         image_size: int,
         activation_checkpointing: bool = False,
         multimask: Multimask | None = None,
+        mask_prompt_limit: float | None = None,
     ):
         """`architecture`: a name of `VISION_ARCHITECTURES`; `image_size`: pixels, square;
-        `multimask`: None as the architecture's weights were trained."""
+        `multimask`: None as the architecture's weights were trained; `mask_prompt_limit`: the
+        largest logit of a mask prompt, None for any."""
         super().__init__()
         if architecture not in VISION_ARCHITECTURES:
             raise ValueError(unknown("model.vision", architecture, VISION_ARCHITECTURES))
@@ -146,6 +148,7 @@ class VisionPathway(nn.Module):
         self.image_size = image_size
         self.prompt_dim = sizes.prompt_dim
         self.pixels = sizes.pixels
+        self.mask_prompt_limit = mask_prompt_limit
         self.reads_text = True  # False in the vision stage, which has no text
         grid = image_size // sizes.patch_size
         self.image_encoder = build_encoder(sizes, image_size)
@@ -197,6 +200,9 @@ class VisionPathway(nn.Module):
         prompts (Eq. 2), and its mean over Q is what a text branch reads; `mask_prompt` [R, 4h, 4w]
         are logits of the round before.
         """
+        # Here, where training, evaluation and sessions meet: what one of them feeds back, all do.
+        if mask_prompt is not None and self.mask_prompt_limit is not None:
+            mask_prompt = mask_prompt.clamp(-self.mask_prompt_limit, self.mask_prompt_limit)
         sparse, token_mask, dense = self.prompt_encoder(prompts, mask_prompt)
         text = None
         if text_embedding is not None:

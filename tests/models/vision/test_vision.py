@@ -209,6 +209,19 @@ def test_a_mask_prompt_changes_the_mask_but_not_at_birth(images: Tensor) -> None
     assert differences[0] <= 1e-6 and differences[1] > 1e-3
 
 
+def test_a_mask_prompt_is_read_up_to_its_limit(pathway: VisionPathway, images: Tensor) -> None:
+    limited = VisionPathway("tiny", IMAGE_SIZE, mask_prompt_limit=2.0).eval()
+    limited.load_state_dict(pathway.state_dict())
+    rows, table = torch.tensor([0, 1]), prompts(POINTS, BOX)
+    strong = 9 * random_logits(2)
+    with torch.no_grad():
+        embedding = pathway.encode_images(images)
+        cut = limited.decode(embedding, rows, table, None, strong).mask_logits
+        wanted = pathway.decode(embedding, rows, table, None, strong.clamp(-2, 2)).mask_logits
+        uncut = pathway.decode(embedding, rows, table, None, strong).mask_logits
+    assert torch.equal(cut, wanted) and not torch.equal(cut, uncut)
+
+
 def test_the_coordinates_of_padding_do_not_matter(pathway: VisionPathway, images: Tensor) -> None:
     with torch.no_grad():
         embedding = pathway.encode_images(images[:1])
