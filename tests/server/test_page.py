@@ -92,10 +92,12 @@ def page(browser: Any, address: str) -> Iterator[Any]:
 
 def settled(page: Any, sequence: int) -> dict[str, Any]:
     """What the page knows once it sent so many prompts and shows the mask of the last."""
-    page.wait_for_function(
-        "n => picture && work.next_sequence === n && !waiting.length && !sending && !fetching",
-        arg=sequence,
-    )
+    done = "n => picture && work.next_sequence === n && !waiting.length && !sending && !fetching"
+    try:
+        page.wait_for_function(done, arg=sequence, timeout=15_000)
+    except playwright.TimeoutError:
+        known = "({sequence, waiting, sending, fetching, stale, view, work})"
+        pytest.fail(f"expected {sequence} prompts, got {page.evaluate(known)}")
     state: dict[str, Any] = page.evaluate("work")
     return state
 
@@ -256,6 +258,12 @@ def test_a_file_is_opened_from_the_page(page: Any, log_path: Path, tmp_path: Pat
 def test_how_it_looks(page: Any, scheme: str, size: tuple[int, int]) -> None:
     page.emulate_media(color_scheme=scheme)
     page.set_viewport_size({"width": size[0], "height": size[1]})
+    # The image moves with the window; a click before that would miss it.
+    page.wait_for_function(
+        "width => innerWidth === width && 1e-6 > Math.abs(view.scale - 0.96 * Math.min("
+        "canvas.clientWidth / picture.width, canvas.clientHeight / picture.height))",
+        arg=size[0],
+    )
     click(page, 30, 25)
     click(page, 60, 10, button="right")
     page.evaluate(
