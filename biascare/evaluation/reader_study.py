@@ -395,6 +395,17 @@ def _changes(before: Array, after: Array) -> tuple[int, int]:
     return int(((before == 1) & (after == 0)).sum()), int(((before == 0) & (after == 1)).sum())
 
 
+def _change_counts(before: Array, after: Array) -> dict[str, int]:
+    lost, won = _changes(before, after)
+    return {
+        "num": len(before),
+        "right_without": int(before.sum()),
+        "right_with": int(after.sum()),
+        "wrong_to_right": won,
+        "right_to_wrong": lost,
+    }
+
+
 def _categories(study: Study) -> Iterator[dict[str, Any]]:
     """For each category, by reader and over all: ticked where it is present, and where it is not;
     on the cases of both rounds."""
@@ -408,16 +419,11 @@ def _categories(study: Study) -> Iterator[dict[str, Any]]:
                 if not chosen.any():
                     continue
                 before, after = right[0, ..., k][chosen], right[1, ..., k][chosen]
-                lost, won = _changes(before, after)
                 yield {
                     "category": category,
                     "state": state,
                     "reader": name,
-                    "num": len(before),
-                    "right_without": int(before.sum()),
-                    "right_with": int(after.sum()),
-                    "wrong_to_right": won,
-                    "right_to_wrong": lost,
+                    **_change_counts(before, after),
                 }
 
 
@@ -428,15 +434,10 @@ def _suggestions(study: Study) -> Iterator[dict[str, Any]]:
             chosen = (study.suggested == value) & ~np.isnan(study.correct).any(0) & rows[:, None]
             if chosen.any():
                 before, after = study.correct[0][chosen], study.correct[1][chosen]
-                lost, won = _changes(before, after)
                 yield {
                     "reader": name,
                     "suggestion": kind,
-                    "num": len(before),
-                    "right_without": int(before.sum()),
-                    "right_with": int(after.sum()),
-                    "wrong_to_right": won,
-                    "right_to_wrong": lost,
+                    **_change_counts(before, after),
                 }
 
 

@@ -95,20 +95,26 @@ def markdown(audit: Row, sections: Sequence[Section]) -> str:
     lines[-1] += verdict_sentence(audit)
     lines += ["", counts_sentence(audit), ""]
     lines += [f"{n}. {text}" for n, text in enumerate(headlines(audit), 1)]
+    return "\n".join([*lines, *markdown_sections(sections)]) + "\n"
+
+
+def markdown_sections(sections: Sequence[Section]) -> Iterator[str]:
+    """Lines of words and tables, without charts; the lines below a chart stay."""
     for section in sections:
-        lines += ["", f"## {section.title}"]
+        yield from ("", f"## {section.title}")
         for text in section.text:
-            lines += ["", text]
+            yield from ("", text)
         if section.points:
-            lines += ["", *(f"- {text}" for text in section.points)]
+            yield from ("", *(f"- {text}" for text in section.points))
         for chart in section.charts:
-            lines += [f"- {chart.title}: {' '.join(chart.lines)}"] if chart.lines else []
+            if chart.lines:
+                yield f"- {chart.title}: {' '.join(chart.lines)}"
         for table in section.tables:
             if table.rows:
-                lines += ["", f"### {table.title}", ""]
-                lines += [table.note, ""] if table.note else []
-                lines += markdown_table(table)
-    return "\n".join(lines) + "\n"
+                yield from ("", f"### {table.title}", "")
+                if table.note:
+                    yield from (table.note, "")
+                yield from markdown_table(table)
 
 
 def markdown_table(table: Table) -> Iterator[str]:

@@ -18,7 +18,7 @@ from typing import Any
 from biascare.durable import write_text
 from biascare.evaluation.reader_log import WITH, WITHOUT
 from biascare.evaluation.reader_study import ALL_READERS
-from biascare.reports.audit import csv_text, markdown_table
+from biascare.reports.audit import csv_text, markdown_sections
 from biascare.reports.audit_parts import (
     Chart,
     Column,
@@ -29,6 +29,7 @@ from biascare.reports.audit_parts import (
     p_text,
     percent,
     score,
+    signed,
     word,
     words,
     yes,
@@ -88,14 +89,7 @@ def markdown(found: Row, sections: Sequence[Section]) -> str:
     lines = [f"# {TITLE}"]
     for line in sentences(found):
         lines += ["", line]
-    for one in sections:
-        lines += ["", f"## {one.title}"]
-        for text in one.text:
-            lines += ["", text]
-        lines += ["", *(f"- {text}" for text in one.points)] if one.points else []
-        for cells in (cells for cells in one.tables if cells.rows):
-            lines += ["", f"### {cells.title}", "", *markdown_table(cells)]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *markdown_sections(sections)]) + "\n"
 
 
 # ---------------------------------------------------------------- sentences
@@ -312,9 +306,9 @@ def _comparison_section(found: Row) -> Section:
         Column("num_readers", "readers", count),
         Column("without", "without", score),
         Column("with", "with", score),
-        Column("difference", "difference", _signed_score),
-        Column("low", "95 % from", _signed_score),
-        Column("high", "to", _signed_score),
+        Column("difference", "difference", signed),
+        Column("low", "95 % from", signed),
+        Column("high", "to", signed),
         Column("f", "F", _three),
         Column("df2", "df", _three),
         Column("p", "p", p_text),
@@ -328,9 +322,9 @@ def _comparison_section(found: Row) -> Section:
     less = [
         words("round"),
         words("measure"),
-        Column("value", "readers less model", _signed_score),
-        Column("low", "95 % from", _signed_score),
-        Column("high", "to", _signed_score),
+        Column("value", "readers less model", signed),
+        Column("low", "95 % from", signed),
+        Column("high", "to", signed),
         Column("df", "df", _three),
         Column("p", "p", p_text),
     ]
@@ -510,10 +504,6 @@ def _change_columns(what: str) -> list[Column]:
 
 def _signed(value: Any) -> str:
     return word(None) if value is None else f"{value:+.1%}"
-
-
-def _signed_score(value: Any) -> str:
-    return word(None) if value is None else f"{value:+.3f}"
 
 
 def _three(value: Any) -> str:
