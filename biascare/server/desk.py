@@ -73,6 +73,7 @@ class Work:
     target: str | None = None
     modality: str | None = None
     session: Session | None = None
+    mask_sha256: str | None = None  # of the mask on screen
     next_sequence: int = 0
     latency_ms: float | None = None
     changes: dict[str, float] = field(default_factory=dict)  # by the last step
@@ -157,10 +158,11 @@ class Desk:
         work.case = case or work.image_sha256[:12]
         work.target, work.modality = target or None, modality or None
         work.session = self._session(work.image_sha256, pixels, work.target, work.modality)
+        work.mask_sha256 = mask_sha256(work.session.current)
         work.latency_ms, work.changes = None, {}
         self._note(work, "open", target=work.target, modality=work.modality,
                    size=list(work.session.size), checkpoint_sha256=self.checkpoint,
-                   after=mask_sha256(work.session.current))  # fmt: skip
+                   after=work.mask_sha256)  # fmt: skip
 
     def step(self, work: Work, prompt: Mapping[str, Any]) -> None:
         """Apply a click, a box, an undo, a redo or a reset. Raises RefusedError for a wrong one."""
@@ -176,8 +178,9 @@ class Desk:
         work.changes = {"area": area[1] - area[0]}
         if before is not None and after is not None:
             work.changes["predicted_dice"] = after.predicted_dice - before.predicted_dice
-        self._note(work, "prompt", prompt=dict(prompt), before=mask_sha256(before),
-                   after=mask_sha256(after), latency_ms=round(work.latency_ms, 3),
+        was, work.mask_sha256 = work.mask_sha256, mask_sha256(after)
+        self._note(work, "prompt", prompt=dict(prompt), before=was,
+                   after=work.mask_sha256, latency_ms=round(work.latency_ms, 3),
                    **self._doubts(session))  # fmt: skip
         # Kept for the log; a step that is not on screen holds its small prediction only.
         if before is not None and before is not after:
@@ -195,7 +198,7 @@ class Desk:
         rle = None
         if decision == "accept" and session.current is not None:
             rle = encode_mask(session.current.mask).decode("ascii")
-        self._note(work, "decision", decision=decision, after=mask_sha256(session.current),
+        self._note(work, "decision", decision=decision, after=work.mask_sha256,
                    size=list(session.size), rle=rle, **self._doubts(session))  # fmt: skip
 
     def ask(self, work: Work, question: str, options: Sequence[str] | None) -> Answer:
